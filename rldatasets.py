@@ -1,0 +1,211 @@
+"""`Problem`s, the batches drawn from them, and the system prompt.
+
+GSM8K (Cobbe et al. 2021, arXiv 2110.14168), 7,473 train and 1,319 test problems. One of them:
+
+    question  Natalia sold clips to 48 of her friends in April, and then she sold half as many clips
+              in May. How many clips did Natalia sell altogether in April and May?
+    answer    Natalia sold 48/2 = <<48/2=24>>24 clips in May.
+              Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
+              #### 72
+
+The official grader is https://github.com/openai/grade-school-math/blob/master/grade_school_math/
+dataset.py: the number after `####`, commas removed, must match.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils import UserError, mixed_seed, read_jsonl
+
+SYSTEM_PROMPT = """Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+
+DATASETS = ("gsm8k", "arithmetic")
+GSM8K_HUB_NAME = "openai/gsm8k"
+ARITHMETIC_SIZES = {"train": 4096, "test": 1024}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its final answer and a worked solution (which may be empty)."""
+
+    question: str
+    answer: str
+    solution: str
+
+
+class Problems:
+    """A fixed list of problems and the endless, shuffled stream of batches drawn from it."""
+
+    def __init__(self, problems, seed):
+        self.problems, self.seed = list(problems), seed
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __getitem__(self, index):
+        return self.problems[index]
+
+    def batch(self, step, size):
+        """The `size` problems of step `step`, a pure function of (seed, step).
+
+        Every pass over the data is shuffled anew and the next one starts where it ends, so it never
+        runs out. Negative steps are valid and precede step 0: the cold start lives there.
+        """
+        positions = range(step * size, (step + 1) * size)
+        epochs = {position // len(self) for position in positions}
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        return [self[orders[p // len(self)][p % len(self)]] for p in positions]
+
+    def _order(self, epoch):
+        return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(len(self))
+
+
+def worked_answer(problem):
+    """The completion a perfect student would write: the worked solution in the answer format."""
+    return (
+        f"<reasoning>\n{problem.solution}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>\n"
+    )
+
+
+def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
+    """The problems of one split, "train" or "test".
+
+    dataset_name "gsm8k": from the hub, or from `dataset_path`, a directory with the official
+    train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
+    also be one .jsonl file of your own with `question` and `answer` on every line (and, optionally,
+    `solution`); one line in five is held out as its test split.
+
+    Raises UserError, for a malformed row as `file:line: reason`.
+    """
+    if dataset_name == "arithmetic":
+        return Problems(arithmetic_problems(split, seed, difficulty), seed)
+    if dataset_path is None:
+        from datasets import load_dataset  # takes seconds to import and only the hub needs it
+
+        rows = load_dataset(GSM8K_HUB_NAME, "main", split=split)
+        problems = [_problem_from_row(row, f"{GSM8K_HUB_NAME}:{i}") for i, row in enumerate(rows)]
+    elif Path(dataset_path).is_dir():
+        problems = _problems_from_file(Path(dataset_path) / f"{split}.jsonl")
+    else:
+        wanted = split == "test"
+        problems = _problems_from_file(Path(dataset_path))
+        problems = [problem for problem in problems if is_held_out(problem.question) == wanted]
+    if not problems:
+        raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split")
+    return Problems(problems, seed)
+
+
+def is_held_out(key):
+    """Whether what `key` names belongs to the test split: one in five, by its hash alone."""
+    return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
+
+
+def _problems_from_file(path):
+    numbered = enumerate(read_jsonl(path), start=1)
+    return [_problem_from_row(row, f"{path}:{number}") for number, row in numbered]
+
+
+def _problem_from_row(row, where):
+    for field in ("question", "answer"):
+        if not str(row.get(field) or "").strip():
+            raise UserError(f"{where}: `{field}` is missing or empty")
+    solution, mark, answer = str(row["answer"]).rpartition("####")
+    if mark and not answer.strip():
+        raise UserError(f"{where}: nothing after #### in `answer`")
+    # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
+    solution = re.sub(r"<<[^<>]*>>", "", str(row.get("solution") or solution))
+    return Problem(str(row["question"]).strip(), answer.strip(), solution.strip())
+
+
+# --- arithmetic: generated word problems -------------------------------------------------------
+
+NAMES = "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Kira Leo Mia Noah Olga Paul".split()
+THINGS = "apples books cards coins eggs flowers marbles pencils plums shells stamps stickers".split()
+STARTS = {
+    "has": "{name} has {a} {things}.",
+    "boxes": "{name} has {a} boxes with {b} {things} in each box.",
+}
+EVENTS = {
+    "+": (
+        "{name} buys {n} more {things}.",
+        "{friend} gives {name} {n} {things}.",
+        "Then {name} finds {n} {things}.",
+        "{name} gets {n} {things} as a present.",
+    ),
+    "-": (
+        "{name} gives {n} {things} to {friend}.",
+        "{name} loses {n} of the {things}.",
+        "{friend} takes {n} of the {things}.",
+        "{name} sells {n} {things}.",
+    ),
+}
+QUESTION = "How many {things} does {name} have now?"
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What the problems of one level hold: the largest operand, the events, a product first."""
+
+    largest: int
+    events: int
+    product: bool
+
+
+DIFFICULTIES = {
+    1: Difficulty(largest=15, events=1, product=False),
+    2: Difficulty(largest=50, events=1, product=False),
+    3: Difficulty(largest=20, events=2, product=False),
+    4: Difficulty(largest=12, events=1, product=True),
+    5: Difficulty(largest=99, events=3, product=True),
+}
+
+
+def arithmetic_problems(split, seed, difficulty=1):
+    """Distinct word problems of one `difficulty` (a key of DIFFICULTIES) with worked solutions.
+
+    A calculation (its numbers and operations, whatever the story around it) belongs to one split
+    alone, for every seed: the test split asks for sums that training never showed.
+    """
+    level = DIFFICULTIES[difficulty]
+    rng = random.Random(mixed_seed(seed, split == "test"))
+    problems = {}
+    while len(problems) < ARITHMETIC_SIZES[split]:
+        problem, calculation = _arithmetic_problem(rng, level)
+        if is_held_out(calculation) == (split == "test"):
+            problems.setdefault(problem.question, problem)
+    return list(problems.values())
+
+
+def _arithmetic_problem(rng, level):
+    """One random problem, and its calculation as text, e.g. "7+5-3"."""
+    name, friend = rng.sample(NAMES, 2)
+    words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
+    a, b = rng.randint(2, level.largest), rng.randint(2, min(level.largest, 12))
+    sentences, steps, total, calculation = [], [], a, str(a)
+    if level.product:
+        sentences.append(STARTS["boxes"].format(a=a, b=b, **words))
+        steps.append(f"{a} * {b} = {a * b}")
+        total, calculation = a * b, f"{a}*{b}"
+    else:
+        sentences.append(STARTS["has"].format(a=a, **words))
+    for _ in range(level.events):
+        operation = rng.choice("+-") if total > 2 else "+"
+        n = rng.randint(2, level.largest if operation == "+" else min(level.largest, total))
+        result = total + n if operation == "+" else total - n
+        sentences.append(rng.choice(EVENTS[operation]).format(n=n, **words))
+        steps.append(f"{total} {operation} {n} = {result}")
+        total, calculation = result, f"{calculation}{operation}{n}"
+    question = " ".join([*sentences, QUESTION.format(**words)])
+    return Problem(question, str(total), "\n".join(steps)), calculation

@@ -1,0 +1,148 @@
+"""Tiny models and tokenizers, built in memory: the suite needs no network."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SPECIAL = {
+    "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama": ["<|begin|>", "<|end|>", "<|start|>", "<|eot|>"],
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_tokenizer(family="qwen2"):
+    """A byte-level tokenizer (every byte a token, and "ab" as one) with the family's chat form."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "ab"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL[family])
+    if family == "qwen2":
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            chat_template=CHATML,
+        )
+    # Like LLaMA-3: the tokenizer puts a BOS in front of any text, and so does the chat template.
+    core.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", core.token_to_id("<|begin|>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|begin|>",
+        eos_token="<|eot|>",
+        pad_token="<|eot|>",
+        chat_template=LLAMA_CHAT,
+    )
+
+
+def make_model(family="qwen2", dtype=torch.float32, vocab_size=300, seed=0, **overrides):
+    """A random two-layer model whose distributions are far from uniform."""
+    config_class, model_class = FAMILIES[family]
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    config = config_class(**{**settings, **overrides}, attn_implementation="sdpa")
+    torch.manual_seed(seed)
+    return model_class(config).to(dtype).eval()
+
+
+def make_args(**overrides):
+    """The flags that `update_policy` and `make_optimizer` read, at plain values."""
+    args = {
+        "temperature": 1.0,
+        "aggregation": "grpo",
+        "max_completion_length": 16,
+        "mask_truncated": False,
+        "micro_batch_size": 0,
+        "num_inner_epochs": 1,
+        "clip_epsilon": 0.2,
+        "clip_epsilon_high": 0.2,
+        "kl_beta": 0.0,
+        "kl_estimator": "k3",
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-3,
+        "lr_schedule": "constant",
+        "warmup_percent": 0.0,
+        "num_train_iters": 10,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+    }
+    return SimpleNamespace(**{**args, **overrides})
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def gsm8k():
+    if not (GSM8K / "train.jsonl").exists():
+        pytest.skip(f"GSM8K's train.jsonl and test.jsonl are not at {GSM8K}; set GSM8K_DIR")
+    return GSM8K
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory):
+    """Directories of a tiny Qwen2 and a tiny LLaMA, as save_pretrained leaves them."""
+    folders = {}
+    for family in ("qwen2", "llama"):
+        tokenizer = make_tokenizer(family)
+        model = make_model(family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        folders[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders

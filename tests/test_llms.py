@@ -1,0 +1,172 @@
+"""Log-probabilities, the shared prefix, chat prompts, stop tokens and loading."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+
+import llms
+from llms import (
+    chat_prompt,
+    completion_logprobs,
+    frozen_copy,
+    load_model,
+    mix_into,
+    stop_token_ids,
+)
+from utils import UserError
+
+PROMPT = torch.tensor([5, 17, 2, 88, 41, 7])
+COMPLETIONS = torch.tensor([[3, 9, 27, 81, 11], [4, 16, 64, 25, 1], [99, 98, 97, 0, 0]])
+
+
+def naive_logprobs(model, prompt, completions, temperature):
+    """One sequence, one position, one token at a time, from full forward passes."""
+    rows = []
+    for completion in completions:
+        sequence = torch.cat([prompt, completion])
+        logits = model(sequence[None]).logits[0]
+        row = []
+        for offset, token in enumerate(completion):
+            scaled = logits[len(prompt) + offset - 1] / temperature
+            row.append(scaled[token] - torch.log(torch.exp(scaled - scaled.max()).sum()) - scaled.max())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied):
+    model = make_model(family, torch.float64, tie_word_embeddings=tied)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+
+    def run(function):
+        model.zero_grad()
+        logprobs = function(model, PROMPT, COMPLETIONS, 0.7)
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
+
+    shared, shared_gradients = run(completion_logprobs)
+    full, full_gradients = run(naive_logprobs)
+    assert (shared - full).abs().max() < 1e-12
+    for ours, theirs in zip(shared_gradients, full_gradients):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_completion_of_one_token_is_scored_by_the_prompt_alone():
+    model = make_model(dtype=torch.float64)
+    expected = naive_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
+    assert (completion_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0) - expected).abs().max() < 1e-12
+
+
+def test_chunks_change_neither_logprobs_nor_gradients(monkeypatch):
+    model = make_model(dtype=torch.float64)
+
+    def run(chunk):
+        monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
+        model.zero_grad()
+        logprobs = completion_logprobs(model, PROMPT, COMPLETIONS, 1.0)
+        logprobs.sum().backward()
+        return logprobs, [p.grad.clone() for p in model.parameters()]
+
+    whole, gradients = run(1024)
+    for chunk in (1, 4, 7):
+        logprobs, chunked = run(chunk)
+        assert (logprobs - whole).abs().max() < 1e-12
+        assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(chunked, gradients))
+
+
+def test_logits_are_fp32_even_under_bf16_autocast():
+    model = make_model()
+    hidden = torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = llms.head_logits(model, hidden)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, model.get_output_embeddings()(hidden))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_prompt_has_the_template_s_special_tokens_and_no_more(family):
+    tokenizer = make_tokenizer(family)
+    ids = chat_prompt(tokenizer, "Be brief.", "1 + 1?")
+    text = tokenizer.decode(ids)
+    if family == "llama":
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+        assert text.endswith("1 + 1?<|eot|><|start|>assistant\n")
+    else:
+        assert text == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+
+
+def test_stop_tokens_come_from_tokenizer_and_generation_config_together():
+    model, tokenizer = make_model(), make_tokenizer()
+    end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config.eos_token_id = [text_end]
+    assert stop_token_ids(model, tokenizer) == sorted([end, text_end])
+    model.generation_config.eos_token_id = text_end
+    assert stop_token_ids(model, tokenizer) == sorted([end, text_end])
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [end]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_weights_are_fp32_whatever_the_file_holds(family, saved_models, tmp_path):
+    model = make_model(family, torch.bfloat16, vocab_size=len(make_tokenizer(family)))
+    model.save_pretrained(tmp_path)
+    make_tokenizer(family).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded, _ = load_model(str(tmp_path), "cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert not loaded.training
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path, saved_models):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        load_model(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
+    with pytest.raises(UserError, match="cannot be loaded") as raised:
+        load_model(str(tmp_path), "cpu")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_loaded_again_the_model_is_the_same_and_tied_as_before(tied, tmp_path):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path), "cpu")
+    head = loaded.get_output_embeddings().weight
+    assert (head is loaded.get_input_embeddings().weight) == tied
+    assert torch.equal(loaded(PROMPT[None]).logits, model(PROMPT[None]).logits)
+
+
+def test_the_reference_does_not_move_with_the_policy_and_mixes_by_alpha():
+    policy = make_model()
+    reference = frozen_copy(policy)
+    start = [p.clone() for p in reference.parameters()]
+    assert not any(p.requires_grad for p in reference.parameters())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), start))
+    mix_into(reference, policy, alpha=0.25)
+    for mixed, old in zip(reference.parameters(), start):
+        assert torch.allclose(mixed, old + 0.25, atol=1e-6)
+
+
+def test_dropout_in_the_config_does_not_reach_scoring():
+    model = make_model("llama", attention_dropout=0.5)
+    first = completion_logprobs(model, PROMPT, COMPLETIONS, 1.0)
+    assert torch.equal(first, completion_logprobs(model, PROMPT, COMPLETIONS, 1.0))
+    assert math.isfinite(first.sum())

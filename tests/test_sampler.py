@@ -1,0 +1,191 @@
+"""Sampling: the right distribution, the right masks, the right log-probs."""
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+from test_llms import naive_logprobs
+
+import sampler
+from sampler import sample_rollouts, sample_tokens
+
+
+class Words:
+    """A stand-in tokenizer for a tiny vocabulary: `stop` ends a completion and is also padding."""
+
+    def __init__(self, stop):
+        self.eos_token_id = self.pad_token_id = stop
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(str(i) for i in row if i != self.eos_token_id) for row in rows]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def naive(model, rollouts, question, temperature):
+    with torch.no_grad():
+        prompt, ids = rollouts.prompt_ids[question], rollouts.completion_ids[question]
+        return naive_logprobs(model, prompt, ids, temperature)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_logprobs_match_a_naive_forward_at_the_sampling_temperature(family, temperature):
+    model = make_model(family, vocab_size=40)
+    prompts = [[5, 9, 3], [8], [7, 7, 1, 30, 22, 4, 11]]  # unequal: the batch is left-padded
+    rollouts = sample_rollouts(model, Words(0), prompts, 4, 12, temperature, generator())
+    for question in range(3):
+        error = naive(model, rollouts, question, temperature) - rollouts.logprobs[question]
+        assert error[rollouts.completion_mask[question]].abs().max() < 1e-4
+
+
+def test_a_prompt_samples_the_same_beside_a_longer_one():
+    """Left padding, and rows that finish earlier, change nothing (fp64: to rounding)."""
+    model = make_model(dtype=torch.float64, vocab_size=12)
+    prompts = [[5, 9, 3], [7, 7, 1, 3, 2, 4, 11, 6, 6, 6]]
+    together = sample_rollouts(model, Words(0), prompts, 8, 20, 1.0, generator(3))
+    uniforms = torch.empty((20, 16), dtype=torch.float64).uniform_(generator=generator(3))
+
+    for question, prompt in enumerate(prompts):
+        rows = slice(8 * question, 8 * question + 8)
+        for row in range(8):
+            ids = list(prompt)
+            for t in range(20):
+                logits = model(torch.tensor([ids])).logits[0, -1].detach()
+                cumulative = logits.softmax(-1).cumsum(-1)
+                token = int((cumulative <= uniforms[t, rows][row] * cumulative[-1]).sum())
+                ids.append(token)
+                if token == 0:
+                    break
+            drawn = together.completion_ids[question, row][together.completion_mask[question, row]]
+            assert drawn.tolist() == ids[len(prompt) :]
+
+
+def test_the_model_s_own_generation_config_does_not_leak_in():
+    model = make_model(vocab_size=8, initializer_range=0.15)
+    config = model.generation_config
+    config.do_sample, config.top_k, config.top_p, config.repetition_penalty = True, 2, 0.3, 1.5
+    config.temperature = 0.2
+    draws = 4000
+    rollouts = sample_rollouts(model, Words(99), [[3, 3, 1]], draws, 1, 1.0, generator())
+    counts = torch.bincount(rollouts.completion_ids.flatten(), minlength=8) / draws
+    expected = model(torch.tensor([[3, 3, 1]])).logits[0, -1].softmax(-1)
+    assert expected.min() > 0.01  # every token has to turn up, the poisoned top_k would keep two
+    assert (counts - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
+def test_greedy_is_the_true_argmax_despite_a_poisoned_config():
+    model = make_model(vocab_size=20)
+    config = model.generation_config
+    config.do_sample, config.repetition_penalty, config.top_k = True, 5.0, 2
+    rollouts = sample_rollouts(model, Words(99), [[3, 3, 1]], 2, 10, temperature=0)
+    ids = [3, 3, 1]
+    for _ in range(10):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert rollouts.completion_ids[0].tolist() == [ids[3:], ids[3:]]
+
+
+def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
+    """Token 0 is stop and padding at once, and stands in the prompt too; token 1 stops as well."""
+    model = make_model(vocab_size=10, initializer_range=0.1)
+    model.generation_config.eos_token_id = [1]
+    rollouts = sample_rollouts(model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0, generator())
+    endings = set()
+    ids, mask, finished = (
+        x.flatten(0, 1).tolist()
+        for x in (rollouts.completion_ids, rollouts.completion_mask, rollouts.finished)
+    )
+    for row, kept, ended in zip(ids, mask, finished):
+        stops = [t for t, token in enumerate(row) if token in (0, 1) and kept[t]]
+        length = sum(kept)
+        assert kept == [True] * length + [False] * (len(row) - length)
+        assert ended == (len(stops) == 1)
+        assert length == (stops[0] + 1 if stops else 15)
+        assert all(token == 0 for token in row[length:])
+        endings.update(row[t] for t in stops)
+    assert endings == {0, 1}
+    assert not all(finished)
+    assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
+
+
+def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
+    """A GPU looks every 16 tokens; rows that go on meanwhile must leave no trace."""
+    model = make_model(vocab_size=12)
+
+    def run():
+        return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, generator(1))
+
+    often = run()
+    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    rarely = run()
+    assert torch.equal(often.completion_ids, rarely.completion_ids)
+    assert torch.equal(often.completion_mask, rarely.completion_mask)
+    assert torch.allclose(often.logprobs, rarely.logprobs, atol=1e-5)
+
+
+def test_same_seed_same_completions_and_another_seed_others():
+    model = make_model()
+    first, second, third = (
+        sample_rollouts(model, Words(0), [[5, 2]], 4, 12, 1.0, generator(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.completion_ids, second.completion_ids)
+    assert not torch.equal(first.completion_ids, third.completion_ids)
+
+
+def test_the_ids_are_those_sampled_and_the_texts_are_only_for_reading():
+    """Bytes sampled at random seldom are what the tokenizer would make of their own text."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), initializer_range=0.02)
+    rollouts = sample_rollouts(model, tokenizer, [[65, 66]], 8, 30, 1.0, generator())
+    lengths = rollouts.completion_mask.sum(-1)[0].tolist()
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in rollouts.texts[0]]
+    rows = [row[:n] for row, n in zip(rollouts.completion_ids[0].tolist(), lengths)]
+    assert encoded != rows
+    for row, text in zip(rows, rollouts.texts[0]):
+        assert tokenizer.decode(row, skip_special_tokens=True) == text
+
+
+def frequencies(**filters):
+    logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(20000, -1)
+    uniforms = torch.rand(20000, dtype=torch.float64, generator=generator())
+    tokens, logprobs = sample_tokens(logits, uniforms, 1.0, **filters)
+    assert torch.allclose(logprobs, logits.gather(-1, tokens[:, None])[:, 0], atol=1e-6)
+    return torch.bincount(tokens, minlength=5) / 20000
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0, 0]),  # 0.4 alone falls short, so 0.3 joins it
+        ({"min_p": 0.3}, [40 / 85, 30 / 85, 15 / 85, 0, 0]),  # at least 0.3 x 0.4
+        ({"top_k": 3, "min_p": 0.5}, [4 / 7, 3 / 7, 0, 0, 0]),
+    ],
+)
+def test_filters_keep_the_tokens_they_promise(filters, expected):
+    observed = frequencies(**filters)
+    assert (observed - torch.tensor(expected)).abs().max() < 0.015
+    assert (observed[torch.tensor(expected) == 0] == 0).all()
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([0.6, 0.4]).log().expand(20000, -1)
+    uniforms = torch.rand(20000, dtype=torch.float64, generator=generator())
+    tokens, _ = sample_tokens(logits, uniforms, 0.5)
+    assert (tokens == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.015)
+
+
+def test_extreme_draws_stay_inside_the_vocabulary_and_off_impossible_tokens():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sample_tokens(logits, uniforms, 1.0)[0].tolist() == [1, 2]
+
+
+def test_dropout_in_the_config_does_not_reach_sampling():
+    model = make_model("llama", attention_dropout=0.5, vocab_size=40)
+    rollouts = sample_rollouts(model, Words(0), [[5, 9, 3]], 4, 12, 1.0, generator())
+    error = naive(model, rollouts, 0, 1.0) - rollouts.logprobs[0]
+    assert error[rollouts.completion_mask[0]].abs().max() < 1e-4
