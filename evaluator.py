@@ -10,6 +10,7 @@ import statistics
 import traceback
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 
 import torch
 
@@ -90,13 +91,13 @@ def integer_format(completion, problem):
 def strict_format(completion, problem):
     """0.5 where the completion is the four tags, each alone on its line, with text between, and
     nothing else, else 0."""
-    lines = completion.removesuffix("\n").split("\n")
-    if any(completion.count(tag) != 1 or tag not in lines for tag in TAGS):
+    once = all(completion.count(tag) == 1 for tag in TAGS)
+    text = completion.removesuffix("\n")
+    if not (once and text.startswith("<reasoning>\n") and text.endswith("\n</answer>")):
         return 0.0
-    start, end, answer, last = (lines.index(tag) for tag in TAGS)
-    whole = start == 0 and answer == end + 1 and last == len(lines) - 1
-    filled = any(map(str.strip, lines[1:end])) and any(map(str.strip, lines[answer + 1 : last]))
-    return 0.5 if whole and filled else 0.0
+    inside = text.removeprefix("<reasoning>\n").removesuffix("\n</answer>")
+    reasoning, tags, answer = inside.partition("\n</reasoning>\n<answer>\n")
+    return 0.5 if tags and reasoning.strip() and answer.strip() else 0.0
 
 
 def soft_format(completion, problem):
@@ -109,8 +110,8 @@ def soft_format(completion, problem):
 def tag_count(completion, problem):
     """0.125 for each of the four tags that occurs exactly once and alone on its line, less 0.001
     for each character after the closing answer tag; never below 0."""
-    lines = completion.split("\n")
-    in_place = sum(completion.count(tag) == 1 and tag in lines for tag in TAGS)
+    framed = f"\n{completion}\n"
+    in_place = sum(completion.count(tag) == 1 and f"\n{tag}\n" in framed for tag in TAGS)
     _, closing, after = completion.rpartition("</answer>")
     excess = len(after.strip()) if closing else 0
     return max(0.0, 0.125 * in_place - 0.001 * excess)
@@ -144,8 +145,8 @@ def score(rollouts, problems, reward_functions, weights=None, file="the completi
         for texts, problem in zip(rollouts.texts, problems)
     ]
     names = [function.__name__ for function in reward_functions]
-    per_function = torch.tensor(scores, dtype=torch.float32)  # (Q, G, F)
-    factors = torch.tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
+    per_function = torch.tensor(scores, dtype=torch.float32, device="cpu")  # (Q, G, F)
+    factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
     return Rewards(names, per_function, (per_function * factors).sum(-1))
 
 
@@ -157,7 +158,7 @@ def _reward(function, completion, problem, file):
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         complaint = f"raised {type(error).__name__}: {error} (line {line})"
     else:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             complaint = f"returned {value!r}, not a finite number"
     if complaint:
         question = problem.question if len(problem.question) < 60 else problem.question[:57] + "..."

@@ -57,7 +57,7 @@ class Series:
 
 def _columns(path):
     columns = {}
-    for row in read_jsonl(path) if path.exists() else []:
+    for _, row in read_jsonl(path) if path.exists() else []:
         for key, value in row.items():
             if key != "step" and value is not None:
                 steps, values = columns.setdefault(key, ([], []))

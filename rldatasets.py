@@ -13,6 +13,7 @@ dataset.py: the number after `####`, commas removed, must match.
 """
 
 import hashlib
+import operator
 import random
 import re
 from dataclasses import dataclass
@@ -113,8 +114,7 @@ def is_held_out(key):
 
 
 def _problems_from_file(path):
-    numbered = enumerate(read_jsonl(path), start=1)
-    return [_problem_from_row(row, f"{path}:{number}") for number, row in numbered]
+    return [_problem_from_row(row, f"{path}:{line}") for line, row in read_jsonl(path)]
 
 
 def _problem_from_row(row, where):
@@ -133,10 +133,9 @@ def _problem_from_row(row, where):
 
 NAMES = "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Kira Leo Mia Noah Olga Paul".split()
 THINGS = "apples books cards coins eggs flowers marbles pencils plums shells stamps stickers".split()
-STARTS = {
-    "has": "{name} has {a} {things}.",
-    "boxes": "{name} has {a} boxes with {b} {things} in each box.",
-}
+CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+START = "{name} has {a} {things}."
+START_WITH_BOXES = "{name} has {a} boxes with {b} {things} in each box."
 EVENTS = {
     "+": (
         "{name} buys {n} more {things}.",
@@ -176,10 +175,11 @@ def arithmetic_problems(split, seed, difficulty=1):
     """Distinct word problems of one `difficulty` (a key of DIFFICULTIES) with worked solutions.
 
     A calculation (its numbers and operations, whatever the story around it) belongs to one split
-    alone, for every seed: the test split asks for sums that training never showed.
+    alone: the test split asks for sums that training never shows. The test split is the same for
+    every seed, so that runs can be compared question by question.
     """
     level = DIFFICULTIES[difficulty]
-    rng = random.Random(mixed_seed(seed, split == "test"))
+    rng = random.Random("test" if split == "test" else seed)
     problems = {}
     while len(problems) < ARITHMETIC_SIZES[split]:
         problem, calculation = _arithmetic_problem(rng, level)
@@ -189,23 +189,26 @@ def arithmetic_problems(split, seed, difficulty=1):
 
 
 def _arithmetic_problem(rng, level):
-    """One random problem, and its calculation as text, e.g. "7+5-3"."""
+    """One random problem, and what it calculates as text, e.g. "5+7 12-3" for 7 + 5 - 3."""
     name, friend = rng.sample(NAMES, 2)
     words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
-    a, b = rng.randint(2, level.largest), rng.randint(2, min(level.largest, 12))
-    sentences, steps, total, calculation = [], [], a, str(a)
+    total = rng.randint(2, level.largest)
     if level.product:
-        sentences.append(STARTS["boxes"].format(a=a, b=b, **words))
-        steps.append(f"{a} * {b} = {a * b}")
-        total, calculation = a * b, f"{a}*{b}"
+        per_box = rng.randint(2, min(level.largest, 12))
+        sentences = [START_WITH_BOXES.format(a=total, b=per_box, **words)]
+        steps = [(total, "*", per_box)]
+        total *= per_box
     else:
-        sentences.append(STARTS["has"].format(a=a, **words))
+        sentences, steps = [START.format(a=total, **words)], []
     for _ in range(level.events):
         operation = rng.choice("+-") if total > 2 else "+"
         n = rng.randint(2, level.largest if operation == "+" else min(level.largest, total))
-        result = total + n if operation == "+" else total - n
         sentences.append(rng.choice(EVENTS[operation]).format(n=n, **words))
-        steps.append(f"{total} {operation} {n} = {result}")
-        total, calculation = result, f"{calculation}{operation}{n}"
+        steps.append((total, operation, n))
+        total = CALCULATE[operation](total, n)
     question = " ".join([*sentences, QUESTION.format(**words)])
-    return Problem(question, str(total), "\n".join(steps)), calculation
+    solution = "\n".join(f"{a} {op} {b} = {CALCULATE[op](a, b)}" for a, op, b in steps)
+    # 7 + 5 and 5 + 7 are one calculation.
+    ordered = [(a, op, b) if op == "-" else (min(a, b), op, max(a, b)) for a, op, b in steps]
+    calculation = " ".join(f"{a}{op}{b}" for a, op, b in ordered)
+    return Problem(question, str(total), solution), calculation

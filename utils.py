@@ -49,7 +49,7 @@ def mixed_seed(*numbers):
 
 
 def read_jsonl(path):
-    """The objects in a file of one JSON object per line.
+    """The objects in a file of one JSON object per line, as (line number, object).
 
     Raises UserError `file:line: reason` for a line that is not a JSON object, and for a file that
     cannot be read.
@@ -66,7 +66,7 @@ def read_jsonl(path):
                     raise UserError(f"{path}:{number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected an object like {{...}}")
-                rows.append(row)
+                rows.append((number, row))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason}") from None
@@ -169,7 +169,7 @@ class Run:
 
     def save_rewards(self, path, rewards, advantages):
         """Add each completion's rewards and advantage to the file `save_rollouts` wrote."""
-        rows = read_jsonl(path)
+        rows = [row for _, row in read_jsonl(path)]
         scores = rewards.per_function.flatten(0, 1).tolist()  # (B, F)
         totals, flat = rewards.total.flatten().tolist(), advantages.flatten().tolist()
         for row, score, total, advantage in zip(rows, scores, totals, flat):

@@ -1,0 +1,344 @@
+"""Reward functions and answer parsing: tables, fuzzing, adversarial text, and the scores."""
+
+import ast
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, make_model, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluator import (
+    REWARD_FUNCTIONS,
+    correctness,
+    evaluate,
+    extract_answer,
+    integer_format,
+    is_correct,
+    parse_number,
+    score,
+    soft_format,
+    strict_format,
+    tag_count,
+    wilson_interval,
+)
+from rldatasets import SYSTEM_PROMPT, Problem
+from utils import UserError
+
+GOLD = Problem("How many?", "72", "")
+
+
+def written(answer="72", reasoning="48 / 2 = 24"):
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+
+
+def total(completion, problem=GOLD):
+    return sum(function(completion, problem) for function in REWARD_FUNCTIONS)
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+NUMBERS = [
+    ("72", 72), (" 72\n", 72), ("72.", 72), ("72.0", 72), ("72.00", 72), ("$72", 72), ("$72.00", 72),
+    ("1,080", 1080), ("1,234,567", 1234567), ("-5", -5), ("−5", -5), ("$-5", -5), ("-$5", -5),
+    ("+5", 5), ("50%", 50), ("50 %", 50), ("72 clips", 72), ("72 clips.", 72), ("€3.50", 3.5),
+    ("0", 0), ("-0", 0), ("007", 7), (".5", 0.5), ("0.125", 0.125), ("12 Square Feet", 12),
+]  # fmt: skip
+NOT_NUMBERS = [
+    "", " ", "-", "$", ".", ",", "%", "72 or 73", "72, 73", "1,08", "1,0800", ",123", "12,34",
+    "1/2", "5-6", "3e5", "1e300000", "nan", "inf", "Infinity", "x = 72", "about 72", "²", "٣", "７２",
+    "--5", "-$-5", "0x10", "1_000", "72\u00a073", "7" * 5000, "72!" , "(72)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS)
+def test_a_number_is_read(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", NOT_NUMBERS)
+def test_what_is_not_one_number_is_none(text):
+    assert parse_number(text) is None
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (written(), "72"),
+        ("<answer>72</answer>", "72"),
+        (written() + "By the way, 73.", "72"),
+        ("72", None),  # no tags: the text is not the answer
+        ("<answer>72", None),
+        ("72</answer>", None),
+        ("</answer>72<answer>", None),
+        (written() + "<answer>73</answer>", None),  # hedging
+        ("<answer>72</answer></answer>", None),
+        ("<answer><answer>72</answer>", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_what_stands_in_the_one_pair_of_tags(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("1080", "1,080", True),
+        ("1,080", "1080", True),
+        ("-3", "−3", True),
+        ("72", "72.0", True),
+        ("18", "$18", True),
+        ("5", "15", False),
+        ("5", "", False),
+        ("5", "5 or 6", False),
+        ("15", "5", False),
+        ("5", "-5", False),
+        ("0.5", "0.50", True),
+        ("yes", " Yes ", True),
+        ("blue  whale", "Blue whale", True),
+        ("yes", "yes and no", False),
+    ],
+)
+def test_answers_are_compared_as_numbers_or_else_as_words(gold, answer, right):
+    assert is_correct(written(answer), Problem("?", gold, "")) is right
+
+
+# --- reward values -----------------------------------------------------------------------------
+
+PERFECT = {
+    "correctness": 2.0, "integer_format": 0.5, "strict_format": 0.5, "soft_format": 0.5,
+    "tag_count": 0.5,
+}  # fmt: skip
+
+
+def test_the_five_rewards_and_their_values():
+    values = {function.__name__: function(written(), GOLD) for function in REWARD_FUNCTIONS}
+    assert values == PERFECT
+
+
+@pytest.mark.parametrize("reasoning", ["one line", "many\nlines\n\nof reasoning", "x" * 5000])
+@pytest.mark.parametrize("ending", ["\n", ""])
+def test_the_system_prompt_s_format_earns_every_reward_however_long(reasoning, ending):
+    completion = written(reasoning=reasoning).removesuffix("\n") + ending
+    assert total(completion) == 4.0
+
+
+def test_the_example_in_the_system_prompt_itself_has_the_strict_format():
+    example = SYSTEM_PROMPT[SYSTEM_PROMPT.index("<reasoning>") :]
+    assert strict_format(example, GOLD) == soft_format(example, GOLD) == tag_count(example, GOLD) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "completion", "value"),
+    [
+        (integer_format, written("1,080"), 0.5),
+        (integer_format, written("-3"), 0.5),
+        (integer_format, written("−3"), 0.5),
+        (integer_format, written("72.5"), 0.0),
+        (integer_format, written("²"), 0.0),
+        (integer_format, written("72 clips"), 0.0),
+        (integer_format, "72", 0.0),
+        (strict_format, "Sure!\n" + written(), 0.0),
+        (strict_format, written() + "Done.", 0.0),
+        (strict_format, written() + "\n", 0.0),
+        (strict_format, written(reasoning=""), 0.0),
+        (strict_format, written(answer=" "), 0.0),
+        (strict_format, written().replace("</reasoning>\n", "</reasoning>\n\n"), 0.0),
+        (strict_format, written().replace("\n", ""), 0.0),
+        (strict_format, written(reasoning="<answer>\n1\n</answer>"), 0.0),
+        (soft_format, written().replace("\n", ""), 0.5),
+        (soft_format, "Sure! " + written() + "Done.", 0.5),
+        (soft_format, "<answer>72</answer><reasoning>r</reasoning>", 0.0),
+        (soft_format, written() + written(), 0.0),
+        (tag_count, "", 0.0),
+        (tag_count, "<reasoning>\nr", 0.125),
+        (tag_count, "<reasoning>\nr\n</reasoning>\n<answer>\n72", 0.375),
+        (tag_count, "<reasoning> r\n</reasoning>\n<answer>\n72\n</answer>", 0.375),
+        (tag_count, written() + "a" * 100, 0.4),
+        (tag_count, written() + "a" * 100_000, 0.0),
+        (tag_count, written().rstrip() + " and so on", 0.375 - 0.009),
+        (tag_count, "<reasoning>\n" * 5, 0.0),
+        (correctness, "72", 0.0),
+        (correctness, written("73"), 0.0),
+    ],
+)
+def test_reward_table(function, completion, value):
+    assert function(completion, GOLD) == pytest.approx(value)
+
+
+def test_no_reward_depends_on_the_length_of_the_reasoning():
+    for unfinished in (False, True):  # the original taxed a missing newline by the whole length
+        rewards = set()
+        for length in (1, 10, 1000):
+            completion = written(reasoning="r" * length)
+            if unfinished:
+                completion = completion.replace("\n</answer>\n", "</answer>")
+            rewards.add(total(completion))
+        assert len(rewards) == 1
+
+
+def test_a_wrong_answer_never_outranks_the_right_one_of_the_same_form():
+    forms = [written, lambda a: f"<answer>{a}</answer>", lambda a: written(a) + "More text."]
+    for form in forms:
+        assert total(form("72")) == total(form("73")) + 2.0
+
+
+TEXTS = st.lists(
+    st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", "7", ",", "-"])
+    | st.text(max_size=8)
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, st.text(max_size=20))
+def test_no_text_makes_a_reward_function_raise_or_leave_its_range(completion, gold):
+    for function in REWARD_FUNCTIONS:
+        value = function(completion, Problem("?", gold, ""))
+        assert 0.0 <= value <= PERFECT[function.__name__]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["<reasoning>\n", "</reasoning>", "<answer>", "</answer>\n<answer>", "<", "9", "9,", "-", "\n", " a",
+     "<reasoning>\nr\n</reasoning>\n<answer>\n7\n</answer>\n"],
+)  # fmt: skip
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_megabyte_of_adversarial_text_takes_no_time(unit, wrap):
+    text = unit * (1_000_000 // len(unit))
+    if wrap:
+        text = written(answer=text)
+    for function in REWARD_FUNCTIONS:
+        fastest = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            function(text, GOLD)
+            fastest = min(fastest, time.perf_counter() - started)
+        assert fastest < 0.05, function.__name__
+
+
+# --- scoring -----------------------------------------------------------------------------------
+
+
+def rollouts_of(*texts):
+    return SimpleNamespace(texts=list(texts))
+
+
+def test_scores_keep_the_group_as_an_axis_and_weights_enter_the_total_alone():
+    rollouts = rollouts_of([written(), "72"], [written("5"), written("73")])
+    problems = [GOLD, Problem("?", "5", "")]
+    rewards = score(rollouts, problems, REWARD_FUNCTIONS, {"correctness": 3.0, "tag_count": 0.0})
+    assert rewards.names == [function.__name__ for function in REWARD_FUNCTIONS]
+    assert rewards.per_function.shape == (2, 2, 5)
+    assert rewards.per_function[..., 0].tolist() == [[2.0, 0.0], [2.0, 0.0]]
+    assert rewards.total.tolist() == [[7.5, 0.0], [7.5, 1.5]]
+
+
+def broken(kind):
+    def picky(completion, problem):
+        if kind == "raises":
+            return {}["no such key"]
+        return {"None": None, "NaN": math.nan, "text": "2.0", "infinite": math.inf}[kind]
+
+    return picky
+
+
+@pytest.mark.parametrize("kind", ["raises", "None", "NaN", "text", "infinite"])
+def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
+    with pytest.raises(UserError) as raised:
+        score(rollouts_of(["text"]), [GOLD], [broken(kind)], file="completions/step_00007.jsonl")
+    message = str(raised.value)
+    for part in ("picky", "How many?", "completions/step_00007.jsonl"):
+        assert part in message
+    assert "\n" not in message
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def test_wilson_interval_matches_published_values():
+    # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29
+    for (k, n), expected in {
+        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
+    }.items():  # fmt: skip
+        assert wilson_interval(k, n) == pytest.approx(expected, abs=6e-5)
+    assert wilson_interval(20, 20)[1] == 1.0
+
+
+def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size():
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 5
+    problems = [Problem("ab" * i, str(i), "") for i in range(1, 8)]
+    runs = [
+        evaluate(model, tokenizer, problems, 12, batch_size, REWARD_FUNCTIONS)
+        for batch_size in (1, 3, 100)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    summary, records = runs[0]
+    assert [record["question"] for record in records] == [p.question for p in problems]
+    assert summary["problems"] == 7
+
+
+def test_accuracy_does_not_move_when_the_rewards_are_edited(monkeypatch):
+    import evaluator
+    import sampler
+
+    texts = [written("1"), written("9"), "3", written("4")]
+    problems = [Problem(f"{i}", str(i), "") for i in range(1, 5)]
+
+    def answer(model, tokenizer, prompts, *args, **kwargs):
+        rows = len(prompts)
+        return sampler.Rollouts(
+            [], torch.zeros(rows, 1, 1), torch.ones(rows, 1, 1, dtype=torch.bool),
+            torch.zeros(rows, 1, 1), torch.ones(rows, 1, dtype=torch.bool),
+            [[texts[int(prompt) - 1]] for prompt in prompts],
+        )  # fmt: skip
+
+    monkeypatch.setattr(evaluator, "sample_rollouts", answer)
+    monkeypatch.setattr(evaluator, "chat_prompt", lambda tokenizer, system, question: question)
+
+    def flattering(completion, problem):
+        return 100.0
+
+    summary, records = evaluate(None, None, problems, 8, 2, [flattering])
+    assert summary["accuracy"] == 0.5
+    assert summary["format_rate"] == 0.75
+    assert summary["rewards/flattering"] == 100.0
+    assert [record["correct"] for record in records] == [True, False, False, True]
+    assert (summary["accuracy_low"], summary["accuracy_high"]) == wilson_interval(2, 4)
+
+
+# --- safety ------------------------------------------------------------------------------------
+
+
+def test_no_module_evaluates_text_or_trusts_remote_code():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", None)
+            assert name not in ("eval", "exec", "compile", "__import__"), (path, node.lineno)
+            attribute = getattr(node.func, "attr", None)
+            assert attribute not in ("system", "popen"), (path, node.lineno)
+            for keyword in node.keywords:
+                value = getattr(keyword.value, "value", None)
+                assert (keyword.arg, value) not in (
+                    ("shell", True), ("weights_only", False), ("trust_remote_code", True),
+                ), (path, node.lineno)  # fmt: skip
+
+
+def test_reward_functions_need_the_standard_library_alone():
+    tree = ast.parse((ROOT / "evaluator.py").read_text())
+    names = {function.__name__ for function in REWARD_FUNCTIONS}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & {"torch", "sample_rollouts", "chat_prompt"}
