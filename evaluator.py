@@ -25,8 +25,8 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 # One number at the start, with at most a unit after it: "72", "-1,080", "$5.00", "50%", "8 clips."
 NUMBER = re.compile(
-    r"(?P<sign>[-\u2212+]?)[$€£]?(?P<minus>[-\u2212]?)"
-    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?P<fraction>\.[0-9]+)?"
+    r"(?P<sign>[-\u2212+]?[$€£]?|[$€£][-\u2212])(?=\.?[0-9])"
+    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?P<fraction>\.[0-9]+)?"
     r"\.?\s*%?[a-zA-Z\s]*\.?"
 )
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
@@ -43,10 +43,10 @@ def parse_number(text):
     if len(text) > LONGEST_NUMBER:
         return None
     match = NUMBER.fullmatch(text)
-    if not match or not (match["digits"] or match["fraction"]) or match["sign"] and match["minus"]:
+    if not match:
         return None
-    value = Decimal((match["digits"] or "0").replace(",", "") + (match["fraction"] or ""))
-    return -value if (match["sign"] or match["minus"]) in ("-", "\u2212") else value
+    value = Decimal((match["whole"] or "0").replace(",", "") + (match["fraction"] or ""))
+    return -value if {"-", "\u2212"} & set(match["sign"]) else value
 
 
 def extract_answer(completion):

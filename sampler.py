@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llms import head_logits, stop_token_ids
 
-# Tokens between two looks at which rows have finished, by device type, elsewhere 1. A look makes the
-# host wait for the device. Rows that go on meanwhile are masked: the result is the same.
+# Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
+# the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
 LOOK_EVERY = {"cuda": 16}
 
 

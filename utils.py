@@ -1,18 +1,11 @@
-"""What every module may need: user errors, seeds, and the record that a run leaves on disk."""
+"""What every module may need: user errors, seeds, JSON lines, a stopwatch, the allocator."""
 
 import ctypes
 import json
 import os
-import platform
 import random
-import shutil
-import subprocess
 import time
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
-
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 class UserError(Exception):
@@ -77,14 +70,15 @@ def write_jsonl(path, rows, mode="w"):
     """Write one JSON object per line. A NaN becomes null, so that every line is standard JSON."""
     with open(path, mode, encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
 
-def _finite(value):
+def finite(value):
+    """The same nested value with None for every float that is NaN or infinite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
@@ -109,99 +103,3 @@ class Stopwatch:
         finally:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-
-
-class Run:
-    """A run's directory, and the only writer of what is in it.
-
-    config.json        every flag, versions, device, commit
-    metrics.jsonl      one line per training step
-    eval.jsonl         one line per evaluation
-    completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer
-    checkpoints/       step_00100/: the model in Hugging Face format
-    model/             the final model in Hugging Face format
-    plots/             PNGs, drawn from the files above alone
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.completions = self.path / "completions"
-        self.completions.mkdir(parents=True, exist_ok=True)
-
-    def save_config(self, args, device, **facts):
-        config = {
-            "flags": vars(args),
-            **facts,
-            "device": device,
-            "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in PACKAGES},
-            "commit": _commit(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        text = json.dumps(_finite(config), indent=2, ensure_ascii=False)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    def log_step(self, metrics):
-        write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
-
-    def log_evaluation(self, step, summary, records):
-        write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
-        write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
-
-    def save_rollouts(self, step, problems, rollouts):
-        """Write a step's completions before they are scored; returns the file's path.
-
-        `save_rewards` adds the scores to the same lines.
-        """
-        path = self.completions / f"step_{step:05d}.jsonl"
-        rows = [
-            {
-                "question": problem.question,
-                "answer": problem.answer,
-                "completion": text,
-                "finished": finished,
-            }
-            for problem, texts, ended in zip(problems, rollouts.texts, rollouts.finished.tolist())
-            for text, finished in zip(texts, ended)
-        ]
-        write_jsonl(path, rows)
-        return path
-
-    def save_rewards(self, path, rewards, advantages):
-        """Add each completion's rewards and advantage to the file `save_rollouts` wrote."""
-        rows = [row for _, row in read_jsonl(path)]
-        scores = rewards.per_function.flatten(0, 1).tolist()  # (B, F)
-        totals, flat = rewards.total.flatten().tolist(), advantages.flatten().tolist()
-        for row, score, total, advantage in zip(rows, scores, totals, flat):
-            row.update(rewards=dict(zip(rewards.names, score)), reward=total, advantage=advantage)
-        write_jsonl(path, rows)
-
-    def save_model(self, model, tokenizer, name):
-        """Save model and tokenizer as Hugging Face files under `name`, whole or not at all."""
-        target, partial = self.path / name, self.path / (name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        return target
-
-
-def _commit():
-    """The checkout's commit, with `+changes` where files differ from it; None outside git."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-def print_summary(path, before, after):
-    print(before); print(after); print(path)

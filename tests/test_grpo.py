@@ -173,9 +173,7 @@ def test_only_k2_has_the_gradient_of_the_reverse_kl():
 
     def expected(estimator):
         """E over tokens drawn from the policy; the draw itself carries no gradient."""
-        return gradient(
-            lambda p: (p.exp().detach() * kl_estimate(p, reference, estimator)).sum()
-        )
+        return gradient(lambda p: (p.exp().detach() * kl_estimate(p, reference, estimator)).sum())
 
     reverse = gradient(lambda p: (p.exp() * (p - reference)).sum())
     forward = gradient(lambda p: (reference.exp() * (reference - p)).sum())

@@ -127,7 +127,8 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
 def test_same_seed_same_completions_and_another_seed_others():
     model = make_model()
     first, second, third = (
-        sample_rollouts(model, Words(0), [[5, 2]], 4, 12, 1.0, generator(seed)) for seed in (1, 1, 2)
+        sample_rollouts(model, Words(0), [[5, 2]], 4, 12, 1.0, generator(seed))
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first.completion_ids, second.completion_ids)
     assert not torch.equal(first.completion_ids, third.completion_ids)

