@@ -128,6 +128,8 @@ def build_parser(preset):
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    # argparse takes -1 for a value but -1e-6 for a flag.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     group = parser.add_argument_group
     # fmt: off
 
@@ -193,7 +195,7 @@ def build_parser(preset):
     flag = group("optimizer").add_argument
     flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: only evaluate")
     flag("--learning_rate", type=POSITIVE, help="peak learning rate of AdamW")
-    flag("--lr_schedule", choices=("constant", "cosine"), help="after the warm-up; cosine falls to 0")
+    flag("--lr_schedule", choices=("constant", "cosine"), help="after warm-up; cosine falls to 0")
     flag("--warmup_percent", type=SHARE, help="share of the steps that warm up; 0: none")
     flag("--adam_beta1", type=BETA, default=0.9, help="decay of AdamW's first moment")
     flag("--adam_beta2", type=BETA, default=0.99, help="decay of AdamW's second moment")

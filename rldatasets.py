@@ -161,7 +161,7 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    1: Difficulty(largest=15, events=1, product=False),
+    1: Difficulty(largest=20, events=1, product=False),
     2: Difficulty(largest=50, events=1, product=False),
     3: Difficulty(largest=20, events=2, product=False),
     4: Difficulty(largest=12, events=1, product=True),
@@ -188,19 +188,26 @@ def arithmetic_problems(split, seed, difficulty=1):
 
 def _arithmetic_problem(rng, level):
     """One random problem, and what it calculates as text, e.g. "5+7 12-3" for 7 + 5 - 3."""
+
+    def operand():
+        return rng.randint(2, level.largest)
+
     name, friend = rng.sample(NAMES, 2)
     words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
-    total = rng.randint(2, level.largest)
+    total = operand()
+    events = [(rng.choice("+-"), operand()) for _ in range(level.events)]
     if level.product:
         per_box = rng.randint(2, min(level.largest, 12))
         sentences = [START_WITH_BOXES.format(a=total, b=per_box, **words)]
         steps = [(total, "*", per_box)]
         total *= per_box
     else:
+        operation, n = events[0]
+        if operation == "-" and n > total:  # nobody gives away more than there is
+            total, events[0] = n, ("-", total)
         sentences, steps = [START.format(a=total, **words)], []
-    for _ in range(level.events):
-        operation = rng.choice("+-") if total > 2 else "+"
-        n = rng.randint(2, level.largest if operation == "+" else min(level.largest, total))
+    for operation, n in events:
+        operation = "+" if n > total else operation
         sentences.append(rng.choice(EVENTS[operation]).format(n=n, **words))
         steps.append((total, operation, n))
         total = CALCULATE[operation](total, n)
