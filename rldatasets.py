@@ -108,7 +108,7 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
 
 def is_held_out(key):
     """Whether what `key` names belongs to the test split: one in five, by its hash alone."""
-    return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 5 == 0
 
 
 def _problems_from_file(path):
