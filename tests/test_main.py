@@ -1,0 +1,566 @@
+"""One update against naive references, the optimizer's recipe, and whole runs end to end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, make_args, make_model, make_tokenizer
+from test_llms import naive_logprobs
+from test_sampler import Words, generator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluator
+import main
+from flags import parse_args
+from llms import frozen_copy
+from main import cold_start, make_optimizer, update_policy
+from plotter import Series
+from rldatasets import Problem, Problems
+from sampler import sample_rollouts
+from utils import Stopwatch, UserError
+
+ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0], [2.0, -1.0, -1.0, 0.0]])
+
+
+def rollouts_from(model, temperature=1.0, seed=0, length=10):
+    return sample_rollouts(
+        model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, length, temperature, generator(seed)
+    )
+
+
+def toy(dtype=torch.float64, **overrides):
+    return make_model(dtype=dtype, vocab_size=14, **overrides)
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Plain gradient descent at rate 0 that keeps the gradients it was given."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+
+    def step(self, closure=None):
+        self.seen = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+
+
+def gradients(model, rollouts, accelerator, advantages=ADVANTAGES, reference=None, **flags):
+    optimizer = RecordingSGD(model)
+    args = make_args(max_completion_length=10, **flags)
+    metrics = update_policy(
+        model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+    )
+    return optimizer.seen, metrics
+
+
+def distance(ours, theirs):
+    """The largest relative difference among the parameters' gradients."""
+    return max((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(ours, theirs)).item()
+
+
+# --- one update --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, accelerator):
+    model = toy()
+    rollouts = rollouts_from(model, temperature=0.8)
+    reference = frozen_copy(toy(seed=1))
+    actual, metrics = gradients(
+        model, rollouts, accelerator, reference=reference, aggregation=aggregation, kl_beta=0.1,
+        temperature=0.8,
+    )  # fmt: skip
+    model.zero_grad()
+    mask = rollouts.completion_mask
+    loss, kl_total = 0.0, 0.0
+    for q in range(3):
+        ids = rollouts.completion_ids[q]
+        logprobs = naive_logprobs(model, rollouts.prompt_ids[q], ids, 0.8)
+        with torch.no_grad():
+            ref = naive_logprobs(reference, rollouts.prompt_ids[q], ids, 0.8)
+        for g in range(4):
+            tokens = int(mask[q, g].sum())
+            weight = {"grpo": 1 / (12 * tokens), "dapo": 1 / int(mask.sum()), "dr_grpo": 1 / 120}
+            for t in range(tokens):
+                gap = ref[g, t] - logprobs[g, t]
+                kl = gap.exp() - gap - 1
+                ratio = (logprobs[g, t] - logprobs[g, t].detach()).exp()
+                loss = loss - weight[aggregation] * (ratio * ADVANTAGES[q, g] - 0.1 * kl)
+                kl_total += kl.item()
+    loss.backward()
+    expected = [p.grad for p in model.parameters()]
+    assert distance(actual, expected) < 1e-5
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["kl"] == pytest.approx(kl_total / int(mask.sum()), rel=1e-5)
+    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+def test_micro_batches_change_nothing(aggregation, kl_beta, accelerator):
+    model = toy()
+    rollouts = rollouts_from(model)
+    assert len(set(rollouts.completion_mask.sum(-1).flatten().tolist())) > 2  # unequal lengths
+    reference = frozen_copy(toy(seed=1)) if kl_beta else None
+    settings = {"aggregation": aggregation, "kl_beta": kl_beta, "reference": reference}
+    whole, metrics = gradients(model, rollouts, accelerator, **settings)
+    for size in (1, 2, 3):  # 4 = 3 + 1: the last part is smaller
+        parts, part_metrics = gradients(
+            model, rollouts, accelerator, micro_batch_size=size, **settings
+        )
+        assert distance(parts, whole) < 1e-5
+        assert part_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
+    accelerator, monkeypatch
+):
+    model = toy()
+    rollouts = rollouts_from(model)
+    scored = []
+    original = main.completion_logprobs
+
+    def spy(model, prompt_ids, completion_ids, temperature):
+        scored.append(prompt_ids.tolist())
+        return original(model, prompt_ids, completion_ids, temperature)
+
+    monkeypatch.setattr(main, "completion_logprobs", spy)
+    without, _ = gradients(model, rollouts, accelerator)
+    assert scored == [[5, 9, 3], [7, 7, 1, 3]]
+    monkeypatch.setattr(main, "micro_batches", lambda mask, learnable, size: [
+        (q, slice(0, 4), mask.shape[-1]) for q in range(3)
+    ])  # fmt: skip
+    everything, _ = gradients(model, rollouts, accelerator)
+    assert distance(without, everything) < 1e-5
+
+
+def test_no_advantage_at_all_leaves_the_policy_alone(accelerator):
+    model = toy()
+    before = [p.clone() for p in model.parameters()]
+    optimizer, _ = make_optimizer(model, make_args())
+    metrics = update_policy(
+        model, None, optimizer, rollouts_from(model), torch.zeros(3, 4), make_args(), accelerator,
+        Stopwatch(),
+    )  # fmt: skip
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_the_first_pass_has_ratio_one_and_the_second_does_not(accelerator):
+    model = toy(torch.float32, attention_dropout=0.5)  # dropout must not act
+    rollouts = rollouts_from(model)
+    args = make_args(learning_rate=0.02, num_inner_epochs=1)
+    optimizer, _ = make_optimizer(model, args)
+    arguments = (None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch())
+    first = update_policy(model, *arguments)
+    assert first["mismatch"] < 1e-5
+    assert first["clip_fraction"] == 0
+    second = update_policy(model, *arguments)
+    assert second["mismatch"] > 0.01
+    assert second["clip_fraction"] > 0
+
+
+def test_inner_epochs_update_once_each_on_the_same_completions(accelerator):
+    def run(calls, epochs):
+        model = toy()
+        rollouts = rollouts_from(model)
+        args = make_args(num_inner_epochs=epochs, learning_rate=0.01)
+        optimizer, _ = make_optimizer(model, args)
+        metrics = [
+            update_policy(
+                model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+            )
+            for _ in range(calls)
+        ]
+        return [p.detach() for p in model.parameters()], metrics
+
+    at_once, [metrics] = run(1, 3)
+    one_by_one, singles = run(3, 1)
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one))
+    clip = sum(single["clip_fraction"] for single in singles) / 3
+    assert metrics["clip_fraction"] == pytest.approx(clip)
+    assert metrics["mismatch"] < 1e-5
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(poison, accelerator):
+    model = toy()
+    rollouts = rollouts_from(model)
+    args = make_args(max_grad_norm=0.5)
+    optimizer, _ = make_optimizer(model, args)
+
+    def update(advantages):
+        return update_policy(
+            model, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+        )
+
+    assert update(ADVANTAGES)["skipped"] == 0
+    weights = [p.clone() for p in model.parameters()]
+    moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
+    poisoned = ADVANTAGES.clone()
+    poisoned[0, 0] = poison
+    assert update(poisoned)["skipped"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights))
+    after = [t for state in optimizer.state.values() for t in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, moments))
+    assert all(p.grad is None for p in model.parameters())
+    assert update(ADVANTAGES)["skipped"] == 0
+
+
+def test_truncated_completions_are_masked_only_on_request(accelerator):
+    model = toy()
+    rollouts = rollouts_from(model)
+    finished = rollouts.finished
+    assert finished.any() and not finished.all()
+    with_them, _ = gradients(model, rollouts, accelerator)
+    masked, _ = gradients(model, rollouts, accelerator, mask_truncated=True)
+    by_hand = torch.where(finished, ADVANTAGES, 0.0)  # grpo weights: the others keep theirs
+    expected, _ = gradients(model, rollouts, accelerator, advantages=by_hand)
+    assert distance(masked, expected) < 1e-5
+    assert distance(with_them, expected) > 1e-2
+
+
+def test_all_truncated_and_masked_gives_a_finite_loss_and_no_change(accelerator):
+    model = toy()
+    rollouts = rollouts_from(model, length=1)
+    rollouts.finished.fill_(False)
+    optimizer, _ = make_optimizer(model, make_args())
+    args = make_args(mask_truncated=True)
+    metrics = update_policy(
+        model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+    )
+    assert metrics["loss"] == 0 and metrics["skipped"] == 0
+
+
+def test_the_sampled_ids_reach_the_model_unchanged(accelerator, monkeypatch):
+    """ "a" then "b" as two tokens, where the tokenizer itself would write one: "ab"."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    a, b, joined = tokenizer.convert_tokens_to_ids(["a", "b", "ab"])
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [joined]
+    script = torch.tensor([a, b, tokenizer.eos_token_id])
+    steps = iter(script)
+
+    def scripted(logits, *args, **kwargs):
+        rows = logits.shape[0]
+        return next(steps).expand(rows), torch.full((rows,), -1.0, dtype=logits.dtype)
+
+    monkeypatch.setattr("sampler.sample_tokens", scripted)
+    rollouts = sample_rollouts(model, tokenizer, [[65]], 2, 3, 1.0, generator())
+    assert rollouts.texts == [["ab", "ab"]]
+    seen = []
+    original = main.completion_logprobs
+
+    def spy(model, prompt_ids, completion_ids, temperature):
+        seen.append(completion_ids.tolist())
+        return original(model, prompt_ids, completion_ids, temperature)
+
+    monkeypatch.setattr(main, "completion_logprobs", spy)
+    gradients(model, rollouts, accelerator, advantages=torch.tensor([[1.0, -1.0]]))
+    assert seen == [[script.tolist()] * 2]
+
+
+def test_every_tensor_is_made_on_the_model_s_device(accelerator):
+    """With meta as default, a tensor made without a device cannot meet the model's on the CPU."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    problem = Problem("1 + 1?", "2", "1 + 1 = 2")
+    args = make_args(
+        kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4, questions_per_step=1,
+        group_size=4, seed=0, top_k=5, top_p=0.9, min_p=0.01,
+    )  # fmt: skip
+    problems = Problems([problem], 0)
+    reference = frozen_copy(model)
+    torch.set_default_device("meta")
+    try:
+        cold_start(model, tokenizer, problems, args, accelerator)
+        optimizer, _ = make_optimizer(model, args)
+        rollouts = main.sample_groups(model, tokenizer, problems.batch(0, 1), 0, args, accelerator)
+        rewards = evaluator.score(rollouts, [problem], evaluator.REWARD_FUNCTIONS)
+        advantages = main.group_advantages(rewards.total)
+        advantages[0, 0] = 1.0
+        metrics = update_policy(
+            model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+        )
+        summary, _ = evaluator.evaluate(
+            model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS
+        )
+    finally:
+        torch.set_default_device(None)
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert summary["problems"] == 1
+
+
+# --- the optimizer's recipe --------------------------------------------------------------------
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    model = make_model("qwen2")
+    optimizer, _ = make_optimizer(model, make_args(weight_decay=0.3))
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if name.endswith("bias") or "norm" in name else 0.3
+        assert decay[id(parameter)] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, expected):
+    args = make_args(learning_rate=1.0, num_train_iters=8, warmup_percent=0.5, lr_schedule=schedule)
+    optimizer, scheduler = make_optimizer(make_model(), args)
+    rates = []
+    for _ in range(8):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_at_a_rate_of_1e_6_fp32_weights_move_and_bf16_ones_do_not(accelerator):
+    def changed(dtype):
+        model = make_model(dtype=dtype, vocab_size=14, initializer_range=0.02)
+        start = [p.clone() for p in model.parameters() if p.ndim == 2]
+        args = make_args(learning_rate=1e-6)
+        optimizer, _ = make_optimizer(model, args)
+        for step in range(10):
+            rollouts = rollouts_from(model, seed=step)
+            update_policy(
+                model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+            )
+        now = [p for p in model.parameters() if p.ndim == 2]
+        moved = sum((a != b).sum().item() for a, b in zip(now, start))
+        return moved / sum(p.numel() for p in now)
+
+    assert changed(torch.float32) > 0.99
+    assert changed(torch.bfloat16) < 0.5
+
+
+def test_the_cold_start_learns_the_worked_answer(accelerator):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), initializer_range=0.05)
+    problem = Problem("1 + 1?", "2", "1 + 1 = 2")
+    target = main.completion_ids(tokenizer, problem)
+    assert target[-1] == tokenizer.eos_token_id
+    text = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
+    assert tokenizer.decode(target[:-1]) == text
+    args = make_args(
+        cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
+    )
+    cold_start(model, tokenizer, Problems([problem], 0), args, accelerator)
+    summary, [record] = evaluator.evaluate(
+        model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS
+    )
+    assert record["completion"] == text
+    assert summary["accuracy"] == 1.0
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+TINY = [
+    "--preset", "cpu", "--questions_per_step", "2", "--group_size", "3", "--num_train_iters", "2",
+    "--eval_problems", "5", "--max_completion_length", "12", "--max_prompt_length", "400",
+    "--cold_start_steps", "1",
+]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved_models, tmp_path):
+    run = tmp_path / "run"
+    main.train(
+        parse_args(
+            [*TINY, "--model_name", str(saved_models[family]), "--output_dir", str(run), "--seed",
+             "5", "--kl_beta", "0.04", "--update_ref_model", "--update_ref_model_freq", "1",
+             "--eval_iterations", "1", "--save_steps", "1", "--num_inner_epochs", "2"]
+        )
+    )  # fmt: skip
+    config = json.loads((run / "config.json").read_text())
+    assert config["flags"]["seed"] == 5 and config["flags"]["kl_beta"] == 0.04
+    assert config["packages"]["torch"] and config["device"] == "cpu"
+    metrics = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1]
+    for key in ("reward", "rewards/correctness", "loss", "kl", "entropy", "grad_norm", "mismatch",
+                "clip_fraction", "completion_length", "learning_rate", "tokens_per_second",
+                "seconds/sampling", "seconds/reference", "seconds/policy"):  # fmt: skip
+        assert math.isfinite(metrics[1][key]), key
+    evaluations = lines(run / "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 1, 2]
+    assert all(row["problems"] == 5 for row in evaluations)
+    for step in (0, 1, 2):
+        assert len(lines(run / "completions" / f"eval_{step:05d}.jsonl")) == 5
+    rows = lines(run / "completions" / "step_00001.jsonl")
+    assert len(rows) == 6
+    assert {"question", "answer", "completion", "rewards", "reward", "advantage"} <= rows[0].keys()
+    plots = {path.name for path in (run / "plots").iterdir()}
+    assert {"overview.png", "reward.png", "rewards_correctness.png", "eval_accuracy.png"} <= plots
+    for folder in ("model", "checkpoints/step_00001", "checkpoints/step_00002"):
+        model = AutoModelForCausalLM.from_pretrained(run / folder)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    final = AutoModelForCausalLM.from_pretrained(run / "model")
+    start = AutoModelForCausalLM.from_pretrained(saved_models[family])
+    assert not torch.equal(final.model.embed_tokens.weight, start.model.embed_tokens.weight)
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template
+
+
+def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_path, monkeypatch):
+    def brevity(completion, problem):
+        return 1.0 if len(completion) < 10 else 0.25
+
+    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [*main.REWARD_FUNCTIONS, brevity])
+    run = tmp_path / "run"
+    main.train(
+        parse_args([*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run),
+                    "--reward_weights", "brevity=2"])
+    )  # fmt: skip
+    first = lines(run / "metrics.jsonl")[0]
+    assert first["rewards/brevity"] >= 0.25
+    row = lines(run / "completions" / "step_00000.jsonl")[0]
+    assert row["reward"] == pytest.approx(sum(row["rewards"].values()) + row["rewards"]["brevity"])
+    assert "rewards/brevity" in lines(run / "eval.jsonl")[0]
+    assert (run / "plots" / "rewards_brevity.png").exists()
+    assert (run / "plots" / "eval_rewards_brevity.png").exists()
+
+
+def test_two_runs_of_one_seed_are_the_same_run(saved_models, tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        run = tmp_path / name
+        main.train(
+            parse_args(
+                [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run)]
+            )
+        )
+        weights.append((run / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--reward_weights", "corectness=2"], "--reward_weights corectness: no such reward"),
+        (["--max_prompt_length", "20"], "--max_prompt_length 20: no training prompt"),
+        (["--max_completion_length", "800", "--max_prompt_length", "10"], "exceeds the model's"),
+    ],
+)
+def test_what_only_the_files_can_tell_is_refused_before_anything_is_written(
+    flags, reason, saved_models, tmp_path
+):
+    run = tmp_path / "run"
+    argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run), *flags]
+    if "exceeds" in reason:
+        argv += ["--max_prompt_length", "224"]
+    with pytest.raises(UserError, match=reason):
+        main.train(parse_args(argv))
+    assert not run.exists()
+
+
+def test_a_cold_start_needs_worked_solutions(saved_models, tmp_path):
+    data = tmp_path / "own.jsonl"
+    rows = [{"question": f"{i} + 1?", "answer": i + 1} for i in range(30)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(data), "--output_dir",
+            str(tmp_path / "run"), "--model_name", str(saved_models["qwen2"])]  # fmt: skip
+    with pytest.raises(UserError, match="--cold_start_steps 1: the data has no worked solutions"):
+        main.train(parse_args(argv))
+    main.train(parse_args([*argv, "--cold_start_steps", "0"]))
+
+
+def environment():
+    return {**os.environ, "HF_TOKEN": "hf_canary1234567890", "HF_HUB_OFFLINE": "1"}
+
+
+def test_ctrl_c_ends_a_run_in_one_line(saved_models, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *TINY, "--num_train_iters", "100000", "--model_name",
+         saved_models["qwen2"], "--output_dir", run],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors.splitlines()[-1]
+    assert Series(run).metrics["reward"]
+
+
+def test_a_reward_function_that_fails_ends_the_run_with_its_name(
+    saved_models, tmp_path, monkeypatch
+):
+    def unlucky(completion, problem):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [unlucky])
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="unlucky raised KeyError"):
+        main.train(
+            parse_args(
+                [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run)]
+            )
+        )
+
+
+def test_the_real_command_trains_the_embedded_model(tmp_path):
+    """SmolLM2-135M itself, through the command line: the demo with tiny numbers."""
+    run = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--preset", "cpu", "--questions_per_step", "2",
+         "--group_size", "2", "--num_train_iters", "1", "--cold_start_steps", "1",
+         "--eval_problems", "4", "--max_completion_length", "6", "--output_dir", run],
+        capture_output=True, text=True, env=environment(), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "held-out, greedy" in done.stdout and "overview.png" in done.stdout
+    for path in [path for path in run.rglob("*") if path.suffix in (".json", ".jsonl")]:
+        assert "hf_canary" not in path.read_text(), path
+    assert "hf_canary" not in done.stdout + done.stderr
+    assert lines(run / "metrics.jsonl")[0]["mismatch"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.num_parameters() == 134_515_008
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_under_bf16_autocast():
+    """Sampling, reference and policy in bf16, weights and gradients in fp32."""
+    accelerator = Accelerator(mixed_precision="bf16")
+    model = toy(torch.float32).to(accelerator.device)
+    reference = frozen_copy(model)
+    device_generator = torch.Generator(accelerator.device).manual_seed(0)
+    with accelerator.autocast():
+        rollouts = sample_rollouts(
+            model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, 40, 1.0, device_generator
+        )
+    assert rollouts.completion_ids.device.type == "cuda"
+    args = make_args(kl_beta=0.1, micro_batch_size=3)
+    optimizer, _ = make_optimizer(model, args)
+    metrics = update_policy(
+        model, reference, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+    )
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert metrics["mismatch"] < 0.05
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

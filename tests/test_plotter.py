@@ -1,0 +1,69 @@
+"""Plots are drawn from the files alone."""
+
+import pytest
+from matplotlib.image import imread
+
+import plotter
+from plotter import Series, plot_run, smooth
+from utils import write_jsonl
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs; the second died before its first evaluation and knows a metric of its own."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    rows = [
+        {"step": step, "reward": step / 10, "rewards/correctness": step / 20, "kl": None,
+         "grad_norm": 1.0, "entropy": 0.5, "completion_length": 30, "seconds/sampling": 2.0,
+         "seconds/policy": 3.0}
+        for step in range(12)
+    ]  # fmt: skip
+    write_jsonl(first / "metrics.jsonl", rows)
+    write_jsonl(second / "metrics.jsonl", [{**row, "novelty": 1.0} for row in rows[:5]])
+    evaluation = {"problems": 10, "accuracy": 0.5, "accuracy_low": 0.2, "accuracy_high": 0.8}
+    write_jsonl(first / "eval.jsonl", [{"step": 0, **evaluation}, {"step": 12, **evaluation}])
+    return first, second
+
+
+def test_a_run_gets_an_overview_and_a_figure_per_metric(runs):
+    folder = plot_run(runs[0])
+    names = {path.stem for path in folder.iterdir()}
+    assert names == {
+        "overview", "reward", "rewards_correctness", "grad_norm", "entropy", "completion_length",
+        "seconds_sampling", "seconds_policy", "eval_accuracy",
+    }  # fmt: skip
+    height, width, _ = imread(folder / "overview.png").shape
+    assert width > 1500 and height > 800
+
+
+def test_several_runs_are_laid_over_each_other(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plotter.main([str(run) for run in runs])
+    assert capsys.readouterr().out.strip() == "comparison"
+    assert (tmp_path / "comparison" / "overview.png").exists()
+    assert (tmp_path / "comparison" / "novelty.png").exists()
+
+
+def test_the_original_s_log_dir_flag_works(runs):
+    plotter.main(["--log_dir", str(runs[0])])
+    assert (runs[0] / "plots" / "overview.png").exists()
+
+
+def test_a_directory_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plotter.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert f"{tmp_path}: no run here" in capsys.readouterr().err
+
+
+def test_missing_values_leave_gaps_and_do_not_become_points(runs):
+    series = Series(runs[0])
+    assert "kl" not in series.metrics
+    assert series.metrics["reward"][0] == list(range(12))
+
+
+def test_the_smooth_line_is_a_moving_average():
+    assert smooth([3.0, 6.0, 9.0, 0.0]) == [3.0, 4.5, 6.0, 5.0]
+    assert smooth([1.0, 2.0, 3.0], window=1) == [1.0, 2.0, 3.0]
