@@ -57,22 +57,24 @@ PRESETS = {
         "group_size": 8,
         "micro_batch_size": 0,
         "max_prompt_length": 256,
-        "max_completion_length": 64,
+        "max_completion_length": 48,
         "temperature": 1.0,
-        "num_train_iters": 24,
-        "learning_rate": 1e-5,
+        "num_train_iters": 16,
+        "learning_rate": 1.5e-5,
         "lr_schedule": "cosine",
         "warmup_percent": 0.1,
         "max_grad_norm": 1.0,
         "kl_beta": 0.0,
         "cold_start_steps": 4,
         "cold_start_learning_rate": 5e-5,
-        "eval_iterations": 0,
-        "eval_problems": 320,
+        "eval_iterations": 8,
+        "eval_problems": 256,
         "eval_batch_size": 128,
         "save_steps": 0,
     },
 }
+# What a preset changes for a dataset that is not its own.
+PRESETS_ON = {("cpu", "gsm8k"): {"max_completion_length": 160}}  # longer solutions
 
 
 def _number(kind, low, high=math.inf, low_open=False):
@@ -119,8 +121,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=100)
 
 
-def build_parser(preset):
-    """The parser whose defaults are those of PRESETS[preset]."""
+def build_parser(preset, dataset_name=None):
+    """The parser whose defaults are those of PRESETS[preset], on that dataset."""
     parser = _Parser(
         prog="main.py",
         description="Train a language model with GRPO. The defaults shown are those of the preset "
@@ -215,7 +217,7 @@ def build_parser(preset):
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between saved models; 0: only the final one")
     # fmt: on
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(**{**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})})
     return parser
 
 
@@ -226,7 +228,9 @@ def parse_args(argv=None):
     """
     first = _Parser(prog="main.py", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="h100")
-    parser = build_parser(first.parse_known_args(argv)[0].preset)
+    first.add_argument("--dataset_name")
+    chosen = first.parse_known_args(argv)[0]
+    parser = build_parser(chosen.preset, chosen.dataset_name)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)

@@ -81,6 +81,12 @@ def test_the_preset_replaces_defaults_and_explicit_flags_win_in_any_order():
         assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_on_gsm8k_the_cpu_preset_leaves_room_for_longer_solutions(gsm8k):
+    argv = [*CPU, "--dataset_name", "gsm8k", "--dataset_path", str(gsm8k)]
+    assert parse_args(argv).max_completion_length == 160
+    assert parse_args([*argv, "--max_completion_length", "99"]).max_completion_length == 99
+
+
 def test_both_presets_set_the_same_flags():
     assert PRESETS["cpu"].keys() == PRESETS["h100"].keys()
 
