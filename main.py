@@ -57,35 +57,34 @@ def train(args):
         return summary
 
     before = after = evaluation(step=0)
-    bar = tqdm(total=args.num_train_iters, desc="GRPO", unit="step")
-    for step in range(args.num_train_iters):
-        stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        problems = train_problems.batch(step, args.questions_per_step)  # Q
-        with stopwatch("sampling"):
-            rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
-        with stopwatch("rewards"):
-            file = run.save_rollouts(step, problems, rollouts)
-            rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
-            advantages = group_advantages(rewards.total, args.advantage_scale)  # (Q, G)
-            run.save_rewards(file, rewards, advantages)
-        update = update_policy(
-            policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch
-        )
-        update["learning_rate"] = scheduler.get_last_lr()[0]
-        scheduler.step()
-        done = step + 1
-        if args.update_ref_model and is_due(done, args.update_ref_model_freq):
-            mix_into(reference, policy, args.ref_model_mixup_alpha)
-        if is_due(done, args.eval_iterations) or done == args.num_train_iters:
-            with stopwatch("evaluation"):
-                after = evaluation(done)
-        metrics = step_metrics(step, rollouts, rewards, update, stopwatch.seconds)
-        run.log_step(metrics)
-        if is_due(done, args.save_steps):
-            run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
-            plot_run(run.path)
-        show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
-    bar.close()
+    with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
+        for step in range(args.num_train_iters):
+            stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
+            problems = train_problems.batch(step, args.questions_per_step)  # Q
+            with stopwatch("sampling"):
+                rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
+            with stopwatch("rewards"):
+                file = run.save_rollouts(step, problems, rollouts)
+                rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
+                advantages = group_advantages(rewards.total, args.advantage_scale)  # (Q, G)
+                run.save_rewards(file, rewards, advantages)
+            update = update_policy(
+                policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch
+            )
+            update["learning_rate"] = scheduler.get_last_lr()[0]
+            scheduler.step()
+            done = step + 1
+            if args.update_ref_model and is_due(done, args.update_ref_model_freq):
+                mix_into(reference, policy, args.ref_model_mixup_alpha)
+            if is_due(done, args.eval_iterations) or done == args.num_train_iters:
+                with stopwatch("evaluation"):
+                    after = evaluation(done)
+            metrics = step_metrics(step, rollouts, rewards, update, stopwatch.seconds)
+            run.log_step(metrics)
+            if is_due(done, args.save_steps):
+                run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
+                plot_run(run.path)
+            show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
     run.save_model(policy, tokenizer, "model")
     plot_run(run.path)
     print(summary_table(run.path, before, after))

@@ -460,7 +460,6 @@ def test_two_runs_of_one_seed_are_the_same_run(saved_models, tmp_path):
     [
         (["--reward_weights", "corectness=2"], "--reward_weights corectness: no such reward"),
         (["--max_prompt_length", "20"], "--max_prompt_length 20: no training prompt"),
-        (["--max_completion_length", "800", "--max_prompt_length", "10"], "exceeds the model's"),
     ],
 )
 def test_what_only_the_files_can_tell_is_refused_before_anything_is_written(
@@ -468,11 +467,22 @@ def test_what_only_the_files_can_tell_is_refused_before_anything_is_written(
 ):
     run = tmp_path / "run"
     argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run), *flags]
-    if "exceeds" in reason:
-        argv += ["--max_prompt_length", "224"]
     with pytest.raises(UserError, match=reason):
         main.train(parse_args(argv))
     assert not run.exists()
+
+
+def test_a_test_question_that_leaves_no_room_for_an_answer_is_refused(saved_models, tmp_path):
+    for split, question in (("train", "1 + 1?"), ("test", "1 + 1? " * 160)):
+        row = {"question": question, "answer": "So it is 2. #### 2"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
+            str(tmp_path / "run"), "--model_name", str(saved_models["qwen2"])]  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"--max_completion_length 12: .* exceeds the model's context"
+    ):
+        main.train(parse_args(argv))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cold_start_needs_worked_solutions(saved_models, tmp_path):
