@@ -4,7 +4,9 @@ Letters: G completions per question, P prompt tokens, C completion tokens, D hid
 vocabulary.
 """
 
+import contextlib
 import copy
+import io
 from importlib import metadata, util
 from pathlib import Path
 
@@ -55,7 +57,10 @@ def _load_embedded(attention):
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        quantised = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32
+        )
     # transformers marks the model as quantised for good and then refuses save_pretrained, although
     # its weights are plain fp32 by now: build it anew from a clean configuration.
     config = copy.deepcopy(quantised.config)

@@ -30,13 +30,14 @@ from grpo import group_advantages, grpo_loss, token_weights
 from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
 from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer
-from runlog import Run, step_metrics, summary_table
+from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import sample_rollouts
 
 
 def train(args):
     """One run, from the loaded model to the saved one."""
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
     policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
     run = Run(args.output_dir)
@@ -59,7 +60,7 @@ def train(args):
     before = after = evaluation(step=0)
     with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
         for step in range(args.num_train_iters):
-            stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
+            stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
             problems = train_problems.batch(step, args.questions_per_step)  # Q
             with stopwatch("sampling"):
                 rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
@@ -133,25 +134,6 @@ def load(args, accelerator):
 
 def is_due(done, every):
     return every > 0 and done % every == 0
-
-
-def show_progress(bar, metrics, evaluation, completion):
-    """Advance the bar by one step; print a completion where one is given, and any warning."""
-    step = metrics["step"]
-    if completion is not None:
-        bar.write(f"--- step {step}, reward {metrics['reward']:.2f}\n{completion}")
-    if metrics["truncated"] == 1:
-        bar.write(f"step {step}: warning: every completion was cut off; raise "
-                  "--max_completion_length")  # fmt: skip
-    if metrics["skipped"]:
-        bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
-    shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
-    if "kl" in metrics:
-        shown["kl"] = f"{metrics['kl']:.4f}"
-    shown["length"] = f"{metrics['completion_length']:.0f}"
-    shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
 
 
 def sample_groups(policy, tokenizer, problems, step, args, accelerator):

@@ -131,6 +131,25 @@ def step_metrics(step, rollouts, rewards, update, seconds):
     }
 
 
+def show_progress(bar, metrics, evaluation, completion):
+    """Advance the bar by one step; print a completion where one is given, and any warning."""
+    step = metrics["step"]
+    if completion is not None:
+        bar.write(f"--- step {step}, reward {metrics['reward']:.2f}\n{completion}")
+    if metrics["truncated"] == 1:
+        bar.write(f"step {step}: warning: every completion was cut off; raise "
+                  "--max_completion_length")  # fmt: skip
+    if metrics["skipped"]:
+        bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
+    shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
+    if "kl" in metrics:
+        shown["kl"] = f"{metrics['kl']:.4f}"
+    shown["length"] = f"{metrics['completion_length']:.0f}"
+    shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
 def summary_table(path, before, after):
     """What a run ends with: the held-out figures before and after, and where to look."""
     keys = [key for key in before if key not in ("problems", "accuracy_low", "accuracy_high")]

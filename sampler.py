@@ -41,6 +41,9 @@ class GroupLayer(DynamicLayer):
         self.length = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
+        # Under bf16 autocast the rotary embedding promotes keys, not values, to fp32; attention
+        # would round them again at every token.
+        key_states = key_states.to(value_states.dtype)
         rows, start, added = key_states.shape[0], self.length, key_states.shape[-2]
         self.length += added
         if not self.is_initialized:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from conftest import ROOT, make_args, make_model, make_tokenizer
 from test_llms import naive_logprobs
 from test_sampler import Words, generator
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluator
@@ -23,6 +24,7 @@ from llms import frozen_copy
 from main import cold_start, make_optimizer, update_policy
 from plotter import Series
 from rldatasets import Problem, Problems
+from runlog import show_progress
 from sampler import sample_rollouts
 from utils import Stopwatch, UserError
 
@@ -483,6 +485,46 @@ def test_a_test_question_that_leaves_no_room_for_an_answer_is_refused(saved_mode
     ):
         main.train(parse_args(argv))
     assert not (tmp_path / "run").exists()
+
+
+def test_over_long_training_questions_are_left_out_whole_and_counted(
+    saved_models, tmp_path, capsys
+):
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)]
+    rows.append({"question": "long " * 100, "answer": "#### 1"})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
+    run = tmp_path / "run"
+    argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
+            str(run), "--model_name", str(saved_models["qwen2"]), "--cold_start_steps", "0",
+            "--num_train_iters", "4"]  # fmt: skip
+    main.train(parse_args(argv))
+    assert "1 of 7 training questions left out" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["left_out"] == 1
+    asked = {
+        row["question"]
+        for step in range(4)  # 8 draws from 6 questions: the data is gone through again
+        for row in lines(run / "completions" / f"step_{step:05d}.jsonl")
+    }
+    assert asked == {f"{i} + 1?" for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"truncated": 1.0}, "every completion was cut off"),
+        ({"skipped": 1.0}, "not finite"),
+        ({}, None),
+    ],
+)
+def test_a_step_that_teaches_nothing_says_why(change, warning, capsys):
+    metrics = {"step": 3, "reward": 1.0, "truncated": 0.5, "skipped": 0.0, "kl": 0.1,
+               "completion_length": 9.0, "tokens_per_second": 5.0, **change}  # fmt: skip
+    bar = tqdm(total=5, file=sys.stderr)
+    show_progress(bar, metrics, {"accuracy": 0.5}, None)
+    written = capsys.readouterr().out
+    assert (warning in written) if warning else (written == "")
+    assert bar.n == 1
 
 
 def test_a_cold_start_needs_worked_solutions(saved_models, tmp_path):

@@ -6,6 +6,7 @@ from conftest import FAMILIES, make_model, make_tokenizer
 from test_llms import naive_logprobs
 
 import sampler
+from llms import completion_logprobs
 from sampler import sample_rollouts, sample_tokens
 
 
@@ -183,6 +184,27 @@ def test_extreme_draws_stay_inside_the_vocabulary_and_off_impossible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(logits, uniforms, 1.0)[0].tolist() == [1, 2]
+
+
+def test_under_bf16_autocast_sampler_and_trainer_still_agree():
+    """What a GPU runs: bf16 passes over fp32 weights. The cache holds keys and values in bf16."""
+    model = make_model("llama", vocab_size=40, initializer_range=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, generator())
+        for question in range(2):
+            ids = rollouts.completion_ids[question]
+            scored = completion_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
+            gap = (scored - rollouts.logprobs[question])[rollouts.completion_mask[question]]
+            assert scored.dtype == torch.float32
+            assert gap.abs().max() < 0.05
+    assert rollouts.logprobs.dtype == torch.float32
+
+
+def test_the_cache_keeps_one_precision():
+    layer = sampler.GroupLayer(group_size=2, max_new_tokens=1)
+    states = torch.randn(1, 2, 3, 8)
+    layer.update(states, states.bfloat16())
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
 def test_dropout_in_the_config_does_not_reach_sampling():
