@@ -23,11 +23,19 @@ from statistics import fmean
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from evaluator import REWARD_FUNCTIONS, evaluate, score
 from grpo import group_advantages, grpo_loss, token_weights
-from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
+from llms import (
+    chat_prompt,
+    completion_logprobs,
+    frozen_copy,
+    load_model,
+    mix_into,
+    token_logprobs,
+)
 from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer
 from runlog import Run, show_progress, step_metrics, summary_table
@@ -274,23 +282,25 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
     )
     for step in tqdm(range(-args.cold_start_steps, 0), desc="cold start", leave=False):
         problems = train_problems.batch(step, args.questions_per_step)
+        prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, p.question) for p in problems]
         targets = [completion_ids(tokenizer, problem) for problem in problems]
-        tokens = sum(map(len, targets))
-        loss = torch.zeros((), device=accelerator.device)
-        for problem, target in zip(problems, targets):
-            prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question)
-            with accelerator.autocast():
-                logprobs = completion_logprobs(
-                    policy,
-                    torch.tensor(prompt, device=accelerator.device),
-                    torch.tensor([target], device=accelerator.device),
-                    temperature=1.0,
-                )  # (1, C)
-            share = -logprobs.sum() / tokens
-            share.backward()
-            loss += share.detach()
-        apply_gradients(optimizer, loss, args.max_grad_norm)
-        tqdm.write(f"cold start step {step}: loss {float(loss):.3f}")
+        # Padded on the right, behind everything that counts, so no mask is needed.
+        rows = [
+            torch.tensor(prompt + target, device=accelerator.device)
+            for prompt, target in zip(prompts, targets)
+        ]
+        ids = pad_sequence(rows, batch_first=True)  # (Q, P + C)
+        counts = torch.zeros_like(ids, dtype=torch.bool)
+        for row, prompt, target in zip(counts, prompts, targets):
+            row[len(prompt) : len(prompt) + len(target)] = True
+        with accelerator.autocast():
+            hidden = policy.get_decoder()(ids, use_cache=False).last_hidden_state
+            before, wanted = hidden[:, :-1][counts[:, 1:]], ids[counts]
+            loss = -token_logprobs(policy, before, wanted, temperature=1.0).mean()
+        loss.backward()
+        apply_gradients(optimizer, loss.detach(), args.max_grad_norm)
+        done = step + args.cold_start_steps + 1
+        tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
 
 
 def completion_ids(tokenizer, problem):
