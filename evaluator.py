@@ -6,11 +6,11 @@ REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; no
 
 import math
 import re
-import statistics
 import traceback
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
+from statistics import fmean
 
 import torch
 
@@ -27,7 +27,8 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 NUMBER = re.compile(
     r"(?P<sign>[-\u2212+]?[$€£]?|[$€£][-\u2212])(?=\.?[0-9])"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?P<fraction>\.[0-9]+)?"
-    r"\.?\s*%?[a-zA-Z\s]*\.?"
+    r"(?!\s*(?:k|dozen|hundred|thousand|million|billion)\b)\.?\s*%?[a-z\s]*\.?",
+    re.IGNORECASE | re.ASCII,
 )
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 LONGEST_NUMBER = 64  # characters; anything longer is not an answer to a grade-school problem
@@ -131,11 +132,11 @@ class Rewards:
     total: torch.Tensor  # (Q, G), the weighted sum over functions
 
 
-def score(rollouts, problems, reward_functions, weights=None, file="the completions file"):
+def score(rollouts, problems, reward_functions, weights=None, file=None):
     """Every reward function on every completion. weights: {function name: weight}, 1 by default.
 
-    Raises UserError naming function, question and file of completions where a reward function
-    raises or returns something other than a finite number.
+    Raises UserError naming function, question and completion (and the `file` that holds it whole)
+    where a reward function raises or returns something other than a finite number.
     """
     scores = [
         [
@@ -161,9 +162,10 @@ def _reward(function, completion, problem, file):
         if not isinstance(value, Real) or not math.isfinite(value):
             complaint = f"returned {value!r}, not a finite number"
     if complaint:
-        question = problem.question if len(problem.question) < 60 else problem.question[:57] + "..."
+        place = f"; see {file}" if file else ""
         raise UserError(
-            f"reward function {function.__name__} {complaint[:80]} on {question!r}; see {file}"
+            f"reward function {function.__name__} {complaint[:80]} for {problem.question[:40]!r}, "
+            f"completion {completion[:40]!r}{place}"
         )
     return float(value)
 
@@ -217,20 +219,16 @@ def evaluate(model, tokenizer, problems, max_new_tokens, batch_size, reward_func
             tick(len(chosen))
     correct = sum(record["correct"] for record in records)
     low, high = wilson_interval(correct, len(records))
-
-    def mean(values):
-        return statistics.fmean(values)
-
     summary = {
         "problems": len(records),
         "accuracy": correct / len(records),
         "accuracy_low": low,
         "accuracy_high": high,
-        "format_rate": mean(record["format"] for record in records),
-        "completion_length": mean(record["length"] for record in records),
-        "truncated": mean(not record["finished"] for record in records),
+        "format_rate": fmean(record["format"] for record in records),
+        "completion_length": fmean(record["length"] for record in records),
+        "truncated": fmean(not record["finished"] for record in records),
         **{
-            f"rewards/{function.__name__}": mean(
+            f"rewards/{function.__name__}": fmean(
                 record["rewards"][function.__name__] for record in records
             )
             for function in reward_functions

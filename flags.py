@@ -20,6 +20,7 @@ from utils import UserError, hub_token
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_CONTEXT = 8192
+GSM8K_HUB_NAME = "openai/gsm8k"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 HUB_SECONDS = 4  # how long to wait for the hub before saying that it cannot be reached
 
@@ -59,16 +60,16 @@ PRESETS = {
         "max_prompt_length": 256,
         "max_completion_length": 48,
         "temperature": 1.0,
-        "num_train_iters": 16,
-        "learning_rate": 1.5e-5,
+        "num_train_iters": 18,
+        "learning_rate": 1.2e-5,
         "lr_schedule": "cosine",
         "warmup_percent": 0.1,
         "max_grad_norm": 1.0,
         "kl_beta": 0.0,
         "cold_start_steps": 4,
         "cold_start_learning_rate": 5e-5,
-        "eval_iterations": 8,
-        "eval_problems": 256,
+        "eval_iterations": 0,
+        "eval_problems": 384,
         "eval_batch_size": 128,
         "save_steps": 0,
     },
@@ -86,11 +87,12 @@ def _number(kind, low, high=math.inf, low_open=False):
         except ValueError:
             value = math.nan
         inside = (low < value if low_open else low <= value) and value <= high
-        if not inside or not math.isfinite(value):
+        if not inside or value in (math.inf, -math.inf):
             name = "a whole number" if kind is int else "a finite number"
-            bound = f"above {low:g}" if low_open else f"of at least {low:g}"
-            limit = "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bound}{limit}")
+            bound = f" above {low:g}" if low_open else f" of at least {low:g}"
+            bound = "" if low == -math.inf else bound
+            limit = "" if high == math.inf else f" and at most {high:.10g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}{bound}{limit}")
         return value
 
     return parse
@@ -140,7 +142,8 @@ def build_parser(preset, dataset_name=None):
          "on GSM8K on one H100, cpu the demo that needs no GPU and no download")
     flag("--output_dir", metavar="DIR", help="where the run is written; None: "
          "runs/DATASET-MODEL-TIME")
-    flag("--seed", type=COUNT, default=7111994, help="fixes data order, problems and sampling")
+    flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
+         help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
 
     flag = group("model").add_argument
@@ -195,7 +198,7 @@ def build_parser(preset, dataset_name=None):
          help="reference = (1 - ALPHA) reference + ALPHA policy")
 
     flag = group("optimizer").add_argument
-    flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: only evaluate")
+    flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: none")
     flag("--learning_rate", type=POSITIVE, help="peak learning rate of AdamW")
     flag("--lr_schedule", choices=("constant", "cosine"), help="after warm-up; cosine falls to 0")
     flag("--warmup_percent", type=SHARE, help="share of the steps that warm up; 0: none")
@@ -215,7 +218,8 @@ def build_parser(preset, dataset_name=None):
     flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems; 0: all")
     flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")
     flag("--save_steps", type=COUNT, metavar="STEPS",
-         help="steps between saved models; 0: only the final one")
+         help="steps between saved models, each the whole model in fp32 (6 GB at 1.5B); "
+         "0: only the final one")
     # fmt: on
     parser.set_defaults(**{**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})})
     return parser
@@ -268,7 +272,7 @@ def check_dataset(args):
     if args.dataset_name == "arithmetic":
         return
     if args.dataset_path is None:
-        hub_file("openai/gsm8k", "README.md", "dataset", "--dataset_name gsm8k")
+        hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
         return
     path = Path(args.dataset_path)
     files = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
@@ -362,6 +366,8 @@ def hub_file(repo_id, filename, repo_type, flag):
         raise UserError(f"{flag}: access is gated; accept its licence on the hub and set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
         raise UserError(f"{flag}: not on the Hugging Face hub (a private one needs HF_TOKEN)")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+        raise UserError(f"{flag}: the hub refuses the access token; check HF_TOKEN")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(
         error, errors.LocalEntryNotFoundError
     ):

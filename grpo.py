@@ -9,10 +9,6 @@ constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3.
 
 import torch
 
-ADVANTAGE_SCALES = ("std", "none")
-AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
 
 

@@ -11,6 +11,8 @@ from importlib import metadata, util
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
@@ -43,11 +45,15 @@ def load_model(model_name, device, token=None):
             model = AutoModelForCausalLM.from_pretrained(
                 model_name, dtype=torch.float32, attn_implementation=attention, token=token
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"--model_name {model_name}: cannot be loaded: {reason}") from None
     if tokenizer.chat_template is None:
         raise UserError(f"--model_name {model_name}: has no chat template; use an -Instruct model")
+    try:
+        chat_prompt(tokenizer, "system", "question")
+    except TemplateError:
+        raise UserError(f"--model_name {model_name}: its chat takes no system message") from None
     return model.to(device).eval(), tokenizer
 
 
@@ -127,9 +133,9 @@ def _chunk_logprobs(model, hidden, token_ids, temperature):
 def token_logprobs(model, hidden, token_ids, temperature):
     """log p(token_ids) from the hidden states before them, at the sampling temperature.
 
-    hidden: (..., D), token_ids: (...). Returns (...). Works through LOGPROB_CHUNK tokens at a time
-    and computes each chunk's logits again in the backward pass, so the full (..., V) tensor never
-    exists.
+    hidden: (..., D), token_ids: (...). Returns (...). More than LOGPROB_CHUNK tokens are worked
+    through in chunks, whose logits are computed again in the backward pass: those of LOGPROB_CHUNK
+    tokens exist at once, never all of (..., V).
     """
     flat_hidden, flat_ids = hidden.flatten(0, -2), token_ids.flatten()  # (N, D), (N,)
     if len(flat_ids) <= LOGPROB_CHUNK:  # one chunk fits as it is

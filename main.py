@@ -73,10 +73,10 @@ def train(args):
             with stopwatch("sampling"):
                 rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
             with stopwatch("rewards"):
-                file = run.save_rollouts(step, problems, rollouts)
+                file, rows = run.save_rollouts(step, problems, rollouts)
                 rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
                 advantages = group_advantages(rewards.total, args.advantage_scale)  # (Q, G)
-                run.save_rewards(file, rewards, advantages)
+                run.save_rewards(file, rows, rewards, advantages)
             update = update_policy(
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch
             )
@@ -136,7 +136,11 @@ def load(args, accelerator):
         raise UserError(f"--max_completion_length {args.max_completion_length}: with the longest "
                         f"test prompt of {longest} tokens it exceeds the model's context of "
                         f"{policy.config.max_position_embeddings}")  # fmt: skip
-    facts = {"train_problems": len(fitting), "left_out": left_out, "test": len(test_problems)}
+    facts = {
+        "train_problems": len(fitting),
+        "left_out": left_out,
+        "test_problems": len(test_problems),
+    }
     return policy, tokenizer, Problems(fitting, args.seed), test_problems, facts
 
 
@@ -283,7 +287,7 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
     for step in tqdm(range(-args.cold_start_steps, 0), desc="cold start", leave=False):
         problems = train_problems.batch(step, args.questions_per_step)
         prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, p.question) for p in problems]
-        targets = [completion_ids(tokenizer, problem) for problem in problems]
+        targets = [worked_ids(tokenizer, problem) for problem in problems]
         # Padded on the right, behind everything that counts, so no mask is needed.
         rows = [
             torch.tensor(prompt + target, device=accelerator.device)
@@ -295,15 +299,15 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
             row[len(prompt) : len(prompt) + len(target)] = True
         with accelerator.autocast():
             hidden = policy.get_decoder()(ids, use_cache=False).last_hidden_state
-            before, wanted = hidden[:, :-1][counts[:, 1:]], ids[counts]
-            loss = -token_logprobs(policy, before, wanted, temperature=1.0).mean()
+            # The hidden state that predicts a token is the one before it.
+            loss = -token_logprobs(policy, hidden[:, :-1][counts[:, 1:]], ids[counts], 1.0).mean()
         loss.backward()
         apply_gradients(optimizer, loss.detach(), args.max_grad_norm)
         done = step + args.cold_start_steps + 1
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
 
 
-def completion_ids(tokenizer, problem):
+def worked_ids(tokenizer, problem):
     """The worked solution in the answer format, and the token that ends a turn."""
     ids = tokenizer(worked_answer(problem), add_special_tokens=False).input_ids
     return [*ids, tokenizer.eos_token_id]
@@ -314,6 +318,10 @@ if __name__ == "__main__":
         train(ARGS)
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("main.py: error: the GPU's memory is full; lower --micro_batch_size (training) or "
+              "--eval_batch_size (evaluation)", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nmain.py: interrupted; what was written is in {ARGS.output_dir}", file=sys.stderr)

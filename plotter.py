@@ -50,7 +50,9 @@ class Series:
             raise UserError(f"{path}: no run here (neither metrics.jsonl nor eval.jsonl)")
         self.name = self.path.resolve().name
         config = self.path / "config.json"
-        self.flags = json.loads(config.read_text())["flags"] if config.exists() else {}
+        self.flags = (
+            json.loads(config.read_text(encoding="utf-8"))["flags"] if config.exists() else {}
+        )
         self.metrics = _columns(self.path / "metrics.jsonl")
         self.evaluations = _columns(self.path / "eval.jsonl")
 
@@ -211,11 +213,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     paths = [*args.runs, *([args.log_dir] if args.log_dir else [])]
     if not paths:
-        parser.error("name at least one run, e.g. runs/demo")
+        print("plotter.py: error: name at least one run, e.g. runs/demo", file=sys.stderr)
+        return 2
     try:
         runs = [Series(path) for path in paths]
     except UserError as error:
-        parser.error(str(error))
+        print(f"plotter.py: error: {error}", file=sys.stderr)
+        return 2
     default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
     print(plot_runs(runs, Path(args.output_dir or default)))
 

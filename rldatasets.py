@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flags import GSM8K_HUB_NAME
 from utils import UserError, mixed_seed, read_jsonl
 
 SYSTEM_PROMPT = """Respond in the following format:
@@ -32,8 +33,6 @@ SYSTEM_PROMPT = """Respond in the following format:
 </answer>
 """
 
-DATASETS = ("gsm8k", "arithmetic")
-GSM8K_HUB_NAME = "openai/gsm8k"
 ARITHMETIC_SIZES = {"train": 4096, "test": 1024}
 
 
@@ -93,7 +92,11 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     if dataset_path is None:
         from datasets import load_dataset  # takes seconds to import and only the hub needs it
 
-        rows = load_dataset(GSM8K_HUB_NAME, "main", split=split)
+        try:
+            rows = load_dataset(GSM8K_HUB_NAME, "main", split=split)
+        except Exception as error:  # a library of many layers, each with errors of its own
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"--dataset_name gsm8k: the hub did not deliver: {reason}") from None
         problems = [_problem_from_row(row, f"{GSM8K_HUB_NAME}:{i}") for i, row in enumerate(rows)]
     elif Path(dataset_path).is_dir():
         problems = _problems_from_file(Path(dataset_path) / f"{split}.jsonl")
@@ -117,7 +120,7 @@ def _problems_from_file(path):
 
 def _problem_from_row(row, where):
     for field in ("question", "answer"):
-        if not str(row.get(field) or "").strip():
+        if row.get(field) is None or not str(row[field]).strip():
             raise UserError(f"{where}: `{field}` is missing or empty")
     solution, mark, answer = str(row["answer"]).rpartition("####")
     if mark and not answer.strip():
@@ -137,15 +140,15 @@ START_WITH_BOXES = "{name} has {a} boxes with {b} {things} in each box."
 EVENTS = {
     "+": (
         "{name} buys {n} more {things}.",
-        "{friend} gives {name} {n} {things}.",
-        "Then {name} finds {n} {things}.",
-        "{name} gets {n} {things} as a present.",
+        "{name} finds {n} more {things}.",
+        "{friend} brings {name} {n} more {things}.",
+        "{name} gets {n} more {things} as a present.",
     ),
     "-": (
-        "{name} gives {n} {things} to {friend}.",
+        "{name} gives away {n} {things} to {friend}.",
         "{name} loses {n} of the {things}.",
-        "{friend} takes {n} of the {things}.",
-        "{name} sells {n} {things}.",
+        "{friend} takes away {n} of the {things}.",
+        "{name} sells {n} of the {things}.",
     ),
 }
 QUESTION = "How many {things} does {name} have now?"

@@ -9,7 +9,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from utils import finite, read_jsonl, write_jsonl
+from utils import finite, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
@@ -52,9 +52,9 @@ class Run:
         write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
 
     def save_rollouts(self, step, problems, rollouts):
-        """Write a step's completions before they are scored; returns the file's path.
+        """Write a step's completions before they are scored; returns the file and its rows.
 
-        `save_rewards` adds the scores to the same lines.
+        `save_rewards` adds the scores to them.
         """
         path = self.completions / f"step_{step:05d}.jsonl"
         rows = [
@@ -68,11 +68,10 @@ class Run:
             for text, finished in zip(texts, ended)
         ]
         write_jsonl(path, rows)
-        return path
+        return path, rows
 
-    def save_rewards(self, path, rewards, advantages):
-        """Add each completion's rewards and advantage to the file `save_rollouts` wrote."""
-        rows = [row for _, row in read_jsonl(path)]
+    def save_rewards(self, path, rows, rewards, advantages):
+        """Add each completion's rewards and advantage to what `save_rollouts` wrote."""
         scores = rewards.per_function.flatten(0, 1).tolist()  # (B, F)
         totals, flat = rewards.total.flatten().tolist(), advantages.flatten().tolist()
         for row, score, total, advantage in zip(rows, scores, totals, flat):
@@ -80,14 +79,12 @@ class Run:
         write_jsonl(path, rows)
 
     def save_model(self, model, tokenizer, name):
-        """Save model and tokenizer as Hugging Face files under `name`, whole or not at all."""
+        """Save model and tokenizer as Hugging Face files under `name`, never half written."""
         target, partial = self.path / name, self.path / (name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        return target
+        os.replace(partial, target)  # a run writes no name twice
 
 
 def _commit():
@@ -153,7 +150,7 @@ def show_progress(bar, metrics, evaluation, completion):
 def summary_table(path, before, after):
     """What a run ends with: the held-out figures before and after, and where to look."""
     keys = [key for key in before if key not in ("problems", "accuracy_low", "accuracy_high")]
-    rows = [("held-out, greedy", "before", "after")]
+    rows = [("held-out, greedy", "before GRPO", "after")]
     for key in keys:
         rows.append((key, *(_cell(key, evaluation) for evaluation in (before, after))))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -4,6 +4,7 @@ Letters: Q questions, G completions per question, R = Q·G rows (fewer as they f
 tokens, C completion tokens, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,18 @@ def _filtered(probs, top_k, top_p, min_p):
     return probs
 
 
+@contextmanager
+def sdpa_attention(model):
+    """Sampling runs on SDPA, which takes the mask of left-padded prompts as it is. Flash attention,
+    where the model has it for training, would unpad the whole cache for every token."""
+    config = model.config
+    attention, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+
+
 @torch.no_grad()
 def sample_rollouts(
     model,
@@ -193,13 +206,9 @@ def sample_rollouts(
                 order = torch.arange(left, device=device)
                 order[gaps] = movers
                 live, tokens = live[order], tokens[order]
-        # (R, 1, 1, K) for SDPA is ready as it is; flash attention takes the two-dimensional form.
-        seen = visible[live, : prompt_length + t + 1]
-        if model.config._attn_implementation == "sdpa":
-            seen = seen[:, None, None]
         hidden = decoder(
             tokens[:, None],
-            attention_mask=seen,
+            attention_mask=visible[live, None, None, : prompt_length + t + 1],  # (R, 1, 1, P + C)
             position_ids=(next_position[live] + t)[:, None],
             past_key_values=cache,
         ).last_hidden_state[:, -1]

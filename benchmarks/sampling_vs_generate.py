@@ -45,7 +45,7 @@ def theirs(model, tokenizer, prompts, args, seed):
     output = model.generate(
         ids, attention_mask=mask.long(), max_new_tokens=args.max_new_tokens, do_sample=True,
         temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(model, tokenizer),
     )[:, ids.shape[1] :]  # fmt: skip
     stops = torch.tensor(stop_token_ids(model, tokenizer), device=output.device)
     stopped = torch.isin(output, stops).cumsum(-1)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
@@ -123,7 +124,16 @@ def make_args(**overrides):
     return SimpleNamespace(**{**args, **overrides})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True)
+def on_the_cpu_unless_marked_gpu(request, monkeypatch):
+    """The suite says the same on a machine with a GPU; every test sets up accelerate afresh."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the commands that tests start
+
+
+@pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
 
