@@ -48,7 +48,8 @@ NUMBERS = [
     ("0", 0), ("-0", 0), ("007", 7), (".5", 0.5), ("0.125", 0.125), ("12 Square Feet", 12),
 ]  # fmt: skip
 NOT_NUMBERS = [
-    "72 thousand", "3 Million", "6 dozen", "5k", "", " ", "-", "$", ".", ",", "%", "72 or 73", "72, 73", "1,08", "1,0800", ",123", "12,34",
+    "72 thousand", "3 Million", "6 dozen", "5k",
+    "", " ", "-", "$", ".", ",", "%", "72 or 73", "72, 73", "1,08", "1,0800", ",123", "12,34",
     "1/2", "5-6", "3e5", "1e300000", "nan", "inf", "Infinity", "x = 72", "about 72", "²", "٣",
     "--5", "-$-5", "0x10", "1_000", "72\u00a073", "7" * 5000, "72!" , "(72)",
 ]  # fmt: skip
@@ -255,7 +256,7 @@ def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
     with pytest.raises(UserError) as raised:
         score(rollouts_of(["text"]), [GOLD], [broken(kind)], file="completions/step_00007.jsonl")
     message = str(raised.value)
-    for part in ("picky", "How many?", "completions/step_00007.jsonl"):
+    for part in ("picky", "How many?", "'text'", "completions/step_00007.jsonl"):
         assert part in message
     assert "\n" not in message
 
@@ -330,9 +331,10 @@ def test_no_module_evaluates_text_or_trusts_remote_code():
             attribute = getattr(node.func, "attr", None)
             assert attribute not in ("system", "popen"), (path, node.lineno)
             for keyword in node.keywords:
+                assert keyword.arg != "trust_remote_code", (path, node.lineno)
                 value = getattr(keyword.value, "value", None)
                 assert (keyword.arg, value) not in (
-                    ("shell", True), ("weights_only", False), ("trust_remote_code", True),
+                    ("shell", True), ("weights_only", False),
                 ), (path, node.lineno)  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def naive_logprobs(model, prompt, completions, temperature):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied):
-    model = make_model(family, torch.float64, tie_word_embeddings=tied)
+    model = make_model(family, torch.float64, tie_word_embeddings=tied, use_cache=tied)
     weights = torch.randn(3, 5, dtype=torch.float64)
 
     def run(function):
@@ -128,7 +129,23 @@ def test_weights_are_fp32_whatever_the_file_holds(family, saved_models, tmp_path
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path, saved_models):
+def test_damaged_weights_are_refused_in_one_line(tmp_path, saved_models):
+    shutil.copytree(saved_models["qwen2"], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(str(tmp_path / "model"), "cpu")
+
+
+def test_a_chat_without_system_messages_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="takes no system message"):
+        load_model(str(tmp_path), "cpu")
+
+
+def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)

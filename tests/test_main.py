@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def rollouts_from(model, temperature=1.0, seed=0, length=10):
     return sample_rollouts(
         model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, length, temperature, generator(seed)
     )
+
+
+def norm_of(gradients):
+    return math.sqrt(sum(g.square().sum().item() for g in gradients))
 
 
 def toy(dtype=torch.float64, **overrides):
@@ -103,8 +108,7 @@ def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, accelerato
     assert distance(actual, expected) < 1e-5
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert metrics["kl"] == pytest.approx(kl_total / int(mask.sum()), rel=1e-5)
-    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm_of(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
@@ -122,6 +126,17 @@ def test_micro_batches_change_nothing(aggregation, kl_beta, accelerator):
         )
         assert distance(parts, whole) < 1e-5
         assert part_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged_from_before(accelerator):
+    model = toy()
+    rollouts = rollouts_from(model)
+    whole, _ = gradients(model, rollouts, accelerator)
+    clipped, metrics = gradients(model, rollouts, accelerator, max_grad_norm=norm_of(whole) / 10)
+    assert metrics["grad_norm"] == pytest.approx(norm_of(whole), rel=1e-5)
+    assert norm_of(clipped) == pytest.approx(norm_of(whole) / 10, rel=1e-4)
+    untouched, _ = gradients(model, rollouts, accelerator, max_grad_norm=norm_of(whole) * 10)
+    assert distance(untouched, whole) < 1e-5
 
 
 def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
@@ -217,6 +232,19 @@ def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(poison, acc
     assert all(torch.equal(a, b) for a, b in zip(after, moments))
     assert all(p.grad is None for p in model.parameters())
     assert update(ADVANTAGES)["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "skipped"),
+    [(1.0, 1.0, 0), (1.0, math.inf, 1), (1.0, math.nan, 1), (math.nan, 1.0, 1), (math.inf, 1.0, 1)],
+)
+def test_loss_and_gradient_must_both_be_finite(loss, gradient, skipped):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([gradient, 1.0])
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    assert main.apply_gradients(optimizer, torch.tensor(loss), 1.0)[1] == skipped
+    assert torch.equal(weight, torch.ones(2)) == bool(skipped)
+    assert weight.grad is None
 
 
 def test_truncated_completions_are_masked_only_on_request(accelerator):
@@ -355,14 +383,53 @@ def test_at_a_rate_of_1e_6_fp32_weights_move_and_bf16_ones_do_not(accelerator):
     assert changed(torch.bfloat16) < 0.5
 
 
+WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_the_worked_answer_is_its_text_and_the_end_of_turn_and_nothing_else(family):
+    tokenizer = make_tokenizer(family)
+    ids = main.worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"))
+    assert tokenizer.decode(ids) == WORKED + tokenizer.eos_token
+    assert tokenizer.bos_token_id not in ids
+
+
+def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, monkeypatch):
+    """Questions and solutions of unequal length share one padded batch."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    problems = [
+        Problem("1 + 1?", "2", "1 + 1 = 2"),
+        Problem("How much is 7?", "7", "It is 7.\nSo."),
+    ]
+    seen = {}
+
+    def record(optimizer, loss, max_grad_norm):
+        seen.update(loss=loss.item(), gradients=[p.grad.clone() for p in model.parameters()])
+        optimizer.zero_grad()
+
+    monkeypatch.setattr(main, "apply_gradients", record)
+    args = make_args(
+        cold_start_steps=1, cold_start_learning_rate=1e-3, questions_per_step=2, max_grad_norm=1.0
+    )
+    cold_start(model, tokenizer, Problems(problems, 0), args, accelerator)
+    logprobs = []
+    for problem in problems:
+        prompt = main.chat_prompt(tokenizer, main.SYSTEM_PROMPT, problem.question)
+        target = main.worked_ids(tokenizer, problem)
+        logprobs.append(
+            naive_logprobs(model, torch.tensor(prompt), torch.tensor([target]), 1.0).flatten()
+        )
+    loss = -torch.cat(logprobs).mean()
+    loss.backward()
+    assert seen["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert distance(seen["gradients"], [p.grad for p in model.parameters()]) < 1e-5
+
+
 def test_the_cold_start_learns_the_worked_answer(accelerator):
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer), initializer_range=0.05)
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
-    target = main.completion_ids(tokenizer, problem)
-    assert target[-1] == tokenizer.eos_token_id
-    text = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
-    assert tokenizer.decode(target[:-1]) == text
     args = make_args(
         cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
     )
@@ -370,7 +437,7 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
     summary, [record] = evaluator.evaluate(
         model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS
     )
-    assert record["completion"] == text
+    assert record["completion"] == WORKED
     assert summary["accuracy"] == 1.0
 
 
@@ -394,7 +461,8 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
         parse_args(
             [*TINY, "--model_name", str(saved_models[family]), "--output_dir", str(run), "--seed",
              "5", "--kl_beta", "0.04", "--update_ref_model", "--update_ref_model_freq", "1",
-             "--eval_iterations", "1", "--save_steps", "1", "--num_inner_epochs", "2"]
+             "--eval_iterations", "1", "--save_steps", "1", "--num_inner_epochs", "2",
+             "--warmup_percent", "0", "--learning_rate", "0.001"]
         )
     )  # fmt: skip
     config = json.loads((run / "config.json").read_text())
@@ -406,6 +474,8 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
                 "clip_fraction", "completion_length", "learning_rate", "tokens_per_second",
                 "seconds/sampling", "seconds/reference", "seconds/policy"):  # fmt: skip
         assert math.isfinite(metrics[1][key]), key
+    rates = [row["learning_rate"] for row in metrics]
+    assert rates == pytest.approx([1e-3, 5e-4])  # cosine over two steps, whatever the epochs
     evaluations = lines(run / "eval.jsonl")
     assert [row["step"] for row in evaluations] == [0, 1, 2]
     assert all(row["problems"] == 5 for row in evaluations)
@@ -567,13 +637,14 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
         raise KeyError("surprise")
 
     monkeypatch.setattr(main, "REWARD_FUNCTIONS", [unlucky])
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match="unlucky raised KeyError"):
-        main.train(
-            parse_args(
-                [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run)]
-            )
-        )
+    argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir"]
+    with pytest.raises(UserError, match=r"unlucky raised KeyError.*completion"):
+        main.train(parse_args([*argv, str(tmp_path / "one")]))
+    # One that gets through the evaluation and fails in a step names the file of completions.
+    monkeypatch.setattr(main, "evaluate", lambda *a: ({"accuracy": 0.0, "problems": 1}, []))
+    with pytest.raises(UserError, match=r"see .*step_00000.jsonl") as raised:
+        main.train(parse_args([*argv, str(tmp_path / "two")]))
+    assert Path(str(raised.value).split("see ")[1]).exists()
 
 
 def test_the_real_command_trains_the_embedded_model(tmp_path):

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import make_tokenizer
 
 import evaluator
 from rldatasets import (
@@ -132,13 +131,13 @@ def write(path, *rows):
 
 
 def test_one_s_own_file_is_split_by_question_without_overlap(tmp_path):
-    rows = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(50)]
+    rows = [{"question": f"What is {i} - 1?", "answer": i - 1} for i in range(1, 51)]
     path = write(tmp_path / "own.jsonl", *rows)
     train, test = (load_problems("gsm8k", path, split, 0) for split in ("train", "test"))
     assert len(train) + len(test) == 50
     assert 3 < len(test) < 20
     assert not {p.question for p in train} & {p.question for p in test}
-    assert all(int(p.question.split()[2]) + 1 == int(p.answer) for p in train)
+    assert all(int(p.question.split()[2]) - 1 == int(p.answer) for p in train)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +161,3 @@ def test_a_split_without_problems_is_an_error(tmp_path):
     path = write(tmp_path / "own.jsonl")
     with pytest.raises(UserError, match="no problems in its train split"):
         load_problems("gsm8k", path, "train", 0)
-
-
-def test_the_worked_answer_survives_the_tokenizer():
-    problem = NUMBERED[7]
-    tokenizer = make_tokenizer()
-    ids = tokenizer(worked_answer(problem), add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == worked_answer(problem)
