@@ -97,10 +97,9 @@ def _evaluation(axes, runs, key):
         if key not in run.evaluations:
             continue
         steps, values = run.evaluations[key]
-        axes.plot(steps, values, "o-", color=colour, linewidth=2, label=run.name)
+        axes.plot(steps, values, "o:", color=colour, linewidth=1.2, markersize=7, label=run.name)
         if key == "accuracy":
             low, high = (run.evaluations[f"accuracy_{end}"][1] for end in ("low", "high"))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15)
             below = [value - bound for value, bound in zip(values, low)]
             above = [bound - value for value, bound in zip(values, high)]
             axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
