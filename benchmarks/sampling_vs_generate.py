@@ -1,8 +1,10 @@
-"""Our sampler against transformers' `generate` on the same prompts, in turn in one process.
+"""Our sampler against transformers' `generate` on the same prompts, in turn in one run.
 
 `generate` gets what a user would give it: every question repeated G times in one left-padded batch,
-sampling at the same temperature with every filter off. Both run the same weights on the same
-device; tokens count up to and including the stop token. One round is one call of each.
+sampling at the same temperature with every filter off, in a plain process. Ours runs as main.py
+runs it, with the allocator of utils.keep_freed_memory; `--same_allocator` gives it to both. Each
+has a process of its own and works while the other waits. Both run the same weights on the same
+device and dtype; tokens count up to and including the stop token.
 
     python benchmarks/sampling_vs_generate.py --dataset_path DIR_WITH_GSM8K --questions 4
 
@@ -12,44 +14,12 @@ The last line is JSON: median tokens per second of both, and the ratio with its 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from utils import keep_freed_memory
-
-keep_freed_memory()
-
-import torch
-
-from llms import chat_prompt, load_model, stop_token_ids
-from rldatasets import SYSTEM_PROMPT, load_problems
-from sampler import left_padded, sample_rollouts
-
-
-def ours(model, tokenizer, prompts, args, seed):
-    generator = torch.Generator(model.device).manual_seed(seed)
-    rollouts = sample_rollouts(
-        model, tokenizer, prompts, args.group_size, args.max_new_tokens, args.temperature, generator
-    )
-    return int(rollouts.completion_mask.sum())
-
-
-@torch.no_grad()
-def theirs(model, tokenizer, prompts, args, seed):
-    torch.manual_seed(seed)
-    repeated = [prompt for prompt in prompts for _ in range(args.group_size)]
-    ids, mask = left_padded(repeated, model.device)
-    output = model.generate(
-        ids, attention_mask=mask.long(), max_new_tokens=args.max_new_tokens, do_sample=True,
-        temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids(model, tokenizer),
-    )[:, ids.shape[1] :]  # fmt: skip
-    stops = torch.tensor(stop_token_ids(model, tokenizer), device=output.device)
-    stopped = torch.isin(output, stops).cumsum(-1)
-    return int(((stopped == 0) | ((stopped == 1) & torch.isin(output, stops))).sum())
 
 
 def main():
@@ -61,30 +31,30 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--same_allocator", action="store_true")
+    parser.add_argument("--worker", choices=("ours", "generate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        return work(args)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(args.model_name, device)
-    name = "gsm8k" if args.dataset_path else "arithmetic"
-    problems = load_problems(name, args.dataset_path, "train", 0).batch(0, args.questions)
-    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
-    print(
-        f"{len(prompts)} prompts of {min(map(len, prompts))}-{max(map(len, prompts))} tokens, "
-        f"{args.questions * args.group_size} rows, {torch.get_num_threads()} threads, {device}"
-    )
-
-    rates = {"ours": [], "generate": []}
-    for round_number in range(-1, args.rounds):  # round -1 warms up and is not counted
-        for label, sample in (("ours", ours), ("generate", theirs)):
-            started = time.perf_counter()
-            tokens = sample(model, tokenizer, prompts, args, round_number + 1)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            if round_number >= 0:
-                rates[label].append(tokens / seconds)
-            print(f"round {round_number}: {label:8} {tokens:6} tokens {seconds:7.1f} s "
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {name: subprocess.Popen([*command, name], **pipes) for name in ("ours", "generate")}
+    for worker in workers.values():
+        print(worker.stdout.readline().strip(), flush=True)
+    rates = {name: [] for name in workers}
+    for round_number in range(args.rounds + 1):  # round 0 warms up and is not counted
+        for name, worker in workers.items():
+            worker.stdin.write(f"{round_number}\n")
+            worker.stdin.flush()
+            tokens, seconds = json.loads(worker.stdout.readline())
+            if round_number:
+                rates[name].append(tokens / seconds)
+            print(f"round {round_number}: {name:8} {tokens:6} tokens {seconds:7.1f} s "
                   f"{tokens / seconds:7.1f} tokens/s", flush=True)  # fmt: skip
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
     ratios = [a / b for a, b in zip(rates["ours"], rates["generate"])]
     print(json.dumps({
         "rows": args.questions * args.group_size,
@@ -94,6 +64,63 @@ def main():
         "ratio_min": round(min(ratios), 2),
         "ratio_max": round(max(ratios), 2),
     }))  # fmt: skip
+
+
+def work(args):
+    """One worker: for every seed on standard input, sample once and print [tokens, seconds]."""
+    if args.worker == "ours" or args.same_allocator:
+        from utils import keep_freed_memory
+
+        keep_freed_memory()
+    import torch
+
+    from llms import chat_prompt, load_model
+    from rldatasets import SYSTEM_PROMPT, load_problems
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(args.model_name, device)
+    name = "gsm8k" if args.dataset_path else "arithmetic"
+    problems = load_problems(name, args.dataset_path, "train", 0).batch(0, args.questions)
+    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    print(f"{args.worker}: {min(map(len, prompts))}-{max(map(len, prompts))} prompt tokens, "
+          f"{torch.get_num_threads()} threads, {device}", flush=True)  # fmt: skip
+    sample = {"ours": ours, "generate": theirs}[args.worker]
+    for line in sys.stdin:
+        started = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), torch.no_grad():
+            tokens = sample(model, tokenizer, prompts, args, int(line))  # ends in a host copy
+        print(json.dumps([tokens, time.perf_counter() - started]), flush=True)
+
+
+def ours(model, tokenizer, prompts, args, seed):
+    import torch
+
+    from sampler import sample_rollouts
+
+    generator = torch.Generator(model.device).manual_seed(seed)
+    rollouts = sample_rollouts(
+        model, tokenizer, prompts, args.group_size, args.max_new_tokens, args.temperature, generator
+    )
+    return int(rollouts.completion_mask.sum())
+
+
+def theirs(model, tokenizer, prompts, args, seed):
+    import torch
+
+    from llms import stop_token_ids
+    from sampler import left_padded
+
+    torch.manual_seed(seed)
+    repeated = [prompt for prompt in prompts for _ in range(args.group_size)]
+    ids, mask = left_padded(repeated, model.device)
+    stops = stop_token_ids(model, tokenizer)
+    output = model.generate(
+        ids, attention_mask=mask.long(), max_new_tokens=args.max_new_tokens, do_sample=True,
+        temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=stops,
+    )[:, ids.shape[1] :]  # fmt: skip
+    stopped = torch.isin(output, torch.tensor(stops, device=output.device)).cumsum(-1)
+    return int(((stopped - stopped.diff(dim=-1, prepend=stopped[:, :1] * 0)) == 0).sum())
 
 
 if __name__ == "__main__":
