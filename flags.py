@@ -22,7 +22,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_CONTEXT = 8192
 GSM8K_HUB_NAME = "openai/gsm8k"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
-HUB_SECONDS = 4  # how long to wait for the hub before saying that it cannot be reached
+HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 
 # A preset is a set of defaults; a flag on the command line wins over it.
 PRESETS = {
@@ -221,7 +221,9 @@ def build_parser(preset, dataset_name=None):
          help="steps between saved models, each the whole model in fp32 (6 GB at 1.5B); "
          "0: only the final one")
     # fmt: on
-    parser.set_defaults(**{**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})})
+    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})}
+    defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -233,7 +235,10 @@ def parse_args(argv=None):
     first = _Parser(prog="main.py", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="h100")
     first.add_argument("--dataset_name")
+    first.add_argument("--dataset_path")
     chosen = first.parse_known_args(argv)[0]
+    if chosen.dataset_name is None and chosen.dataset_path is not None:
+        chosen.dataset_name = "gsm8k"  # a path means files, whatever the preset generates
     parser = build_parser(chosen.preset, chosen.dataset_name)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -324,10 +329,10 @@ def check_context(args, context):
 
 
 def check_output_dir(args):
-    """Raise UserError where a run would overwrite another, or could not write."""
+    """Raise UserError where a run would mix with other files, or could not write."""
     path = Path(args.output_dir)
-    if (path / "config.json").exists():
-        raise UserError(f"--output_dir {path}: holds a run already; name another directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--output_dir {path}: is not empty; name another directory")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir {path}: {existing} is not a directory one may write to")

@@ -8,12 +8,14 @@ models (rewards are functions), several GPUs, and any trainer class to look behi
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
+import signal
 import sys
 
 from flags import parse_args
 from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     ARGS = parse_args()
     keep_freed_memory()
 
@@ -284,7 +286,8 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
-    for step in tqdm(range(-args.cold_start_steps, 0), desc="cold start", leave=False):
+    steps = range(-args.cold_start_steps, 0)
+    for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):
         problems = train_problems.batch(step, args.questions_per_step)
         prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, p.question) for p in problems]
         targets = [worked_ids(tokenizer, problem) for problem in problems]
@@ -314,6 +317,7 @@ def worked_ids(tokenizer, problem):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         train(ARGS)
     except UserError as error:

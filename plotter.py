@@ -47,19 +47,24 @@ class Series:
     def __init__(self, path):
         self.path = Path(path)
         if not (self.path / "metrics.jsonl").exists() and not (self.path / "eval.jsonl").exists():
-            raise UserError(f"{path}: no run here (neither metrics.jsonl nor eval.jsonl)")
+            raise UserError(f"{path}: no run here, or nothing logged yet (no metrics.jsonl)")
         self.name = self.path.resolve().name
         config = self.path / "config.json"
-        self.flags = (
-            json.loads(config.read_text(encoding="utf-8"))["flags"] if config.exists() else {}
-        )
+        self.flags = _flags(config) if config.exists() else {}
         self.metrics = _columns(self.path / "metrics.jsonl")
         self.evaluations = _columns(self.path / "eval.jsonl")
 
 
+def _flags(config):
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["flags"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config}: damaged") from None
+
+
 def _columns(path):
     columns = {}
-    for _, row in read_jsonl(path) if path.exists() else []:
+    for _, row in read_jsonl(path, torn_end=True) if path.exists() else []:
         for key, value in row.items():
             if key != "step" and value is not None:
                 steps, values = columns.setdefault(key, ([], []))
@@ -80,8 +85,9 @@ def smooth(values, window=None):
 
 def _line(axes, steps, values, colour, label=None):
     """The raw line, faint, and its moving average."""
+    marker = "o" if len(values) == 1 else None
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
+    axes.plot(steps, smooth(values), color=colour, linewidth=2, marker=marker, label=label)
 
 
 def _metric(axes, runs, key):
@@ -145,6 +151,9 @@ def _finish(axes, key, legend):
     axes.set_title(LABELS.get(key, key.replace("rewards/", "reward: ")))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single step
+        axes.set_xlim(left - 0.5, right + 0.5)
     if key in SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
@@ -216,11 +225,11 @@ def main(argv=None):
         return 2
     try:
         runs = [Series(path) for path in paths]
-    except UserError as error:
+        default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
+        print(plot_runs(runs, Path(args.output_dir or default)))
+    except (UserError, OSError) as error:
         print(f"plotter.py: error: {error}", file=sys.stderr)
         return 2
-    default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
-    print(plot_runs(runs, Path(args.output_dir or default)))
 
 
 if __name__ == "__main__":

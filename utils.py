@@ -41,10 +41,11 @@ def mixed_seed(*numbers):
     return random.Random(repr(numbers)).getrandbits(63)
 
 
-def read_jsonl(path):
+def read_jsonl(path, torn_end=False):
     """The objects in a file of one JSON object per line, as (line number, object).
 
-    Raises UserError `file:line: reason` for a line that is not a JSON object, and for a file that
+    With `torn_end`, a last line that its writer did not finish is left out. Raises UserError
+    `file:line: reason` for a line that is not a JSON object, and for a file that
     cannot be read.
     """
     rows = []
@@ -56,6 +57,8 @@ def read_jsonl(path):
                 try:
                     row = json.loads(line)
                 except ValueError as error:
+                    if torn_end and not line.endswith("\n"):
+                        break
                     raise UserError(f"{path}:{number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected an object like {{...}}")

@@ -140,7 +140,14 @@ def test_flags_that_do_not_fit_the_machine_or_each_other(capsys, argv, parts):
 
 
 def test_generated_data_takes_no_path(capsys):
-    assert "--dataset_path" in refused(capsys, *CPU, "--dataset_path", "x.jsonl")
+    message = refused(capsys, *CPU, "--dataset_name", "arithmetic", "--dataset_path", "x.jsonl")
+    assert "--dataset_path" in message
+
+
+def test_a_path_alone_means_files_under_every_preset(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("")
+    args = parse_args([*CPU, "--dataset_path", "mine.jsonl"])
+    assert (args.dataset_name, args.max_completion_length) == ("gsm8k", 160)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,7 @@ def test_prompt_and_completion_must_fit_the_model_s_context(capsys, hub):
     assert "8192" in message
 
 
-def test_a_directory_that_holds_a_run_is_not_overwritten(capsys, tmp_path):
+def test_a_directory_that_holds_anything_is_not_written_to(capsys, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
     assert "--output_dir old" in refused(capsys, *CPU, "--output_dir", "old")

@@ -58,6 +58,21 @@ def test_a_directory_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
+def test_a_run_that_died_while_writing_is_still_drawn(runs):
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "rew')
+    assert Series(runs[0]).metrics["reward"][0] == list(range(12))
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert plotter.main([str(runs[0]), "--output_dir", str(tmp_path / "file")]) == 2
+    (runs[0] / "config.json").write_text("{")
+    assert plotter.main([str(runs[0])]) == 2
+    assert plotter.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
 def test_missing_values_leave_gaps_and_do_not_become_points(runs):
     series = Series(runs[0])
     assert "kl" not in series.metrics
