@@ -69,7 +69,7 @@ PRESETS = {
         "cold_start_steps": 4,
         "cold_start_learning_rate": 5e-5,
         "eval_iterations": 0,
-        "eval_problems": 256,
+        "eval_problems": 512,
         "eval_batch_size": 128,
         "save_steps": 0,
     },
