@@ -150,7 +150,7 @@ def _seconds(axes, runs):
 def _finish(axes, key, legend):
     axes.set_title(LABELS.get(key, key.replace("rewards/", "reward: ")))
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
