@@ -4,17 +4,20 @@ Letters: Q questions, G completions per question, R = Q·G rows (fewer as they f
 tokens, C completion tokens, V vocabulary.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+import torch.nn.functional as F
 
-from llms import head_logits, stop_token_ids
+from decoder import Decoder
+from llms import stop_token_ids
 
 # Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
 # the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
 LOOK_EVERY = {"cuda": 16}
+
+BLOCK = 128  # tokens; divides the vocabularies of Qwen2.5, Qwen3, LLaMA-3 and SmolLM2
+BELOW_ONE = 1 - 2**-53  # the largest number below 1 in fp64
 
 
 @dataclass(frozen=True)
@@ -29,56 +32,6 @@ class Rollouts:
     texts: list  # Q lists of G strings, without special tokens
 
 
-class GroupLayer(DynamicLayer):
-    """One layer's keys and values for R rows in buffers allocated once, at the prefill.
-
-    The first `update` brings the prompts (Q rows) and spreads each over its group; every later one
-    writes a token for the rows still alive, which always stand in front.
-    """
-
-    def __init__(self, group_size, max_new_tokens):
-        super().__init__()
-        self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self.length = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        # Under bf16 autocast the rotary embedding promotes keys, not values, to fp32; attention
-        # would round them again at every token.
-        key_states = key_states.to(value_states.dtype)
-        rows, start, added = key_states.shape[0], self.length, key_states.shape[-2]
-        self.length += added
-        if not self.is_initialized:
-            self.keys, self.values = self._spread(key_states), self._spread(value_states)
-            self.is_initialized = True
-            return key_states, value_states
-        self.keys[:rows, :, start : self.length] = key_states
-        self.values[:rows, :, start : self.length] = value_states
-        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
-
-    def _spread(self, states):
-        questions, heads, length, size = states.shape
-        rows = questions * self.group_size
-        buffer = states.new_empty(rows, heads, length + self.max_new_tokens, size)
-        groups = buffer[:, :, :length].unflatten(0, (questions, self.group_size))
-        groups.copy_(states[:, None].expand_as(groups))
-        return buffer
-
-    def get_seq_length(self):
-        return self.length
-
-    def move_rows(self, source, destination):
-        for buffer in (self.keys, self.values):
-            buffer[destination, :, : self.length] = buffer[source, :, : self.length]
-
-
-def left_padded(prompt_ids, device):
-    """Prompts (lists of ids) as one batch: ids (Q, P) and mask (Q, P), the padding on the left."""
-    longest = max(len(ids) for ids in prompt_ids)
-    padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompt_ids]
-    mask = [[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompt_ids]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
-
-
 def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """Draw one token per row. logits: (R, V), uniforms: (R,) fp64 in [0, 1), one per row.
 
@@ -87,19 +40,43 @@ def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     Order of the filters, each on what the one before it left: top_k, top_p, min_p; 0, 1 and 0 turn
     them off.
     """
+    scale = 1 / temperature if temperature > 0 else 1.0
+    top = logits.amax(-1, keepdim=True)  # (R, 1)
+    weights = (logits - top).mul_(scale).exp_()  # (R, V): probabilities, not yet normalised
+    log_total = weights.sum(-1).log()  # (R,)
     if temperature > 0:
-        logits = logits / temperature
-    log_total = logits.logsumexp(-1, keepdim=True)  # (R, 1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = _draw(_filtered(weights, top_k, top_p, min_p), uniforms)
     else:
-        probs = _filtered((logits - log_total).exp(), top_k, top_p, min_p)
-        # Inverse transform in fp64: the first token whose cumulative probability exceeds the draw.
-        cumulative = probs.cumsum(-1, dtype=torch.float64)
-        draws = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, draws, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, (logits.gather(-1, tokens[:, None]) - log_total).squeeze(-1)
+        tokens = logits.argmax(-1)
+    chosen = (logits.gather(-1, tokens[:, None]) - top).squeeze(-1)  # (R,)
+    return tokens, chosen * scale - log_total
+
+
+def _draw(weights, uniforms):
+    """Inverse transform: the first token whose cumulative weight exceeds the draw.
+
+    Block by block first, then inside the block that was hit: summing a whole vocabulary up in fp64
+    would cost as much as a layer of the model.
+    """
+    missing = -weights.shape[-1] % BLOCK
+    blocks = F.pad(weights, (0, missing)) if missing else weights
+    blocks = blocks.unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
+    block, left = _first_above(blocks.sum(-1), uniforms)
+    token, _ = _first_above(blocks[torch.arange(len(block), device=block.device), block], left)
+    return block * BLOCK + token
+
+
+def _first_above(weights, uniforms):
+    """Where in weights (R, N) draws in [0, 1) fall, and how far into that place, again in [0, 1).
+
+    A place of weight 0 is never hit.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, N)
+    draws = uniforms[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, draws, right=True).clamp(max=weights.shape[-1] - 1)
+    inside = weights.gather(-1, place).double()
+    into = 1 - (cumulative.gather(-1, place) - draws) / inside
+    return place.squeeze(-1), into.squeeze(-1).clamp(0, BELOW_ONE)
 
 
 def _filtered(probs, top_k, top_p, min_p):
@@ -114,18 +91,6 @@ def _filtered(probs, top_k, top_p, min_p):
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs
-
-
-@contextmanager
-def sdpa_attention(model):
-    """Sampling runs on SDPA, which takes the mask of left-padded prompts as it is. Flash attention,
-    where the model has it for training, would unpad the whole cache for every token."""
-    config = model.config
-    attention, config._attn_implementation = config._attn_implementation, "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = attention
 
 
 @torch.no_grad()
@@ -154,9 +119,6 @@ def sample_rollouts(
     stops = torch.tensor(stop_token_ids(model, tokenizer), device=device)
     rows = len(prompts) * group_size
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(stops[0])
-    prompt_batch, prompt_mask = left_padded(prompts, device)  # (Q, P)
-    prompt_length = prompt_batch.shape[1]
-
     ids = torch.full((rows, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((rows, max_new_tokens), dtype=torch.bool, device=device)
     logprobs = torch.zeros((rows, max_new_tokens), device=device)
@@ -165,20 +127,9 @@ def sample_rollouts(
     if temperature > 0:
         uniforms.uniform_(generator=generator)
 
-    decoder = model.get_decoder()
-    layers = [GroupLayer(group_size, max_new_tokens) for _ in range(model.config.num_hidden_layers)]
-    cache = Cache(layers=layers)
-    # Positions count real tokens only; padding stands before position 0 and is masked.
-    positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = decoder(
-        prompt_batch, attention_mask=prompt_mask, position_ids=positions, past_key_values=cache
-    ).last_hidden_state[:, -1]  # (Q, D)
-    logits = head_logits(model, hidden).repeat_interleave(group_size, dim=0)  # (R, V)
-
-    live = torch.arange(rows, device=device)  # the row of `ids` that each row of the cache writes
-    next_position = prompt_mask.sum(-1).repeat_interleave(group_size)  # (R,)
-    visible = torch.ones((rows, prompt_length + max_new_tokens), dtype=torch.bool, device=device)
-    visible[:, :prompt_length] = prompt_mask.repeat_interleave(group_size, dim=0)
+    decoder = Decoder(model, group_size, max_new_tokens)
+    logits = decoder.prefill(prompts)  # (R, V)
+    live = torch.arange(rows, device=device)  # the row of `ids` that each live row writes
     look_every = LOOK_EVERY.get(device.type, 1)
 
     for t in range(max_new_tokens):
@@ -194,25 +145,11 @@ def sample_rollouts(
             break
         if (t + 1) % look_every == 0:
             alive = ~finished[live]
-            left = int(alive.sum())
-            if left == 0:
+            if not alive.any():
                 break
-            if left < len(live):
-                # Fill the gaps in front with the live rows from behind; nothing else moves.
-                gaps = (~alive[:left]).nonzero().squeeze(-1)
-                movers = alive[left:].nonzero().squeeze(-1) + left
-                for layer in layers:
-                    layer.move_rows(movers, gaps)
-                order = torch.arange(left, device=device)
-                order[gaps] = movers
-                live, tokens = live[order], tokens[order]
-        hidden = decoder(
-            tokens[:, None],
-            attention_mask=visible[live, None, None, : prompt_length + t + 1],  # (R, 1, 1, P + C)
-            position_ids=(next_position[live] + t)[:, None],
-            past_key_values=cache,
-        ).last_hidden_state[:, -1]
-        logits = head_logits(model, hidden)
+            order = decoder.keep(alive)
+            live, tokens = live[order], tokens[order]
+        logits = decoder.step(tokens)
 
     shape = (len(prompts), group_size, int(mask.sum(-1).max()))
     lengths = mask.sum(-1).tolist()

@@ -107,8 +107,8 @@ def ours(model, tokenizer, prompts, args, seed):
 def theirs(model, tokenizer, prompts, args, seed):
     import torch
 
+    from decoder import left_padded
     from llms import stop_token_ids
-    from sampler import left_padded
 
     torch.manual_seed(seed)
     repeated = [prompt for prompt in prompts for _ in range(args.group_size)]

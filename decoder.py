@@ -1,0 +1,255 @@
+"""The policy as the sampler runs it: prompts once, then a token per call for every live row.
+
+A group shares its prompt for good: the prompt's keys and values are computed, stored and read once
+per question, and what all prompts begin with (chat template, system prompt) is computed once per
+batch. Norms, activations and weights are the model's own; the order of operations is that of Qwen2,
+Qwen3 and LLaMA, with the attention and its cache written out.
+
+Letters: Q questions, G completions per question, R live rows (at most Q·G), P prompt tokens, C
+completion tokens so far, T tokens per row in one call, H heads, K key-value heads, S head size, D
+hidden size, V vocabulary, L layers.
+"""
+
+from itertools import takewhile
+
+import torch
+import torch.nn.functional as F
+
+
+def left_padded(prompts, device):
+    """Prompts (lists of ids) as one batch: ids (Q, P) and mask (Q, P), the padding on the left."""
+    longest = max(len(ids) for ids in prompts)
+    padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
+    mask = [[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def joined(linears, dtype):
+    """Linear layers that read the same input as one function, with a copy of their weights.
+
+    The copy is made anew for every batch of rollouts, since the weights have moved. On a GPU under
+    autocast it is in bf16; autocast alone would round every weight again at every token. On a CPU
+    oneDNN lays it out for its kernels once, which otherwise happens at every token as well.
+    """
+    weight = torch.cat([linear.weight for linear in linears]).to(dtype)
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears]).to(dtype)
+    if weight.is_cpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
+
+
+def filled_gaps(alive):
+    """How to move everything alive (N,) to the front: (the order then, gaps, what moves in)."""
+    left = int(alive.sum())
+    gaps = (~alive[:left]).nonzero().squeeze(-1)
+    movers = alive[left:].nonzero().squeeze(-1) + left
+    order = torch.arange(left, device=alive.device)
+    order[gaps] = movers
+    return order, gaps, movers
+
+
+def rotated(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864). x: (R, T, H, S), cos and sin: (R, T, 1, S)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)
+
+
+def attended(q, keys, values, bias=None):
+    """Attention of q (R, K, N, S) to keys and values (R, K, C, S), and the log of its denominator,
+    with which two such parts become one: (R, K, N, S) and (R, K, N, 1).
+
+    Scores stay in the keys' precision. Under autocast that is fp32, as the rotary embedding is:
+    Qwen2's biases make scores so large that bf16 would round them visibly.
+    """
+    if q.is_cpu and q.dtype == values.dtype:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_total = kernel(q, keys, values, attn_mask=bias)
+        return out, log_total[..., None]
+    scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5  # (R, K, N, C)
+    if bias is not None:
+        scores = scores + bias
+    log_total = scores.logsumexp(-1, keepdim=True)
+    return (scores - log_total).exp().to(values.dtype) @ values, log_total
+
+
+def root_mean_square_norm(module):
+    """The model's RMS norm as one kernel; the module itself is seven."""
+    weight, epsilon = module.weight, module.variance_epsilon
+    return lambda x: F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+class Block:
+    """One layer of the model, ready to decode with."""
+
+    def __init__(self, layer, dtype):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention_norm = root_mean_square_norm(layer.input_layernorm)
+        self.mlp_norm = root_mean_square_norm(layer.post_attention_layernorm)
+        self.query_key_value = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.output = joined([attention.o_proj], dtype)
+        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = joined([mlp.down_proj], dtype)
+        self.activation = mlp.act_fn
+        self.head_norms = None
+        if hasattr(attention, "q_norm"):  # Qwen3
+            self.head_norms = [
+                root_mean_square_norm(norm) for norm in (attention.q_norm, attention.k_norm)
+            ]
+
+
+class Decoder:
+    """`prefill` once, then `step` for every token; `keep` drops the rows that have finished.
+
+    `place` (R,) says for each row which of the Q·G places it has, question by question. Rows stand
+    in that order at first; as rows finish, rows from behind fill the gaps in front.
+    """
+
+    def __init__(self, model, group_size, max_new_tokens):
+        decoder, config = model.get_decoder(), model.config
+        self.model, self.decoder = model, decoder
+        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.device = decoder.embed_tokens.weight.device
+        self.dtype = decoder.embed_tokens.weight.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+        self.blocks = [Block(layer, self.dtype) for layer in decoder.layers]
+        head = model.get_output_embeddings()
+        self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.head_logits
+
+        self.prompt_keys = self.prompt_values = None  # (L, Q, K, P, S)
+        self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
+        self.keys = self.values = None  # (L, R, K, C, S); C as far as `written`
+        self.written = 0
+
+    def prefill(self, prompts):
+        """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token."""
+        # Every prompt keeps a token of its own, whose logits are wanted.
+        columns = zip(*(prompt[:-1] for prompt in prompts))
+        common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        if common:
+            self._read([prompts[0][:common]])
+        logits = self._read([prompt[common:] for prompt in prompts])  # (Q, V)
+
+        questions, group_size = len(prompts), self.group_size
+        self.place = torch.arange(questions * group_size, device=self.device)  # (R,)
+        self.position = self.prompt_mask.sum(-1).repeat_interleave(group_size)  # (R,)
+        bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys.dtype)
+        self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
+        layers, _, heads, _, size = self.prompt_keys.shape
+        shape = (layers, questions * group_size, heads, self.max_new_tokens, size)
+        self.keys = self.prompt_keys.new_empty(shape)
+        self.values = self.prompt_values.new_empty(shape)
+        return logits.repeat_interleave(group_size, dim=0)
+
+    def step(self, tokens):
+        """Read one token (R,) per live row. Logits (R, V) of the next ones."""
+        logits = self._layers(tokens[:, None], self.position[:, None], self._attend_group)
+        self.position += 1
+        self.written += 1
+        return logits
+
+    def keep(self, alive):
+        """Drop the rows where alive (R,) is False. Returns the order (R,) of those that stay."""
+        order, gaps, movers = filled_gaps(alive)
+        for cache in (self.keys, self.values):
+            cache[:, gaps, :, : self.written] = cache[:, movers, :, : self.written]
+        self.position = self.position[order]
+        question, slot = self.place[order] // self.group_size, self.place[order] % self.group_size
+
+        # The same for questions of which no row is left.
+        asked = torch.zeros(len(self.prompt_bias), dtype=torch.bool, device=self.device)
+        asked[question] = True
+        kept, gaps, movers = filled_gaps(asked)
+        for cache in (self.prompt_keys, self.prompt_values):
+            cache[:, gaps] = cache[:, movers]
+        self.prompt_bias = self.prompt_bias[kept]
+        moved = torch.zeros_like(asked, dtype=torch.long)
+        moved[kept] = torch.arange(len(kept), device=self.device)
+        self.place = moved[question] * self.group_size + slot
+        return order
+
+    def _layers(self, ids, positions, attend):
+        """Run the model over ids (R, T), with this attention. Logits (R, V) after the last."""
+        with torch.autocast(self.device.type, enabled=False):  # `self.dtype` says it all
+            x = self.decoder.embed_tokens(ids)  # (R, T, D)
+            cos, sin = (part[:, :, None] for part in self.decoder.rotary_emb(x, positions))
+            for layer, block in enumerate(self.blocks):
+                joint = block.query_key_value(block.attention_norm(x).to(self.dtype))
+                joint = joint.unflatten(-1, (-1, cos.shape[-1]))  # (R, T, H + 2K, S)
+                turning, v = joint.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+                if block.head_norms:
+                    parts = turning.split([self.heads, self.kv_heads], dim=2)
+                    normed = [norm(part) for norm, part in zip(block.head_norms, parts)]
+                    turning = torch.cat(normed, dim=2)
+                turned = rotated(turning.to(cos.dtype), cos, sin)
+                q, k = turned.split([self.heads, self.kv_heads], dim=2)
+                x += block.output(attend(layer, q, k, v).flatten(2))
+                gate, up = block.gate_up(block.mlp_norm(x).to(self.dtype)).chunk(2, dim=-1)
+                x += block.down(block.activation(gate).mul_(up))
+            return self.head(self.decoder.norm(x[:, -1]))
+
+    def _read(self, prompts):
+        """Append tokens to the prompts, Q lists or one for all. Logits (Q, V) after the last."""
+        ids, mask = left_padded(prompts, self.device)  # (Q, T)
+        past = self.prompt_mask.expand(len(ids), -1)  # (Q, P)
+        # Padding sees itself: a softmax over nothing would be 0/0.
+        diagonal = torch.eye(ids.shape[1], dtype=torch.bool, device=self.device)
+        own = mask.new_ones(diagonal.shape).tril() & mask[:, None] | diagonal  # (Q, T, T)
+        visible = torch.cat([past[:, None].expand(-1, ids.shape[1], -1), own], dim=-1)[:, None]
+        keys, values = [], []
+
+        def attend(layer, q, k, v):
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (Q, K, T, S)
+            if past.shape[1]:
+                k = torch.cat([self.prompt_keys[layer].expand(len(ids), -1, -1, -1), k], dim=2)
+                v = torch.cat([self.prompt_values[layer].expand(len(ids), -1, -1, -1), v], dim=2)
+            keys.append(k)
+            values.append(v)
+            k, v = (
+                x.to(self.dtype).repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v)
+            )
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2).to(self.dtype), k, v, attn_mask=visible
+            )
+            return out.transpose(1, 2)
+
+        positions = past.sum(-1, keepdim=True) + (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._layers(ids, positions, attend)
+        self.prompt_keys, self.prompt_values = torch.stack(keys), torch.stack(values)
+        self.prompt_mask = torch.cat([past, mask], dim=-1)
+        return logits
+
+    def _attend_group(self, layer, q, k, v):
+        """Attention of one token per row: to its group's prompt, all rows of a group together, and
+        to its own completion. q: (R, 1, H, S), k and v: (R, 1, K, S). Returns (R, 1, K, H/K, S).
+        """
+        rows, questions, length = len(q), len(self.prompt_bias), self.written + 1
+        self.keys[layer, :rows, :, self.written] = k[:, 0]
+        self.values[layer, :rows, :, self.written] = v[:, 0]
+        q = q[:, 0].unflatten(1, (self.kv_heads, -1))  # (R, K, H/K, S)
+        of_prompt, log_prompt = attended(
+            self._by_group(q),  # (Q, K, G·H/K, S)
+            self.prompt_keys[layer, :questions],
+            self.prompt_values[layer, :questions],
+            self.prompt_bias,
+        )
+        of_completion, log_completion = attended(
+            q, self.keys[layer, :rows, :, :length], self.values[layer, :rows, :, :length]
+        )
+        share = torch.sigmoid(self._by_row(log_prompt) - log_completion)  # of the prompt
+        return torch.lerp(of_completion, self._by_row(of_prompt), share.to(v.dtype))[:, None]
+
+    def _by_group(self, x):
+        """(R, K, H/K, S) as (Q, K, G·H/K, S), zero where a row has finished."""
+        shape = (len(self.prompt_bias), self.group_size, *x.shape[1:])
+        grouped = x.new_zeros(shape[0] * shape[1], x[0].numel())
+        grouped.index_copy_(0, self.place, x.flatten(1))
+        return grouped.view(shape).transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, x):
+        """(Q, K, G·H/K, N) as (R, K, H/K, N)."""
+        return x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)[self.place]
