@@ -117,8 +117,8 @@ def stop_token_ids(model, tokenizer):
 def head_logits(model, hidden):
     """Logits (..., V) from the decoder's last hidden states (..., D), in fp32 or finer.
 
-    Sampler and trainer both come through here. The product is not left to bf16 autocast: rounding
-    logits near 20 to bf16 shifts a log-probability by up to 0.06, and KL and ratio with it.
+    The product is not left to bf16 autocast, here as in decoder.py: rounding logits near 20 to bf16
+    shifts a log-probability by up to 0.06, and KL and ratio with it.
     """
     head = model.get_output_embeddings()
     with torch.autocast(hidden.device.type, enabled=False):

@@ -180,6 +180,17 @@ def test_temperature_sharpens():
     assert (tokens == 0).float().mean().item() == pytest.approx(0.36 / 0.52, abs=0.015)
 
 
+@pytest.mark.parametrize("vocabulary", [5, 128, 300])
+def test_a_draw_falls_where_the_plain_cumulative_sum_puts_it(vocabulary):
+    logits = 3 * torch.randn(500, vocabulary, dtype=torch.float64, generator=generator())
+    uniforms = torch.rand(500, dtype=torch.float64, generator=generator(1))
+    tokens, logprobs = sample_tokens(logits, uniforms, 0.8)
+    log_probs = (logits / 0.8).log_softmax(-1)
+    expected = (log_probs.exp().cumsum(-1) <= uniforms[:, None]).sum(-1)
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(logprobs, log_probs.gather(-1, tokens[:, None])[:, 0], atol=1e-12)
+
+
 def test_extreme_draws_stay_inside_the_vocabulary_and_off_impossible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
@@ -187,7 +198,7 @@ def test_extreme_draws_stay_inside_the_vocabulary_and_off_impossible_tokens():
 
 
 def test_under_bf16_autocast_sampler_and_trainer_still_agree():
-    """What a GPU runs: bf16 passes over fp32 weights. The cache holds keys and values in bf16."""
+    """What a GPU runs: a bf16 copy of the weights samples, bf16 passes over fp32 weights train."""
     model = make_model("llama", vocab_size=40, initializer_range=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, generator())
@@ -198,13 +209,6 @@ def test_under_bf16_autocast_sampler_and_trainer_still_agree():
             assert scored.dtype == torch.float32
             assert gap.abs().max() < 0.05
     assert rollouts.logprobs.dtype == torch.float32
-
-
-def test_the_cache_keeps_one_precision():
-    layer = sampler.GroupLayer(group_size=2, max_new_tokens=1)
-    states = torch.randn(1, 2, 3, 8)
-    layer.update(states, states.bfloat16())
-    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
 def test_dropout_in_the_config_does_not_reach_sampling():
