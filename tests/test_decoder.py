@@ -43,7 +43,7 @@ def test_every_step_gives_the_model_s_own_logits(variant):
     logits = decoder.prefill(PROMPTS)
     dropped = {1: [0, 5], 2: [1], 3: [3, 0]}  # of the rows as they stand; then question 0 is gone
     for step in range(5):
-        assert (logits - next_logits(model, rows)).abs().max() < 1e-6
+        assert (logits - next_logits(model, rows)).abs().max() < 1e-5  # transformers norms in fp32
         tokens = torch.randint(40, (len(rows),), generator=torch.Generator().manual_seed(step))
         if step in dropped:
             alive = torch.ones(len(rows), dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_what_all_prompts_begin_with_is_computed_once():
 def test_prompts_that_share_everything_or_nothing(prompts):
     model = make_model(dtype=torch.float64, vocab_size=40)
     logits = Decoder(model, group_size=1, max_new_tokens=1).prefill(prompts)
-    assert (logits - next_logits(model, prompts)).abs().max() < 1e-6
+    assert (logits - next_logits(model, prompts)).abs().max() < 1e-5  # transformers norms in fp32
 
 
 @pytest.mark.parametrize("values_dtype", [torch.float64, torch.float32], ids=["kernel", "by_hand"])
