@@ -30,15 +30,28 @@ def joined(linears, dtype):
     The copy is made anew for every batch of rollouts, since the weights have moved. On a GPU under
     autocast it is in bf16; autocast alone would round every weight again at every token. On a CPU
     oneDNN lays it out for its kernels once, which otherwise happens at every token as well.
+    The function takes the input and, optionally, what to add to the output.
     """
     weight = torch.cat([linear.weight for linear in linears]).to(dtype)
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)
+
     if weight.is_cpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+        packed, kernel = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn
+
+        def product(x, plus=None):
+            if plus is None:
+                return kernel._linear_pointwise(x, packed, bias, "none", [], "")
+            return kernel._linear_pointwise.binary(x, plus, packed, bias, "add")
+
+    else:
+
+        def product(x, plus=None):
+            y = F.linear(x, weight, bias)
+            return y if plus is None else plus + y
+
+    return product
 
 
 def filled_gaps(alive):
@@ -120,9 +133,10 @@ class Decoder:
         head = model.get_output_embeddings()
         self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.head_logits
 
-        self.prompt_keys = self.prompt_values = None  # (L, Q, K, P, S)
+        # A tensor per layer: one for all would seldom fit where the last batch's was freed.
+        self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
         self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
-        self.keys = self.values = None  # (L, R, K, C, S); C as far as `written`
+        self.keys = self.values = ()  # L times (R, K, C, S); C as far as `written`
         self.written = 0
 
     def prefill(self, prompts):
@@ -137,12 +151,12 @@ class Decoder:
         questions, group_size = len(prompts), self.group_size
         self.place = torch.arange(questions * group_size, device=self.device)  # (R,)
         self.position = self.prompt_mask.sum(-1).repeat_interleave(group_size)  # (R,)
-        bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys.dtype)
+        bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys[0].dtype)
         self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
-        layers, _, heads, _, size = self.prompt_keys.shape
-        shape = (layers, questions * group_size, heads, self.max_new_tokens, size)
-        self.keys = self.prompt_keys.new_empty(shape)
-        self.values = self.prompt_values.new_empty(shape)
+        _, heads, _, size = self.prompt_keys[0].shape
+        shape = (questions * group_size, heads, self.max_new_tokens, size)
+        self.keys = [keys.new_empty(shape) for keys in self.prompt_keys]
+        self.values = [values.new_empty(shape) for values in self.prompt_values]
         return logits.repeat_interleave(group_size, dim=0)
 
     def step(self, tokens):
@@ -155,8 +169,8 @@ class Decoder:
     def keep(self, alive):
         """Drop the rows where alive (R,) is False. Returns the order (R,) of those that stay."""
         order, gaps, movers = filled_gaps(alive)
-        for cache in (self.keys, self.values):
-            cache[:, gaps, :, : self.written] = cache[:, movers, :, : self.written]
+        for cache in (*self.keys, *self.values):
+            cache[gaps, :, : self.written] = cache[movers, :, : self.written]
         self.position = self.position[order]
         question, slot = self.place[order] // self.group_size, self.place[order] % self.group_size
 
@@ -164,8 +178,8 @@ class Decoder:
         asked = torch.zeros(len(self.prompt_bias), dtype=torch.bool, device=self.device)
         asked[question] = True
         kept, gaps, movers = filled_gaps(asked)
-        for cache in (self.prompt_keys, self.prompt_values):
-            cache[:, gaps] = cache[:, movers]
+        for cache in (*self.prompt_keys, *self.prompt_values):
+            cache[gaps] = cache[movers]
         self.prompt_bias = self.prompt_bias[kept]
         moved = torch.zeros_like(asked, dtype=torch.long)
         moved[kept] = torch.arange(len(kept), device=self.device)
@@ -187,9 +201,9 @@ class Decoder:
                     turning = torch.cat(normed, dim=2)
                 turned = rotated(turning.to(cos.dtype), cos, sin)
                 q, k = turned.split([self.heads, self.kv_heads], dim=2)
-                x += block.output(attend(layer, q, k, v).flatten(2))
+                x = block.output(attend(layer, q, k, v).flatten(2), plus=x)
                 gate, up = block.gate_up(block.mlp_norm(x).to(self.dtype)).chunk(2, dim=-1)
-                x += block.down(block.activation(gate).mul_(up))
+                x = block.down(block.activation(gate).mul_(up), plus=x)
             return self.head(self.decoder.norm(x[:, -1]))
 
     def _read(self, prompts):
@@ -219,7 +233,7 @@ class Decoder:
 
         positions = past.sum(-1, keepdim=True) + (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._layers(ids, positions, attend)
-        self.prompt_keys, self.prompt_values = torch.stack(keys), torch.stack(values)
+        self.prompt_keys, self.prompt_values = keys, values
         self.prompt_mask = torch.cat([past, mask], dim=-1)
         return logits
 
@@ -228,17 +242,17 @@ class Decoder:
         to its own completion. q: (R, 1, H, S), k and v: (R, 1, K, S). Returns (R, 1, K, H/K, S).
         """
         rows, questions, length = len(q), len(self.prompt_bias), self.written + 1
-        self.keys[layer, :rows, :, self.written] = k[:, 0]
-        self.values[layer, :rows, :, self.written] = v[:, 0]
+        self.keys[layer][:rows, :, self.written] = k[:, 0]
+        self.values[layer][:rows, :, self.written] = v[:, 0]
         q = q[:, 0].unflatten(1, (self.kv_heads, -1))  # (R, K, H/K, S)
         of_prompt, log_prompt = attended(
             self._by_group(q),  # (Q, K, G·H/K, S)
-            self.prompt_keys[layer, :questions],
-            self.prompt_values[layer, :questions],
+            self.prompt_keys[layer][:questions],
+            self.prompt_values[layer][:questions],
             self.prompt_bias,
         )
         of_completion, log_completion = attended(
-            q, self.keys[layer, :rows, :, :length], self.values[layer, :rows, :, :length]
+            q, self.keys[layer][:rows, :, :length], self.values[layer][:rows, :, :length]
         )
         share = torch.sigmoid(self._by_row(log_prompt) - log_completion)  # of the prompt
         return torch.lerp(of_completion, self._by_row(of_prompt), share.to(v.dtype))[:, None]

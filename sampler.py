@@ -147,8 +147,9 @@ def sample_rollouts(
             alive = ~finished[live]
             if not alive.any():
                 break
-            order = decoder.keep(alive)
-            live, tokens = live[order], tokens[order]
+            if not alive.all():
+                order = decoder.keep(alive)
+                live, tokens = live[order], tokens[order]
         logits = decoder.step(tokens)
 
     shape = (len(prompts), group_size, int(mask.sum(-1).max()))

@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+WARM_UP = 2  # rounds that do not count: until then memory that was freed has not found its places
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,14 +45,14 @@ def main():
     for worker in workers.values():
         print(worker.stdout.readline().strip(), flush=True)
     rates = {name: [] for name in workers}
-    for round_number in range(args.rounds + 1):  # round 0 warms up and is not counted
+    for seed in range(WARM_UP + args.rounds):
         for name, worker in workers.items():
-            worker.stdin.write(f"{round_number}\n")
+            worker.stdin.write(f"{seed}\n")
             worker.stdin.flush()
             tokens, seconds = json.loads(worker.stdout.readline())
-            if round_number:
+            if seed >= WARM_UP:
                 rates[name].append(tokens / seconds)
-            print(f"round {round_number}: {name:8} {tokens:6} tokens {seconds:7.1f} s "
+            print(f"round {seed}: {name:8} {tokens:6} tokens {seconds:7.1f} s "
                   f"{tokens / seconds:7.1f} tokens/s", flush=True)  # fmt: skip
     for worker in workers.values():
         worker.stdin.close()
