@@ -120,9 +120,10 @@ class Decoder:
     in that order at first; as rows finish, rows from behind fill the gaps in front.
     """
 
+    @torch.inference_mode()
     def __init__(self, model, group_size, max_new_tokens):
         decoder, config = model.get_decoder(), model.config
-        self.model, self.decoder = model, decoder
+        self.decoder = decoder
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.device = decoder.embed_tokens.weight.device
@@ -139,6 +140,7 @@ class Decoder:
         self.keys = self.values = ()  # L times (R, K, C, S); C as far as `written`
         self.written = 0
 
+    @torch.inference_mode()
     def prefill(self, prompts):
         """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token."""
         # Every prompt keeps a token of its own, whose logits are wanted.
@@ -159,6 +161,7 @@ class Decoder:
         self.values = [values.new_empty(shape) for values in self.prompt_values]
         return logits.repeat_interleave(group_size, dim=0)
 
+    @torch.inference_mode()
     def step(self, tokens):
         """Read one token (R,) per live row. Logits (R, V) of the next ones."""
         logits = self._layers(tokens[:, None], self.position[:, None], self._attend_group)
@@ -166,6 +169,7 @@ class Decoder:
         self.written += 1
         return logits
 
+    @torch.inference_mode()
     def keep(self, alive):
         """Drop the rows where alive (R,) is False. Returns the order (R,) of those that stay."""
         order, gaps, movers = filled_gaps(alive)
@@ -195,11 +199,12 @@ class Decoder:
                 joint = block.query_key_value(block.attention_norm(x).to(self.dtype))
                 joint = joint.unflatten(-1, (-1, cos.shape[-1]))  # (R, T, H + 2K, S)
                 turning, v = joint.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+                turning = turning.to(cos.dtype)
                 if block.head_norms:
                     parts = turning.split([self.heads, self.kv_heads], dim=2)
                     normed = [norm(part) for norm, part in zip(block.head_norms, parts)]
                     turning = torch.cat(normed, dim=2)
-                turned = rotated(turning.to(cos.dtype), cos, sin)
+                turned = rotated(turning, cos, sin)
                 q, k = turned.split([self.heads, self.kv_heads], dim=2)
                 x = block.output(attend(layer, q, k, v).flatten(2), plus=x)
                 gate, up = block.gate_up(block.mlp_norm(x).to(self.dtype)).chunk(2, dim=-1)

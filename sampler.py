@@ -41,15 +41,12 @@ def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     them off.
     """
     scale = 1 / temperature if temperature > 0 else 1.0
-    top = logits.amax(-1, keepdim=True)  # (R, 1)
-    weights = (logits - top).mul_(scale).exp_()  # (R, V): probabilities, not yet normalised
-    log_total = weights.sum(-1).log()  # (R,)
+    probs = (logits * scale).softmax(-1)  # (R, V)
     if temperature > 0:
-        tokens = _draw(_filtered(weights, top_k, top_p, min_p), uniforms)
+        tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms)
     else:
         tokens = logits.argmax(-1)
-    chosen = (logits.gather(-1, tokens[:, None]) - top).squeeze(-1)  # (R,)
-    return tokens, chosen * scale - log_total
+    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
 def _draw(weights, uniforms):

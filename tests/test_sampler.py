@@ -197,9 +197,10 @@ def test_extreme_draws_stay_inside_the_vocabulary_and_off_impossible_tokens():
     assert sample_tokens(logits, uniforms, 1.0)[0].tolist() == [1, 2]
 
 
-def test_under_bf16_autocast_sampler_and_trainer_still_agree():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_bf16_autocast_sampler_and_trainer_still_agree(family):
     """What a GPU runs: a bf16 copy of the weights samples, bf16 passes over fp32 weights train."""
-    model = make_model("llama", vocab_size=40, initializer_range=0.1)
+    model = make_model(family, vocab_size=40, initializer_range=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, generator())
         for question in range(2):
