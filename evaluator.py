@@ -151,6 +151,15 @@ def score(rollouts, problems, reward_functions, weights=None, file=None):
     return Rewards(names, per_function, (per_function * factors).sum(-1))
 
 
+def joined_rewards(parts):
+    """The Rewards of several draws of questions as one."""
+    return Rewards(
+        names=parts[0].names,
+        per_function=torch.cat([part.per_function for part in parts]),
+        total=torch.cat([part.total for part in parts]),
+    )
+
+
 def _reward(function, completion, problem, file):
     complaint = None
     try:

@@ -27,13 +27,13 @@ HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be 
 # A preset is a set of defaults; a flag on the command line wins over it.
 PRESETS = {
     # One H100. The original's values, except: eval_iterations is 100 rather than 20 because an
-    # evaluation is now the whole official test split, and micro_batch_size is new.
+    # evaluation is now the whole official test split, and micro_batch_tokens is new.
     "h100": {
         "model_name": "Qwen/Qwen2.5-1.5B-Instruct",
         "dataset_name": "gsm8k",
         "questions_per_step": 4,
         "group_size": 16,
-        "micro_batch_size": 8,
+        "micro_batch_tokens": 8192,
         "max_prompt_length": 256,
         "max_completion_length": 786,
         "temperature": 0.9,
@@ -56,7 +56,7 @@ PRESETS = {
         "dataset_name": "arithmetic",
         "questions_per_step": 8,
         "group_size": 8,
-        "micro_batch_size": 0,
+        "micro_batch_tokens": 1024,
         "max_prompt_length": 256,
         "max_completion_length": 48,
         "temperature": 1.0,
@@ -190,6 +190,11 @@ def build_parser(preset, dataset_name=None):
          "loss, only k2 has the gradient of the reverse KL, and k1 has none on average")
     flag("--num_inner_epochs", type=POSITIVE_COUNT, default=1,
          help="updates on each step's completions; from the second on, the clip acts")
+    flag("--train_group_size", type=COUNT, default=0, metavar="M",
+         help="train on the M completions of each group whose rewards vary most (PODS); 0: on all")
+    flag("--max_draws", type=POSITIVE_COUNT, default=1, metavar="N", help="draw questions up to N "
+         "times a step, until Q groups have unequal rewards, and train on these (DAPO's dynamic "
+         "sampling); 1: off")
     flag("--mask_truncated", action="store_true", help="keep cut-off completions out of the loss")
     flag("--update_ref_model", action="store_true", help="move the reference towards the policy")
     flag("--update_ref_model_freq", type=POSITIVE_COUNT, default=200, metavar="STEPS",
@@ -206,8 +211,10 @@ def build_parser(preset, dataset_name=None):
     flag("--adam_beta2", type=BETA, default=0.99, help="decay of AdamW's second moment")
     flag("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="on matrices only")
     flag("--max_grad_norm", type=NOT_NEGATIVE, help="gradients are clipped to this norm; 0: never")
-    flag("--micro_batch_size", type=COUNT, metavar="N", help="completions per forward and backward "
-         "pass, for memory; the result is the same; 0: the whole group")
+    flag("--micro_batch_tokens", type=COUNT, metavar="TOKENS", help="tokens per forward and "
+         "backward pass, prompts included, for memory; the result is the same; 0: the whole step")
+    flag("--gradient_checkpointing", action="store_true", help="compute a layer's activations "
+         "again in the backward pass instead of keeping them: less memory, a third more work")
     flag("--cold_start_steps", type=COUNT, metavar="STEPS",
          help="supervised steps on worked solutions before GRPO; 0: none")
     flag("--cold_start_learning_rate", type=POSITIVE, metavar="RATE", help="constant; AdamW")
@@ -265,6 +272,9 @@ def check_flags(args):
     """Raise UserError for flags that are fine one by one but not together."""
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    if args.train_group_size == 1 or args.train_group_size > args.group_size:
+        raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
+                        f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip
     if args.dataset_name == "arithmetic" and args.dataset_path is not None:
         raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
     if args.kl_beta > 0 and args.kl_estimator == "k1":

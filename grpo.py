@@ -12,7 +12,7 @@ import torch
 STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
 
 
-def group_advantages(rewards, scale="std"):
+def group_advantages(rewards, scale="std", chosen=None):
     """How much better each completion did than the others that answered the same question.
 
     rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
@@ -20,12 +20,43 @@ def group_advantages(rewards, scale="std"):
     (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
     never solved). A group whose rewards are all equal gets exactly 0: rounding in the mean would
     otherwise be blown up by the division.
+
+    chosen: (Q, G), the completions to train on, all by default. Mean and deviation are those of the
+    chosen ones (PODS, Algorithm 1); the others get 0.
     """
-    advantages = rewards - rewards.mean(-1, keepdim=True)  # (Q, G)
+    chosen = torch.ones_like(rewards, dtype=torch.bool) if chosen is None else chosen
+    count = chosen.sum(-1, keepdim=True).clamp(min=1)  # (Q, 1)
+    mean = rewards.where(chosen, 0).sum(-1, keepdim=True) / count
+    advantages = (rewards - mean).where(chosen, 0)  # (Q, G)
     if scale == "std":
-        advantages = advantages / (rewards.std(-1, keepdim=True) + STD_EPSILON)
-    flat = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # (Q, 1)
-    return advantages.masked_fill(flat, 0.0)
+        variance = advantages.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + STD_EPSILON)
+    highest = rewards.where(chosen, -torch.inf).amax(-1, keepdim=True)
+    lowest = rewards.where(chosen, torch.inf).amin(-1, keepdim=True)
+    return advantages.masked_fill(highest <= lowest, 0.0)
+
+
+def max_variance_subset(rewards, size):
+    """The `size` completions of each group whose rewards vary most: (Q, G) -> bool (Q, G).
+
+    They are the highest k and the lowest size - k for some k (PODS, arXiv 2504.13818, section 3):
+    every k is tried. On a tie the more even split wins, then the one with more high rewards.
+    """
+    group_size = rewards.shape[-1]
+    order = rewards.sort(dim=-1, stable=True).indices  # lowest first
+    ranks = torch.arange(group_size, device=rewards.device)
+    highs = sorted(range(size + 1), key=lambda k: (abs(2 * k - size), -k))
+    # (size + 1, G): which ranks each k keeps
+    kept = torch.stack([(ranks < size - k) | (ranks >= group_size - k) for k in highs])
+    ordered = rewards.gather(-1, order).double()
+    candidates = ordered[:, kept.nonzero()[:, 1].view(len(highs), size)]  # (Q, size + 1, size)
+    best = candidates.var(-1, correction=0).argmax(-1)  # (Q,), the first of equals
+    return torch.zeros_like(rewards, dtype=torch.bool).scatter(-1, order, kept[best])
+
+
+def has_signal(rewards):
+    """Which groups have unequal rewards, without which there is no advantage: (Q, G) -> (Q,)."""
+    return rewards.amax(-1) > rewards.amin(-1)
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator="k3"):
@@ -46,20 +77,22 @@ def kl_estimate(logprobs, ref_logprobs, estimator="k3"):
     return log_ratio.exp() - 1 - log_ratio
 
 
-def token_weights(completion_mask, aggregation="grpo", max_completion_length=None):
+def token_weights(completion_mask, aggregation="grpo", max_completion_length=None, sequences=None):
     """The weight of every token in the loss of the *whole* step; they are all that averages it.
 
-    completion_mask: (Q, G, C), True for the tokens to train on. Returns float weights (Q, G, C):
+    completion_mask: (Q, G, C), True for the tokens to train on. sequences: how many completions the
+    loss is a mean over, Q G by default. Returns float weights (Q, G, C):
 
-    * "grpo": 1 / (Q G |o_i|), mean over each sequence, then over sequences (DeepSeekMath, eq. 3);
+    * "grpo": 1 / (sequences |o_i|), mean over each, then over sequences (DeepSeekMath, eq. 3);
     * "dapo": 1 / (number of tokens in the step), mean over tokens (DAPO, eq. 8);
-    * "dr_grpo": 1 / (Q G max_completion_length), a constant length (Dr. GRPO, section 3.1).
+    * "dr_grpo": 1 / (sequences max_completion_length), a constant length (Dr. GRPO, section 3.1).
 
     The loss is a plain sum over weighted tokens, so however a step is cut into micro-batches, the
     parts add up to the same loss and the same gradient. Where no token is left, all weights are 0.
     """
     mask = completion_mask.float()
-    sequences = completion_mask.shape[0] * completion_mask.shape[1]
+    if sequences is None:
+        sequences = completion_mask.shape[0] * completion_mask.shape[1]
     if aggregation == "grpo":
         return mask / (sequences * mask.sum(-1, keepdim=True).clamp(min=1))
     if aggregation == "dapo":

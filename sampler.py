@@ -162,3 +162,21 @@ def sample_rollouts(
         finished=finished.view(shape[:2]),
         texts=[texts[i : i + group_size] for i in range(0, rows, group_size)],
     )
+
+
+def joined_rollouts(parts):
+    """The Rollouts of several draws of questions as one, padded to the longest completion."""
+    longest = max(part.completion_ids.shape[-1] for part in parts)
+
+    def joined(name, padding=0):
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=padding) for x in tensors])
+
+    return Rollouts(
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        completion_ids=joined("completion_ids"),
+        completion_mask=joined("completion_mask", False),
+        logprobs=joined("logprobs"),
+        finished=torch.cat([part.finished for part in parts]),
+        texts=[texts for part in parts for texts in part.texts],
+    )

@@ -106,7 +106,7 @@ def make_args(**overrides):
         "aggregation": "grpo",
         "max_completion_length": 16,
         "mask_truncated": False,
-        "micro_batch_size": 0,
+        "micro_batch_tokens": 0,
         "num_inner_epochs": 1,
         "clip_epsilon": 0.2,
         "clip_epsilon_high": 0.2,

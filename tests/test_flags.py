@@ -110,7 +110,8 @@ def test_the_upper_clip_bound_follows_the_lower_unless_given():
         ["--aggregation", "mean"], ["--lr_schedule", "linear"], ["--dataset_name", "math"],
         ["--preset", "tpu"], ["--evaluator", "mine"], ["--reward_weights", "correctness"],
         ["--reward_weights", "correctness=nan"], ["--weight_decay", "-1"], ["--kl_estimator", "k4"],
-        ["--advantage_scale", "max"], ["--cold_start_steps", "-1"], ["--micro_batch_size", "-1"],
+        ["--advantage_scale", "max"], ["--cold_start_steps", "-1"], ["--micro_batch_tokens", "-1"],
+        ["--max_draws", "0"], ["--train_group_size", "-1"],
         ["--ref_model_mixup_alpha", "2"], ["--update_ref_model_freq", "0"], ["--learning_rate"],
     ],
 )  # fmt: skip
@@ -132,6 +133,8 @@ def test_abbreviations_and_typos_are_refused_with_a_suggestion(capsys):
         (["--dataset_path", "nowhere"], ["--dataset_path nowhere", "train.jsonl"]),
         (["--dataset_path", "."], ["--dataset_path .", "train.jsonl"]),
         (["--update_ref_model", "--kl_beta", "0"], ["--update_ref_model", "--kl_beta"]),
+        (["--train_group_size", "1"], ["--train_group_size 1", "--group_size 8"]),
+        (["--train_group_size", "9"], ["--train_group_size 9", "--group_size 8"]),
     ],
 )
 def test_flags_that_do_not_fit_the_machine_or_each_other(capsys, argv, parts):

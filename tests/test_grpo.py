@@ -1,12 +1,20 @@
 """The objective against hand-computed cases and an independent numpy reference."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, kl_estimate, token_weights
+from grpo import (
+    group_advantages,
+    grpo_loss,
+    has_signal,
+    kl_estimate,
+    max_variance_subset,
+    token_weights,
+)
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 
@@ -96,6 +104,46 @@ def test_advantages_compare_within_the_group_only():
     std = torch.tensor([[math.sqrt(14 / 3)], [5.0]])  # unbiased: divided by G - 1
     assert torch.allclose(group_advantages(rewards, "none"), centred)
     assert torch.allclose(group_advantages(rewards, "std"), centred / std, atol=1e-3)
+
+
+def test_advantages_of_chosen_completions_compare_with_the_chosen_only():
+    rewards = torch.tensor([[1.0, 9.0, 3.0, 2.0], [4.0, 4.0, 0.0, 7.0]])
+    chosen = torch.tensor([[True, False, True, False], [True, True, False, False]])
+    root = math.sqrt(2)  # the unbiased deviation of 1 and 3
+    expected = torch.tensor([[-1 / root, 0.0, 1 / root, 0.0], [0.0] * 4])
+    assert torch.allclose(group_advantages(rewards, "std", chosen), expected, atol=1e-4)
+    assert group_advantages(rewards, "none", chosen).tolist() == [[-1.0, 0.0, 1.0, 0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_the_subset_of_largest_variance_is_that_of_all_subsets(size):
+    generator = torch.Generator().manual_seed(size)
+    rewards = torch.randint(0, 6, (40, 6), generator=generator).float() / 2
+    chosen = max_variance_subset(rewards, size)
+    assert (chosen.sum(-1) == size).all()
+    for group, kept in zip(rewards, chosen):
+        subsets = itertools.combinations(group.tolist(), size)
+        best = max(np.var(subset) for subset in subsets)
+        assert np.var(group[kept].tolist()) == pytest.approx(best, abs=1e-12)
+
+
+def test_of_a_group_half_right_the_subset_is_half_right():
+    rewards = torch.tensor([[0.0, 4.0, 0.0, 4.0, 0.0, 4.0, 0.0, 4.0], [1.0] * 8])
+    chosen = max_variance_subset(rewards, 4)
+    assert rewards[0][chosen[0]].sum() == 8
+    assert chosen[1].sum() == 4  # a flat group is cut like any other
+
+
+def test_only_groups_with_unequal_rewards_carry_signal():
+    assert has_signal(torch.tensor([[0.7, 0.7], [0.7, 0.8]])).tolist() == [False, True]
+
+
+def test_weights_are_a_mean_over_as_many_sequences_as_are_named():
+    mask = torch.ones(2, 2, 3, dtype=torch.bool)
+    mask[1] = False
+    assert token_weights(mask, "grpo", 3, sequences=2).sum() == pytest.approx(1.0)
+    assert token_weights(mask, "grpo", 3).sum() == pytest.approx(0.5)
+    assert token_weights(mask, "dr_grpo", 6, sequences=2).sum() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

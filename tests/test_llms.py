@@ -17,6 +17,7 @@ from llms import (
     mix_into,
     stop_token_ids,
 )
+from shared_prefix import micro_batches
 from utils import UserError
 
 PROMPT = torch.tensor([5, 17, 2, 88, 41, 7])
@@ -38,6 +39,14 @@ def naive_logprobs(model, prompt, completions, temperature):
     return torch.stack(rows)
 
 
+def group_logprobs(model, prompt, completion_ids, temperature):
+    """`completion_logprobs` for one whole group, in its own order."""
+    mask = torch.ones_like(completion_ids, dtype=torch.bool)
+    [batch] = micro_batches([prompt], mask[None], 0)
+    logprobs = completion_logprobs(model, batch, completion_ids[batch.rows], temperature)
+    return logprobs[batch.rows.argsort()]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied):
@@ -50,7 +59,7 @@ def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied)
         (logprobs * weights).sum().backward()
         return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
 
-    shared, shared_gradients = run(completion_logprobs)
+    shared, shared_gradients = run(group_logprobs)
     full, full_gradients = run(naive_logprobs)
     assert (shared - full).abs().max() < 1e-12
     for ours, theirs in zip(shared_gradients, full_gradients):
@@ -60,7 +69,7 @@ def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied)
 def test_a_completion_of_one_token_is_scored_by_the_prompt_alone():
     model = make_model(dtype=torch.float64)
     expected = naive_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
-    actual = completion_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
+    actual = group_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
     assert (actual - expected).abs().max() < 1e-12
 
 
@@ -70,7 +79,7 @@ def test_chunks_change_neither_logprobs_nor_gradients(monkeypatch):
     def run(chunk):
         monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
         model.zero_grad()
-        logprobs = completion_logprobs(model, PROMPT, COMPLETIONS, 1.0)
+        logprobs = group_logprobs(model, PROMPT, COMPLETIONS, 1.0)
         logprobs.sum().backward()
         return logprobs, [p.grad.clone() for p in model.parameters()]
 
@@ -186,6 +195,6 @@ def test_the_reference_does_not_move_with_the_policy_and_mixes_by_alpha():
 
 def test_dropout_in_the_config_does_not_reach_scoring():
     model = make_model("llama", attention_dropout=0.5)
-    first = completion_logprobs(model, PROMPT, COMPLETIONS, 1.0)
-    assert torch.equal(first, completion_logprobs(model, PROMPT, COMPLETIONS, 1.0))
+    first = group_logprobs(model, PROMPT, COMPLETIONS, 1.0)
+    assert torch.equal(first, group_logprobs(model, PROMPT, COMPLETIONS, 1.0))
     assert math.isfinite(first.sum().item())

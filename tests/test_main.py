@@ -1,5 +1,6 @@
 """One update against naive references, the optimizer's recipe, and whole runs end to end."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,15 +19,19 @@ from test_sampler import Words, generator
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cold_start as cold_start_module
 import evaluator
 import main
+from cold_start import cold_start, worked_ids
 from flags import parse_args
 from llms import frozen_copy
-from main import cold_start, make_optimizer, update_policy
+from main import update_policy
+from optimizer import apply_gradients, make_optimizer
 from plotter import Series
 from rldatasets import Problem, Problems
 from runlog import show_progress
 from sampler import sample_rollouts
+from shared_prefix import micro_batches
 from utils import Stopwatch, UserError
 
 ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0], [2.0, -1.0, -1.0, 0.0]])
@@ -60,11 +65,13 @@ class RecordingSGD(torch.optim.SGD):
         ]
 
 
-def gradients(model, rollouts, accelerator, advantages=ADVANTAGES, reference=None, **flags):
+def gradients(
+    model, rollouts, accelerator, advantages=ADVANTAGES, reference=None, chosen=None, **flags
+):
     optimizer = RecordingSGD(model)
     args = make_args(max_completion_length=10, **flags)
     metrics = update_policy(
-        model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+        model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch(), chosen
     )
     return optimizer.seen, metrics
 
@@ -120,9 +127,9 @@ def test_micro_batches_change_nothing(aggregation, kl_beta, accelerator):
     reference = frozen_copy(toy(seed=1)) if kl_beta else None
     settings = {"aggregation": aggregation, "kl_beta": kl_beta, "reference": reference}
     whole, metrics = gradients(model, rollouts, accelerator, **settings)
-    for size in (1, 2, 3):  # 4 = 3 + 1: the last part is smaller
+    for tokens in (1, 15, 30, 60):  # from a completion at a time to questions that share a pass
         parts, part_metrics = gradients(
-            model, rollouts, accelerator, micro_batch_size=size, **settings
+            model, rollouts, accelerator, micro_batch_tokens=tokens, **settings
         )
         assert distance(parts, whole) < 1e-5
         assert part_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
@@ -147,18 +154,41 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     scored = []
     original = main.completion_logprobs
 
-    def spy(model, prompt_ids, completion_ids, temperature):
-        scored.append(prompt_ids.tolist())
-        return original(model, prompt_ids, completion_ids, temperature)
+    def spy(model, batch, completion_ids, temperature):
+        scored.extend(prompt.tolist() for prompt in batch.prompts)
+        return original(model, batch, completion_ids, temperature)
 
     monkeypatch.setattr(main, "completion_logprobs", spy)
     without, _ = gradients(model, rollouts, accelerator)
     assert scored == [[5, 9, 3], [7, 7, 1, 3]]
-    monkeypatch.setattr(main, "micro_batches", lambda mask, learnable, size: [
-        (q, slice(0, 4), mask.shape[-1]) for q in range(3)
+    monkeypatch.setattr(main, "micro_batches", lambda prompts, mask, budget: [
+        *micro_batches(prompts, rollouts.completion_mask, 0)
     ])  # fmt: skip
     everything, _ = gradients(model, rollouts, accelerator)
+    assert scored[2:] == [[5, 9, 3], [8, 8], [7, 7, 1, 3]]
     assert distance(without, everything) < 1e-5
+
+
+def test_completions_that_are_not_chosen_have_no_part_in_the_update(accelerator):
+    """Neither in the gradient nor in what it is averaged over."""
+    model = toy()
+    rollouts = rollouts_from(model)
+    chosen = torch.tensor([[True, False, True, False], [False] * 4, [True, True, False, False]])
+    flags = {"reference": frozen_copy(toy(seed=1)), "kl_beta": 0.1}
+    actual, _ = gradients(model, rollouts, accelerator, chosen=chosen, **flags)
+    smaller = dataclasses.replace(
+        rollouts,
+        prompt_ids=[rollouts.prompt_ids[q] for q in (0, 2)],
+        **{
+            name: getattr(rollouts, name)[chosen].view(2, 2, -1)
+            for name in ("completion_ids", "completion_mask", "logprobs")
+        },
+        finished=rollouts.finished[chosen].view(2, 2),
+    )
+    expected, _ = gradients(
+        model, smaller, accelerator, advantages=ADVANTAGES[chosen].view(2, 2), **flags
+    )
+    assert distance(actual, expected) < 1e-5
 
 
 def test_no_advantage_at_all_leaves_the_policy_alone(accelerator):
@@ -195,7 +225,14 @@ def test_inner_epochs_update_once_each_on_the_same_completions(accelerator):
         optimizer, _ = make_optimizer(model, args)
         metrics = [
             update_policy(
-                model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+                model,
+                None,
+                optimizer,
+                rollouts,
+                ADVANTAGES,
+                args,
+                accelerator,
+                Stopwatch(),
             )
             for _ in range(calls)
         ]
@@ -242,7 +279,7 @@ def test_loss_and_gradient_must_both_be_finite(loss, gradient, skipped):
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.tensor([gradient, 1.0])
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    assert main.apply_gradients(optimizer, torch.tensor(loss), 1.0)[1] == skipped
+    assert apply_gradients(optimizer, torch.tensor(loss), 1.0)[1] == skipped
     assert torch.equal(weight, torch.ones(2)) == bool(skipped)
     assert weight.grad is None
 
@@ -291,9 +328,9 @@ def test_the_sampled_ids_reach_the_model_unchanged(accelerator, monkeypatch):
     seen = []
     original = main.completion_logprobs
 
-    def spy(model, prompt_ids, completion_ids, temperature):
+    def spy(model, batch, completion_ids, temperature):
         seen.append(completion_ids.tolist())
-        return original(model, prompt_ids, completion_ids, temperature)
+        return original(model, batch, completion_ids, temperature)
 
     monkeypatch.setattr(main, "completion_logprobs", spy)
     gradients(model, rollouts, accelerator, advantages=torch.tensor([[1.0, -1.0]]))
@@ -320,7 +357,14 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
         advantages = main.group_advantages(rewards.total)
         advantages[0, 0] = 1.0
         metrics = update_policy(
-            model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+            model,
+            reference,
+            optimizer,
+            rollouts,
+            advantages,
+            args,
+            accelerator,
+            Stopwatch(),
         )
         summary, _ = evaluator.evaluate(
             model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS
@@ -373,7 +417,14 @@ def test_at_a_rate_of_1e_6_fp32_weights_move_and_bf16_ones_do_not(accelerator):
         for step in range(10):
             rollouts = rollouts_from(model, seed=step)
             update_policy(
-                model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+                model,
+                None,
+                optimizer,
+                rollouts,
+                ADVANTAGES,
+                args,
+                accelerator,
+                Stopwatch(),
             )
         now = [p for p in model.parameters() if p.ndim == 2]
         moved = sum((a != b).sum().item() for a, b in zip(now, start))
@@ -389,7 +440,7 @@ WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_the_worked_answer_is_its_text_and_the_end_of_turn_and_nothing_else(family):
     tokenizer = make_tokenizer(family)
-    ids = main.worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"))
+    _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"))
     assert tokenizer.decode(ids) == WORKED + tokenizer.eos_token
     assert tokenizer.bos_token_id not in ids
 
@@ -408,15 +459,14 @@ def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, m
         seen.update(loss=loss.item(), gradients=[p.grad.clone() for p in model.parameters()])
         optimizer.zero_grad()
 
-    monkeypatch.setattr(main, "apply_gradients", record)
+    monkeypatch.setattr(cold_start_module, "apply_gradients", record)
     args = make_args(
         cold_start_steps=1, cold_start_learning_rate=1e-3, questions_per_step=2, max_grad_norm=1.0
     )
     cold_start(model, tokenizer, Problems(problems, 0), args, accelerator)
     logprobs = []
     for problem in problems:
-        prompt = main.chat_prompt(tokenizer, main.SYSTEM_PROMPT, problem.question)
-        target = main.worked_ids(tokenizer, problem)
+        prompt, target = worked_ids(tokenizer, problem)
         logprobs.append(
             naive_logprobs(model, torch.tensor(prompt), torch.tensor([target]), 1.0).flatten()
         )
@@ -579,6 +629,39 @@ def test_over_long_training_questions_are_left_out_whole_and_counted(
     assert asked == {f"{i} + 1?" for i in range(6)}
 
 
+def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_path, monkeypatch):
+    """A reward that tells completions apart for odd numbers alone: half of the groups are flat."""
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    calls = iter(range(10**6))
+
+    def alternating(completion, problem):
+        return float(next(calls) % 2) if int(problem.answer) % 2 else 1.0
+
+    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [alternating])
+    run = tmp_path / "run"
+    argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
+            str(run), "--model_name", str(saved_models["qwen2"]), "--cold_start_steps", "0",
+            "--num_train_iters", "4", "--group_size", "4", "--max_draws", "6",
+            "--train_group_size", "2"]  # fmt: skip
+    main.train(parse_args(argv))
+    metrics = lines(run / "metrics.jsonl")
+    drawn = []
+    for step, row in enumerate(metrics):
+        saved = lines(run / "completions" / f"step_{step:05d}.jsonl")
+        drawn.append(len(saved) // 8)  # draws of two groups of four
+        groups = [saved[i : i + 4] for i in range(0, len(saved), 4)]
+        trained = [group for group in groups if any(record["advantage"] for record in group)]
+        signal = [group for group in groups if len({record["reward"] for record in group}) > 1]
+        assert trained == signal[:2]
+        assert all(sum(bool(r["advantage"]) for r in group) == 2 for group in trained)
+        assert drawn[-1] == 6 or len(signal) >= 2
+        assert row["flat_groups"] == pytest.approx(1 - len(signal) / len(groups))
+        assert row["grad_norm"] > 0
+    assert max(drawn) > 1
+
+
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
@@ -679,10 +762,17 @@ def test_a_step_on_the_gpu_under_bf16_autocast():
             model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, 40, 1.0, device_generator
         )
     assert rollouts.completion_ids.device.type == "cuda"
-    args = make_args(kl_beta=0.1, micro_batch_size=3)
+    args = make_args(kl_beta=0.1, micro_batch_tokens=40)
     optimizer, _ = make_optimizer(model, args)
     metrics = update_policy(
-        model, reference, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
+        model,
+        reference,
+        optimizer,
+        rollouts,
+        ADVANTAGES,
+        args,
+        accelerator,
+        Stopwatch(),
     )
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert metrics["mismatch"] < 0.05

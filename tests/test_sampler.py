@@ -3,11 +3,10 @@
 import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
-from test_llms import naive_logprobs
+from test_llms import group_logprobs, naive_logprobs
 
 import sampler
-from llms import completion_logprobs
-from sampler import sample_rollouts, sample_tokens
+from sampler import joined_rollouts, sample_rollouts, sample_tokens
 
 
 class Words:
@@ -205,7 +204,7 @@ def test_under_bf16_autocast_sampler_and_trainer_still_agree(family):
         rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, generator())
         for question in range(2):
             ids = rollouts.completion_ids[question]
-            scored = completion_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
+            scored = group_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
             gap = (scored - rollouts.logprobs[question])[rollouts.completion_mask[question]]
             assert scored.dtype == torch.float32
             assert gap.abs().max() < 0.05
@@ -217,3 +216,22 @@ def test_dropout_in_the_config_does_not_reach_sampling():
     rollouts = sample_rollouts(model, Words(0), [[5, 9, 3]], 4, 12, 1.0, generator())
     error = naive(model, rollouts, 0, 1.0) - rollouts.logprobs[0]
     assert error[rollouts.completion_mask[0]].abs().max() < 1e-4
+
+
+def test_draws_joined_are_padded_and_otherwise_unchanged():
+    model = make_model(vocab_size=12)
+    parts = [
+        sample_rollouts(model, Words(0), prompts, 3, length, 1.0, generator(length))
+        for prompts, length in (([[5, 2], [3]], 4), ([[7]], 9))
+    ]
+    joined = joined_rollouts(parts)
+    assert joined.completion_ids.shape == (3, 3, 9)
+    assert [ids.tolist() for ids in joined.prompt_ids] == [[5, 2], [3], [7]]
+    assert joined.texts == parts[0].texts + parts[1].texts
+    first = parts[0].completion_mask.shape[-1]
+    for name in ("completion_ids", "completion_mask", "logprobs"):
+        whole = getattr(joined, name)
+        assert torch.equal(whole[:2, :, :first], getattr(parts[0], name))
+        assert torch.equal(whole[2:], getattr(parts[1], name))
+        assert not whole[:2, :, first:].any()
+    assert torch.equal(joined.finished, torch.cat([part.finished for part in parts]))

@@ -1,0 +1,45 @@
+"""AdamW, its schedule, and the one place where gradients become an update."""
+
+import math
+
+import torch
+
+
+def apply_gradients(optimizer, loss, max_grad_norm):
+    """Clip, update and clear. Returns (gradient norm before clipping, 1 if the update was skipped).
+
+    A loss or gradient that is not finite leaves weights and Adam's moments untouched.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm, int(not finite)
+
+
+def make_optimizer(policy, args):
+    """AdamW with weight decay on matrices only, and its schedule, one step of it per GRPO step."""
+    matrices = [p for p in policy.parameters() if p.ndim >= 2]
+    vectors = [p for p in policy.parameters() if p.ndim < 2]  # norms and biases
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        fused=True,  # foreach would hold a second copy of the moments for an instant
+    )
+    warmup = math.ceil(args.warmup_percent * args.num_train_iters)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        if args.lr_schedule == "constant":
+            return 1.0
+        progress = (step - warmup) / max(1, args.num_train_iters - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
