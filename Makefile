@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo train test lint clean
+.PHONY: demo train test gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -16,6 +16,9 @@ train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 
 test: $(READY)
 	$(RUN) -m pytest -q $(ARGS)
+
+gpu-check: $(READY)  ## GPU tests and benchmarks, as one table; needs CUDA and Qwen2.5-1.5B-Instruct
+	@$(RUN) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,20 +1,142 @@
-"""The benchmarks run; what they measure is in LOG.md."""
+"""The benchmarks run and measure what they say; what they measured is in LOG.md."""
 
 import json
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+import torch
+from conftest import ROOT, make_model
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import common
+import gpu_check
+import limit
+import memory
+import vs_trl
+
+TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
+
+
+def ran(script, model, capfd, *flags):
+    """Run a benchmark in this process; what its last line says."""
+    script.main(["--model_name", str(model), *TOY, *flags])
+    return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
 def test_the_sampling_benchmark_compares_both_and_ends_in_json(saved_models):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "sampling_vs_generate.py", "--model_name",
-         saved_models["qwen2"], "--questions", "2", "--group_size", "2", "--max_new_tokens", "5",
-         "--rounds", "2"],
+         saved_models["qwen2"], *TOY, "--questions", "2", "--rounds", "2"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["rows"] == 4
     assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
+
+
+def test_trl_has_the_same_loss_and_a_step_of_both_is_compared(saved_models, capfd):
+    model = saved_models["qwen2"]
+    flags = ["--questions", "2", "--trl_batch_size", "2", "--warm_up", "0"]
+    with pytest.raises(SystemExit, match="not the same loss"):
+        ran(vs_trl, model, capfd, *flags, "--trl", "use_bias_correction_kl=true")
+    result = ran(vs_trl, model, capfd, *flags)
+    for ratio in ("sampling", "step"):
+        low, middle, high = (result[f"{ratio}_ratio{end}"] for end in ("_min", "", "_max"))
+        assert low <= middle <= high
+    for side in ("ours", "trl"):
+        assert 0 < result[f"{side}_completion_length"] <= 5
+        assert result[f"{side}_completions_per_second"] > 0
+        assert result[f"{side}_sampling_tokens_per_second"] > 0
+    assert result["memory_ratio"] == pytest.approx(
+        result["ours_peak_gib"] / result["trl_peak_gib"], abs=0.05
+    )
+
+
+def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):
+    monkeypatch.setattr("utils.keep_freed_memory", lambda: None)  # it is for good
+    result = ran(limit, saved_models["qwen2"], capfd, "--rows", "4", "--largest", "64",
+                 "--megabytes", "1", "--seconds", "0.01")  # fmt: skip
+    assert [stage["stage"] for stage in result["stages"]] == ["sampling", "reference", "policy"]
+    sampling, reference, policy = result["stages"]
+    assert sampling["operations"] == reference["operations"] == policy["operations"] / 3
+    for stage in result["stages"]:
+        rate = stage["operations"] / stage["seconds"] / 1e9
+        assert rate == pytest.approx(stage["gflops_per_second"], abs=0.01)
+        share = rate / result["gflops_per_second"]
+        assert share == pytest.approx(stage["share_of_products"], rel=0.05, abs=1e-3)
+        assert stage["share_of_limit"] >= stage["share_of_products"]
+
+
+def test_the_memory_benchmark_has_a_process_for_each_size(saved_models, capfd):
+    flags = ["--completions", "4", "--warm_up", "0"]
+    result = ran(memory, saved_models["qwen2"], capfd, *flags)
+    assert [size["completions"] for size in result["sizes"]] == [4]
+    assert result["sizes"][0]["peak_gib"] > 0
+    assert result["growth"] == 1
+
+
+@pytest.fixture
+def toy():
+    """A layer: q 32 x 32, k and v 32 x 16, o 32 x 32, three of 32 x 48. Two layers; head 300."""
+    return make_model("qwen2")
+
+
+def test_operations_are_those_counted_by_hand(toy):
+    # One question of 3 tokens, completions of 2 and 4: 1 and 3 of their tokens are read.
+    matrices = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
+    products = 2 * matrices * (3 + 1 + 3)
+    head = 2 * 32 * 300 * (1 + 1 + 3)
+    seen = (1 + 2 + 3) + 4 + (4 + 5 + 6)
+    attention = 2 * (2 * 2 * 32 * seen)  # layers, products, operations, query width
+    assert limit.forward_flops(toy, [3], [[2, 4]]) == products + head + attention
+
+
+def test_operations_are_those_of_a_pass_that_wastes_none(toy):
+    """One completion per prompt: what torch counts, but for the half of attention that is masked
+    and the head at the prompt."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    toy.set_attn_implementation("eager")  # the counter leaves the fused kernel out
+    ids = torch.zeros((1, 9), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        toy.get_output_embeddings()(toy.get_decoder()(ids).last_hidden_state[:, 3:])
+    masked = 4 * 2 * 32 * (9 * 9 - limit.seen(0, 9))
+    assert limit.forward_flops(toy, [4], [[6]]) == counter.get_total_flops() - masked
+
+
+def test_sampling_reads_weights_once_per_token_and_the_cache(toy):
+    weights = sum(
+        p.numel() for name, p in toy.named_parameters() if p.ndim == 2 and "layers" in name
+    )
+    # Passes: the prompt, then three. In these the prompt is read once, the completions row by row.
+    cached = 3 * 3 + (1) + (1 + 2 + 3)
+    expected = 4 * (4 * (weights + 32 * 300) + 2 * (2 * 16) * cached)
+    assert limit.sampling_bytes(toy, [3], [[2, 4]], itemsize=4) == expected
+
+
+def test_a_ratio_is_a_median_with_its_range():
+    assert common.ratios([2, 3, 8], [1, 1, 2], "x_") == {
+        "x_ratio": 3, "x_ratio_min": 2, "x_ratio_max": 4
+    }  # fmt: skip
+
+
+def test_a_gpu_check_without_a_gpu_says_so(capfd):
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert len(err.splitlines()) == 1
+    assert not out
+
+
+def test_a_gpu_check_shows_the_figures_of_a_last_line():
+    stage = {"rows": 64, "stage": "policy", "gflops_per_second": 5.0, "share_of_limit": 0.25}
+    rows = gpu_check.figures("limit", json.dumps({"gigabytes_per_second": 7, "stages": [stage]}))
+    assert rows == [
+        ("limit: gigabytes per second", 7),
+        ("limit: policy of 64 rows, GFLOP/s", 5.0),
+        ("limit: policy of 64 rows, share of the limit", "25.0%"),
+    ]
+    assert gpu_check.figures("limit", "failed with status 1") == [("limit", "failed with status 1")]

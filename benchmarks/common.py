@@ -1,0 +1,206 @@
+"""What the benchmarks share: flags, workers that take turns, a step as main.py does it, memory.
+
+Torch is imported inside functions: a worker has to choose its allocator first.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def workload_parser(doc, rounds, warm_up, questions=True):
+    """The flags of every benchmark; `rounds` and `warm_up` are the defaults of these two."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    flag = parser.add_argument
+    flag("--model_name", default="smollm2-135m")
+    flag("--dataset_path", help="GSM8K's directory; default: generated problems")
+    if questions:
+        flag("--questions", type=int, default=4)
+    flag("--group_size", type=int, default=8)
+    flag("--max_completion_length", "--max_new_tokens", type=int, default=160)
+    flag("--temperature", type=float, default=0.9)
+    flag("--rounds", type=int, default=rounds)
+    flag("--warm_up", type=int, default=warm_up, help="rounds before those that count: until then "
+         "memory that was freed has not found its places")  # fmt: skip
+    flag("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def training_flags(parser):
+    """What the benchmarks of a whole step take in addition."""
+    parser.add_argument("--kl_beta", type=float, default=0.04)
+    parser.add_argument("--micro_batch_size", type=int, help="ours; default: that of the preset")
+    return parser
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that does a round when it is asked to, and waits otherwise."""
+
+    def __init__(self, script, flags, name):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, script, *map(str, flags), "--worker", name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def answer(self):
+        """What the worker says next."""
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"worker {self.name}: ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, number):
+        """Do round `number`."""
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self):
+        """Let the worker end."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(script, flags, names, args, show):
+    """Start a worker for every name and have them do round after round in turn.
+
+    Returns {name: replies of the rounds that count}; `show` puts a reply into a line.
+    """
+    workers = [Worker(script, flags, name) for name in names]
+    for worker in workers:
+        print(f"{worker.name}: {worker.answer()}", flush=True)
+    replies = {name: [] for name in names}
+    for number in range(args.warm_up + args.rounds):
+        for worker in workers:
+            reply = worker.ask(number)
+            counts = number >= args.warm_up
+            replies[worker.name] += [reply] * counts
+            print(f"round {number}: {worker.name:8} {show(reply)}{'' if counts else '  (warm-up)'}",
+                  flush=True)  # fmt: skip
+    for worker in workers:
+        worker.close()
+    return replies
+
+
+def reply_channel():
+    """A function that sends a worker's replies. Whatever else is printed goes to standard error."""
+    channel, sys.stdout = sys.stdout, sys.stderr
+    return lambda reply: print(json.dumps(reply), file=channel, flush=True)
+
+
+def median(values, digits):
+    """The median, rounded for the last line."""
+    return round(statistics.median(values), digits)
+
+
+def ratios(ours, theirs, prefix=""):
+    """Median and range, over rounds, of ours / theirs."""
+    values = [a / b for a, b in zip(ours, theirs)]
+    names = (f"{prefix}ratio", f"{prefix}ratio_min", f"{prefix}ratio_max")
+    summary = (statistics.median(values), min(values), max(values))
+    return {name: round(value, 2) for name, value in zip(names, summary)}
+
+
+# --- ours --------------------------------------------------------------------------------------
+
+
+def load_questions(args):
+    """The training problems; `.batch(round, questions)` are those of a round."""
+    from rldatasets import load_problems
+
+    name = "gsm8k" if args.dataset_path else "arithmetic"
+    return load_problems(name, args.dataset_path, "train", 0)
+
+
+def set_up(args, model_name, questions, mixed_precision=None):
+    """What main.train has at hand when its loop begins. Mixed precision: as there, unless given."""
+    import torch
+    from accelerate import Accelerator
+
+    from flags import parse_args
+    from llms import frozen_copy, load_model
+    from main import make_optimizer
+
+    on_gpu = torch.cuda.is_available()
+    argv = {
+        "preset": "h100" if on_gpu else "cpu",
+        "model_name": model_name,
+        "dataset_name": "gsm8k" if args.dataset_path else "arithmetic",
+        "questions_per_step": questions,
+        "group_size": args.group_size,
+        "max_completion_length": args.max_completion_length,
+        "temperature": args.temperature,
+        "kl_beta": args.kl_beta,
+        "learning_rate": 1e-6,
+        "lr_schedule": "constant",
+        "warmup_percent": 0,
+        "max_grad_norm": 1,
+    }
+    if args.dataset_path:
+        argv["dataset_path"] = args.dataset_path
+    if args.micro_batch_size is not None:
+        argv["micro_batch_size"] = args.micro_batch_size
+    ours = SimpleNamespace(on_gpu=on_gpu)
+    ours.flags = parse_args(
+        [part for name, value in argv.items() for part in (f"--{name}", str(value))]
+    )
+    mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
+    ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
+    ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
+    ours.reference = frozen_copy(ours.policy) if args.kl_beta > 0 else None
+    ours.optimizer, ours.scheduler = make_optimizer(ours.policy, ours.flags)
+    return ours
+
+
+def our_step(ours, problems, number):
+    """One step of main.train, without its files. Returns (rollouts, seconds per stage)."""
+    import torch
+
+    from evaluator import REWARD_FUNCTIONS, score
+    from grpo import group_advantages
+    from main import sample_groups, update_policy
+    from utils import Stopwatch
+
+    flags, stopwatch = ours.flags, Stopwatch(torch.cuda.synchronize if ours.on_gpu else None)
+    with stopwatch("sampling"):
+        rollouts = sample_groups(
+            ours.policy, ours.tokenizer, problems, number, flags, ours.accelerator
+        )
+    with stopwatch("rewards"):
+        rewards = score(rollouts, problems, REWARD_FUNCTIONS, flags.reward_weights)
+        advantages = group_advantages(rewards.total, flags.advantage_scale)  # (Q, G)
+    update_policy(
+        ours.policy, ours.reference, ours.optimizer, rollouts, advantages, flags,
+        ours.accelerator, stopwatch,
+    )  # fmt: skip
+    ours.scheduler.step()
+    return rollouts, stopwatch.seconds
+
+
+def peak_gib():
+    """The most memory this process has held: on a GPU what torch allocated, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage: its maximum goes on from that of the process that started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def table(rows):
+    """Rows of cells as a Markdown table, the first being its head."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

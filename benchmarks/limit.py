@@ -1,0 +1,203 @@
+"""How much of what the machine can do our steps use: sampling, reference pass, policy pass.
+
+The limits are measured first and again at the end, the better counts: matrix products in the dtype
+of training (fp32 on a CPU, bf16 on CUDA) over large and model-shaped sizes, by torch.matmul and by
+F.linear, and memory read and copied. Against them stand the floating-point operations that the work
+*needs*, however it is done: 2 per weight of a matrix and token read, a prompt once per group, the
+last token of a completion never; the head only where a token is predicted; attention to what each
+token sees; the backward pass twice the forward. Nothing computed again counts. Clipping and AdamW
+are in the policy's seconds, not in its operations.
+
+Sampling also has to read every weight once per token of the longest completion, and the cache; its
+share is of the least time that either operations or bytes allow.
+
+    python benchmarks/limit.py --dataset_path DIR_WITH_GSM8K
+
+The last line is JSON: the limits, and per number of rows and stage operations, seconds and share.
+"""
+
+import json
+import time
+
+from common import (
+    load_questions,
+    our_step,
+    set_up,
+    table,
+    training_flags,
+    workload_parser,
+)
+
+
+def main(argv=None):
+    parser = training_flags(workload_parser(__doc__, rounds=2, warm_up=1, questions=False))
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128],
+                        help="completions per step, in groups of --group_size")  # fmt: skip
+    parser.add_argument("--largest", type=int, default=4096, help="size of the largest product")
+    parser.add_argument("--megabytes", type=int, default=1024, help="read to measure bandwidth")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="for each measurement of a limit"
+    )
+    args = parser.parse_args(argv)
+    from utils import keep_freed_memory
+
+    keep_freed_memory()
+    import torch
+
+    ours = set_up(args, args.model_name, args.rows[0] // args.group_size)
+    dtype = torch.bfloat16 if ours.on_gpu else torch.float32
+    problems = load_questions(args)
+    limits = [machine_limits(ours.policy, dtype, args)]
+    stages = []
+    for rows in args.rows:
+        counted = []
+        for number in range(args.warm_up + args.rounds):
+            batch = problems.batch(number, rows // args.group_size)
+            rollouts, seconds = our_step(ours, batch, number)
+            print(f"{rows} rows, round {number}: " + ", ".join(
+                f"{stage} {spent:.2f} s" for stage, spent in seconds.items()
+            ), flush=True)  # fmt: skip
+            if number >= args.warm_up:
+                counted.append((needs(ours.policy, rollouts, dtype.itemsize), seconds))
+        for stage in ("sampling", "reference", "policy"):
+            if stage in seconds:
+                stages.append({"rows": rows, "stage": stage, **totals(counted, stage)})
+    limits.append(machine_limits(ours.policy, dtype, args))
+    flops, bandwidth = (max(values) for values in zip(*limits))
+
+    for stage in stages:
+        least = max(stage["operations"] / flops, stage.pop("bytes") / bandwidth)
+        stage["gflops_per_second"] = round(stage["operations"] / stage["seconds"] / 1e9, 2)
+        stage["share_of_products"] = round(stage["operations"] / stage["seconds"] / flops, 4)
+        stage["share_of_limit"] = round(least / stage["seconds"], 4)
+    print(f"limits: {flops / 1e9:.1f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s, "
+          f"{torch.get_num_threads()} threads, {ours.accelerator.device}")  # fmt: skip
+    print(table([
+        ("rows", "stage", "GFLOP needed", "s", "GFLOP/s", "share of products", "share of limit"),
+        *((stage["rows"], stage["stage"], f"{stage['operations'] / 1e9:.1f}",
+           f"{stage['seconds']:.2f}", stage["gflops_per_second"],
+           f"{stage['share_of_products']:.1%}", f"{stage['share_of_limit']:.1%}")
+          for stage in stages),
+    ]))  # fmt: skip
+    print(json.dumps({
+        "gflops_per_second": round(flops / 1e9, 1),
+        "gigabytes_per_second": round(bandwidth / 1e9, 1),
+        "stages": stages,
+    }))  # fmt: skip
+
+
+def totals(counted, stage):
+    """Mean operations, bytes and seconds of a stage over the rounds that count."""
+    backward = 3 if stage == "policy" else 1
+    rounds = len(counted)
+    return {
+        "operations": backward * sum(need[0] for need, _ in counted) / rounds,
+        "bytes": sum(need[1] for need, _ in counted) / rounds if stage == "sampling" else 0,
+        "seconds": sum(seconds[stage] for _, seconds in counted) / rounds,
+    }
+
+
+# --- what the work needs -----------------------------------------------------------------------
+
+
+def needs(model, rollouts, itemsize):
+    """(operations, bytes) that writing these completions needs; scoring needs the same operations.
+
+    Operations: one pass over every prompt and every completion but its last token.
+    """
+    prompts = [len(ids) for ids in rollouts.prompt_ids]
+    lengths = rollouts.completion_mask.sum(-1).tolist()  # Q lists of G
+    return forward_flops(model, prompts, lengths), sampling_bytes(model, prompts, lengths, itemsize)
+
+
+def sizes(model):
+    """Weights in the layers' matrices, in the head, and the keys of one token over all layers."""
+    from torch.nn import Linear
+
+    modules = model.get_decoder().layers.modules()
+    matrices = sum(module.weight.numel() for module in modules if isinstance(module, Linear))
+    attention = model.get_decoder().layers[0].self_attn
+    keys = len(model.get_decoder().layers) * attention.k_proj.out_features
+    return matrices, model.get_output_embeddings().weight.numel(), keys
+
+
+def forward_flops(model, prompts, lengths):
+    """Operations of a forward pass. prompts: Q lengths, lengths: for each those of its group."""
+    matrices, head, keys = sizes(model)
+    width = keys * model.config.num_attention_heads // model.config.num_key_value_heads
+    total = 0
+    for prompt, group in zip(prompts, lengths):
+        read = [length - 1 for length in group]  # nothing is predicted from the last token
+        pairs = seen(0, prompt) + sum(seen(prompt, count) for count in read)
+        total += 2 * matrices * (prompt + sum(read))
+        total += 2 * head * (1 + sum(read))  # the first token's distribution is the group's
+        total += 4 * width * pairs  # two products, with keys and with values
+    return total
+
+
+def seen(past, count):
+    """How many tokens `count` tokens see that follow `past` others, themselves included."""
+    return count * past + count * (count + 1) // 2
+
+
+def sampling_bytes(model, prompts, lengths, itemsize):
+    """Bytes that sampling reads, token after token for all rows at once: weights and the cache."""
+    matrices, head, keys = sizes(model)
+    passes = max(max(group) for group in lengths)  # the prompts, then a token each
+    cached = 0
+    for prompt, group in zip(prompts, lengths):
+        cached += prompt * (max(group) - 1) + sum(seen(0, length - 1) for length in group)
+    return itemsize * (passes * (matrices + head) + 2 * keys * cached)
+
+
+# --- what the machine can do -------------------------------------------------------------------
+
+
+def machine_limits(model, dtype, args):
+    """The best (operations per second, bytes per second) over sizes and ways."""
+    import torch
+    import torch.nn.functional as F
+
+    device = model.device
+    shapes = [(size, size, size) for size in (args.largest // 2, args.largest)]
+    layer = model.get_decoder().layers[0]
+    for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
+        shapes += [(tokens, linear.in_features, linear.out_features) for tokens in (256, 2048)]
+    flops = 0
+    for rows, width, columns in shapes:
+        x = torch.randn(rows, width, device=device, dtype=dtype)
+        weight = torch.randn(columns, width, device=device, dtype=dtype)
+        transposed = weight.T.contiguous()
+        for product in (
+            lambda x=x, w=transposed: torch.matmul(x, w),
+            lambda x=x, w=weight: F.linear(x, w),
+        ):
+            flops = max(flops, 2 * x.numel() * columns / least_seconds(product, args.seconds))
+
+    count = args.megabytes * 2**20 // dtype.itemsize
+    source = torch.ones(count, device=device, dtype=dtype).view(-1, 1024)
+    target, vector = torch.empty_like(source), source[0].clone()
+    ways = {2: lambda: target.copy_(source), 1: lambda: torch.mv(source, vector)}  # bytes each way
+    bandwidth = max(
+        times * source.nbytes / least_seconds(way, args.seconds) for times, way in ways.items()
+    )
+    return flops, bandwidth
+
+
+def least_seconds(function, budget):
+    """The shortest of as many calls as fit in `budget` seconds, two at least."""
+    import torch
+
+    best, calls, deadline = float("inf"), 0, time.perf_counter() + budget
+    while calls < 2 or time.perf_counter() < deadline:
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+        calls += 1
+    return best
+
+
+if __name__ == "__main__":
+    main()
