@@ -27,13 +27,13 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
             for rows in zip(*(worked_ids(tokenizer, problem) for problem in problems))
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
-        lengths = torch.tensor([len(target) for target in targets], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        lengths = [[len(target)] for target in targets]
+        tokens = sum(map(len, targets))
         loss = 0.0
-        for batch in micro_batches(prompts, mask[:, None], args.micro_batch_tokens):
+        for batch in micro_batches(prompts, lengths, args.micro_batch_tokens):
             with accelerator.autocast():
                 logprobs = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
-            share = -logprobs.sum() / lengths.sum()
+            share = -logprobs.sum() / tokens
             share.backward()
             loss = loss + share.detach()
         apply_gradients(optimizer, loss, args.max_grad_norm)

@@ -214,7 +214,7 @@ def update_policy(
     learnable = (advantages != 0).any(-1, keepdim=True) | (reference is not None)  # (Q, 1)
     mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
-    batches = micro_batches(rollouts.prompt_ids, mask, args.micro_batch_tokens)
+    batches = micro_batches(rollouts.prompt_ids, mask.sum(-1).tolist(), args.micro_batch_tokens)
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 

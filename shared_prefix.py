@@ -14,6 +14,7 @@ longest), N tokens in the row, T scored tokens, H heads, K key-value heads, S he
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,14 +34,14 @@ class MicroBatch:
     rows: torch.Tensor  # (R,), which of the step's Q·G completions they are
 
 
-def micro_batches(prompt_ids, mask, budget):
+def micro_batches(prompt_ids, lengths, budget):
     """Cut the step's completions into passes of about `budget` tokens each, prompts included.
 
-    prompt_ids: Q tensors (P,), mask: (Q, G, C); completions without a token in the mask are left
-    out. 0: everything in one pass. Within a group long completions stand together, so that little
-    is padded in attention. A completion that exceeds the budget by itself has a pass of its own.
+    prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens; completions of none are
+    left out. budget 0: everything in one pass. Within a group long completions stand together, so
+    that little is padded in attention. A completion that exceeds the budget by itself has a pass of
+    its own.
     """
-    lengths = mask.sum(-1).tolist()  # Q lists of G
     passes, spent = [], math.inf
     for question, prompt in enumerate(prompt_ids):
         group = sorted((length, g) for g, length in enumerate(lengths[question]) if length)
@@ -52,17 +53,17 @@ def micro_batches(prompt_ids, mask, budget):
                 spent, cost = 0, length + len(prompt)
             passes[-1].append((question, g, length))
             spent, asked = spent + cost, True
-    return [_micro_batch(chosen, prompt_ids, mask) for chosen in passes]
+    return [_micro_batch(chosen, prompt_ids, len(lengths[0])) for chosen in passes]
 
 
-def _micro_batch(chosen, prompt_ids, mask):
+def _micro_batch(chosen, prompt_ids, group_size):
     questions = sorted({question for question, _, _ in chosen})
-    rows = [question * mask.shape[1] + g for question, g, _ in chosen]
+    rows = [question * group_size + g for question, g, _ in chosen]
     return MicroBatch(
         prompts=[prompt_ids[question] for question in questions],
         question=[questions.index(question) for question, _, _ in chosen],
         lengths=[length for _, _, length in chosen],
-        rows=torch.tensor(rows, device=mask.device),
+        rows=torch.tensor(rows, device=prompt_ids[0].device),
     )
 
 
@@ -85,63 +86,63 @@ class Packing:
 def pack(batch, completion_ids, heads_per_key, dtype):
     """Lay out the R completions of a MicroBatch, whose ids are (R, C), and their Q prompts.
 
-    heads_per_key: H / K, dtype: that of the attention. The arithmetic is done on the host, from
+    heads_per_key: H / K, dtype: that of the attention. Places are worked out on the host, from
     plain numbers: nothing here waits for the device.
     """
-    prompts = batch.prompts
-    on_host = torch.device("cpu")
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=on_host)  # (Q,)
-    lengths = torch.tensor(batch.lengths, device=on_host)  # (R,)
-    question = torch.tensor(batch.question, device=on_host)  # (R,)
-    counts = torch.cat([prompt_lengths, lengths - 1])  # a last token predicts nothing
-    starts = counts.cumsum(0) - counts
-    offsets = torch.arange(max(*prompt_lengths.tolist(), completion_ids.shape[1]), device=on_host)
+    device = completion_ids.device
+    question, lengths = np.array(batch.question), np.array(batch.lengths)  # (R,)
+    prompt_lengths = np.array([len(prompt) for prompt in batch.prompts])  # (Q,)
+    starts, in_prompt = _consecutive(prompt_lengths)  # (Q,), (Q, P)
+    row_starts, in_row = _consecutive(lengths - 1)  # (R,), (R, C - 1); a last token predicts none
+    offset = np.arange(max(in_prompt.shape[1], completion_ids.shape[1]))
+    p, c = offset[: in_prompt.shape[1]], offset[: in_row.shape[1]]
+    prompts = np.where(in_prompt, starts[:, None] + p, 0)  # (Q, P)
+    rows = np.where(in_row, prompt_lengths.sum() + row_starts[:, None] + c, 0)  # (R, C - 1)
 
-    def places(part):
-        """[start, start + count) for every prompt or completion: places, and which are real."""
-        real = offsets[: max(1, int(counts[part].max()))] < counts[part, None]
-        return torch.where(real, starts[part, None] + offsets[: real.shape[1]], 0), real
-
-    prompt_places, in_prompt = places(slice(len(prompts)))  # (Q, P)
-    completion_places, in_completion = places(slice(len(prompts), None))  # (R, C - 1)
-    width = completion_places.shape[1]
-    causal = torch.ones(len(offsets), len(offsets), dtype=torch.bool, device=on_host).tril()
-    of_prompt = in_prompt[question, None].expand(-1, width, -1)  # (R, C - 1, P)
-    own = causal[:width, :width].expand(len(lengths), -1, -1)  # (R, C - 1, C - 1)
-    longest = in_prompt.shape[1]
-    real = torch.cat([in_prompt.flatten(), in_completion.flatten()])
-    start = prompt_lengths[question, None]  # of a completion's positions
-    positions = [offsets.expand(len(prompts), -1)[:, :longest][in_prompt]]
-    positions.append((start + offsets[:width])[in_completion])
-    last = (starts[: len(prompts)] + prompt_lengths - 1)[question, None]  # of each one's prompt
-    is_scored = offsets[: completion_ids.shape[1]] < lengths[:, None]  # (R, C)
-    is_read = is_scored.roll(-1, 1) & is_scored  # all of a completion but its last token
-    is_read[:, -1] = False
     # A completion of n tokens is scored from the end of its prompt and its own first n - 1 tokens.
-    is_before = torch.cat([lengths[:, None] > 0, in_completion], dim=1)
+    last = (starts + prompt_lengths - 1)[question, None]  # (R, 1)
+    before = np.concatenate([last, rows], axis=1)  # (R, C)
+    is_before = np.concatenate([lengths[:, None] > 0, in_row], axis=1)
+    position = prompt_lengths[question, None] + c  # (R, C - 1)
+    positions = np.concatenate([np.broadcast_to(p, in_prompt.shape)[in_prompt], position[in_row]])
 
-    def to_device(x):
-        x = x.pin_memory() if completion_ids.is_cuda else x
-        return x.to(completion_ids.device, non_blocking=True)
+    in_ids = offset[: completion_ids.shape[1]]
+    scored = np.flatnonzero(in_ids < lengths[:, None])
+    read = np.flatnonzero(in_ids < lengths[:, None] - 1)
+    of_prompt = np.broadcast_to(in_prompt[question, None], (len(rows), len(c), len(p)))
+    of_itself = np.broadcast_to(c <= c[:, None], (len(rows), len(c), len(c)))
+
+    def to_device(array):
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
+            device, non_blocking=True
+        )
 
     def bias(visible):
-        zeros = torch.zeros((), dtype=dtype, device=completion_ids.device)
-        visible = to_device(visible).repeat(*[1] * (visible.ndim - 2), heads_per_key, 1)
-        return zeros.masked_fill(~visible, -torch.inf)
+        """0 where a token is visible, else -inf, once for every head of a key-value head."""
+        hidden = to_device(~visible)
+        hidden = hidden.repeat(*[1] * (hidden.ndim - 2), heads_per_key, 1)
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
-    read = to_device(is_read.flatten().nonzero().squeeze(-1))
+    flat_ids = completion_ids.flatten()
     return Packing(
-        ids=torch.cat([*prompts, completion_ids.flatten().index_select(0, read)])[None],
-        positions=to_device(torch.cat(positions))[None],
-        prompts=to_device(prompt_places),
-        completions=to_device(completion_places),
-        keys=to_device(torch.cat([prompt_places[question], completion_places], dim=1)),
-        prompt_bias=bias(causal[:longest, :longest]),
-        bias=bias(torch.cat([of_prompt, own], dim=-1)[:, None]),
-        unpad=to_device(real.nonzero().squeeze(-1)),
-        before=to_device(torch.cat([last, completion_places], dim=1)[is_before]),
-        scored=to_device(is_scored.flatten().nonzero().squeeze(-1)),
+        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, to_device(read))])[None],
+        positions=to_device(positions)[None],
+        prompts=to_device(prompts),
+        completions=to_device(rows),
+        keys=to_device(np.concatenate([prompts[question], rows], axis=1)),
+        prompt_bias=bias(p <= p[:, None]),
+        bias=bias(np.concatenate([of_prompt, of_itself], axis=-1)[:, None]),
+        unpad=to_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_row.ravel()]))),
+        before=to_device(before[is_before]),
+        scored=to_device(scored),
     )
+
+
+def _consecutive(lengths):
+    """Where each of N pieces in a row starts, (N,), and which of (N, L) padded places are real."""
+    width = max(1, lengths.max())
+    return lengths.cumsum() - lengths, np.arange(width) < lengths[:, None]
 
 
 def hidden_before_completions(model, batch, completion_ids):

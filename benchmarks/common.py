@@ -36,7 +36,7 @@ def workload_parser(doc, rounds, warm_up, questions=True):
 def training_flags(parser):
     """What the benchmarks of a whole step take in addition."""
     parser.add_argument("--kl_beta", type=float, default=0.04)
-    parser.add_argument("--micro_batch_size", type=int, help="ours; default: that of the preset")
+    parser.add_argument("--micro_batch_tokens", type=int, help="ours; default: that of the preset")
     return parser
 
 
@@ -149,8 +149,8 @@ def set_up(args, model_name, questions, mixed_precision=None):
     }
     if args.dataset_path:
         argv["dataset_path"] = args.dataset_path
-    if args.micro_batch_size is not None:
-        argv["micro_batch_size"] = args.micro_batch_size
+    if args.micro_batch_tokens is not None:
+        argv["micro_batch_tokens"] = args.micro_batch_tokens
     ours = SimpleNamespace(on_gpu=on_gpu)
     ours.flags = parse_args(
         [part for name, value in argv.items() for part in (f"--{name}", str(value))]

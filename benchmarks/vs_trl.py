@@ -229,7 +229,7 @@ def work_ours(args):
     ours = set_up(args, args.model_name, args.questions)
     problems = load_questions(args)
     reply(f"{torch.get_num_threads()} threads, {ours.accelerator.device}, "
-          f"{ours.flags.micro_batch_size or 'all'} completions per micro-batch")  # fmt: skip
+          f"{ours.flags.micro_batch_tokens or 'all'} tokens per micro-batch")  # fmt: skip
     for line in sys.stdin:
         started = time.perf_counter()
         rollouts, seconds = our_step(ours, problems.batch(int(line), args.questions), int(line))

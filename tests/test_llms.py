@@ -41,8 +41,8 @@ def naive_logprobs(model, prompt, completions, temperature):
 
 def group_logprobs(model, prompt, completion_ids, temperature):
     """`completion_logprobs` for one whole group, in its own order."""
-    mask = torch.ones_like(completion_ids, dtype=torch.bool)
-    [batch] = micro_batches([prompt], mask[None], 0)
+    rows, length = completion_ids.shape
+    [batch] = micro_batches([prompt], [[length] * rows], 0)
     logprobs = completion_logprobs(model, batch, completion_ids[batch.rows], temperature)
     return logprobs[batch.rows.argsort()]
 

@@ -161,8 +161,8 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     monkeypatch.setattr(main, "completion_logprobs", spy)
     without, _ = gradients(model, rollouts, accelerator)
     assert scored == [[5, 9, 3], [7, 7, 1, 3]]
-    monkeypatch.setattr(main, "micro_batches", lambda prompts, mask, budget: [
-        *micro_batches(prompts, rollouts.completion_mask, 0)
+    monkeypatch.setattr(main, "micro_batches", lambda prompts, lengths, budget: [
+        *micro_batches(prompts, rollouts.completion_mask.sum(-1).tolist(), 0)
     ])  # fmt: skip
     everything, _ = gradients(model, rollouts, accelerator)
     assert scored[2:] == [[5, 9, 3], [8, 8], [7, 7, 1, 3]]

@@ -22,7 +22,7 @@ def naive(model, temperature=0.7):
 def packed(model, budget=0, temperature=0.7, mask=MASK):
     """The same through micro-batches, put back in place."""
     result = torch.zeros(9, 6, dtype=torch.float64)
-    for batch in micro_batches(PROMPTS, mask, budget):
+    for batch in micro_batches(PROMPTS, mask.sum(-1).tolist(), budget):
         logprobs = completion_logprobs(model, batch, IDS.flatten(0, 1)[batch.rows], temperature)
         result = result.index_copy(0, batch.rows, logprobs.double())
     return result.view(MASK.shape)
@@ -93,7 +93,7 @@ def test_padded_places_do_not_matter():
 
 @pytest.mark.parametrize("budget", [0, 1, 8, 12, 20, 1000])
 def test_micro_batches_hold_every_completion_once_and_keep_to_the_budget(budget):
-    batches = micro_batches(PROMPTS, MASK, budget)
+    batches = micro_batches(PROMPTS, LENGTHS.tolist(), budget)
     rows = torch.cat([batch.rows for batch in batches]).tolist()
     assert sorted(rows) == list(range(9))
     for batch in batches:
@@ -107,8 +107,8 @@ def test_micro_batches_hold_every_completion_once_and_keep_to_the_budget(budget)
 
 
 def test_a_group_that_is_cut_keeps_long_completions_together():
-    mask = torch.arange(8) < torch.tensor([[1, 8, 2, 7]])[..., None]
-    lengths = [batch.lengths for batch in micro_batches(PROMPTS[:1], mask, 19)]
+    batches = micro_batches(PROMPTS[:1], [[1, 8, 2, 7]], 19)
+    lengths = [batch.lengths for batch in batches]
     assert lengths == [[8, 7], [2, 1]]
 
 
