@@ -132,7 +132,7 @@ class Decoder:
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self.blocks = [Block(layer, self.dtype) for layer in decoder.layers]
         head = model.get_output_embeddings()
-        self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.head_logits
+        self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
 
         # A tensor per layer: one for all would seldom fit where the last batch's was freed.
         self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -120,38 +119,53 @@ def stop_token_ids(model, tokenizer):
     return sorted(stops - {None})
 
 
-def head_logits(model, hidden):
-    """Logits (..., V) from the decoder's last hidden states (..., D), in fp32 or finer.
+class TokenLogprobs(torch.autograd.Function):
+    """log p(token) from the hidden state before it: h / temperature times the head, log-softmax.
 
-    The product is not left to bf16 autocast, here as in decoder.py: rounding logits near 20 to bf16
-    shifts a log-probability by up to 0.06, and KL and ratio with it.
+    Written out because nothing but this needs V numbers per token: here they exist for
+    LOGPROB_CHUNK tokens at once, in one tensor that the backward pass overwrites, and for more
+    tokens than that they are computed again there. The product is not left to bf16 autocast, here
+    as in decoder.py: rounding logits near 20 to bf16 shifts a log-probability by up to 0.06, and KL
+    and ratio with it.
     """
-    head = model.get_output_embeddings()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype))
 
+    @staticmethod
+    def forward(ctx, hidden, weight, token_ids):
+        """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,). Returns (T,)."""
+        logprobs, kept = [], None
+        for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
+            kept = (h @ weight.T).log_softmax(-1)  # (N, V)
+            logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
+        ctx.save_for_backward(hidden, weight, token_ids)
+        ctx.kept = kept if len(logprobs) == 1 else None
+        return torch.cat(logprobs)
 
-def _chunk_logprobs(model, hidden, token_ids, temperature):
-    logits = head_logits(model, hidden) / temperature  # (N, V)
-    return logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)  # (N,)
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, token_ids = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), LOGPROB_CHUNK):
+            part = slice(start, start + LOGPROB_CHUNK)
+            logprobs, ctx.kept = ctx.kept, None
+            if logprobs is None:
+                logprobs = (hidden[part] @ weight.T).log_softmax(-1)
+            # d log p(token) / d logits = one-hot(token) - p
+            to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
+            to_logits.scatter_add_(-1, token_ids[part, None], gradient[part, None])
+            torch.mm(to_logits, weight, out=to_hidden[part])
+            if to_weight is not None:
+                to_weight.addmm_(to_logits.T, hidden[part])
+        return to_hidden, to_weight, None
 
 
 def token_logprobs(model, hidden, token_ids, temperature):
-    """log p(token_ids) from the hidden states before them, at the sampling temperature.
-
-    hidden: (..., D), token_ids: (...). Returns (...). More than LOGPROB_CHUNK tokens are worked
-    through in chunks, whose logits are computed again in the backward pass: those of LOGPROB_CHUNK
-    tokens exist at once, never all of (..., V).
+    """log p(token_ids) from the hidden states before them, at the sampling temperature, in fp32 or
+    finer. hidden: (T, D), token_ids: (T,). Returns (T,).
     """
-    flat_hidden, flat_ids = hidden.flatten(0, -2), token_ids.flatten()  # (N, D), (N,)
-    if len(flat_ids) <= LOGPROB_CHUNK:  # one chunk fits as it is
-        return _chunk_logprobs(model, flat_hidden, flat_ids, temperature).view(token_ids.shape)
-    chunks = zip(flat_hidden.split(LOGPROB_CHUNK), flat_ids.split(LOGPROB_CHUNK))
-    parts = [
-        checkpoint(_chunk_logprobs, model, part, ids, temperature, use_reentrant=False)
-        for part, ids in chunks
-    ]
-    return torch.cat(parts).view(token_ids.shape)
+    weight = model.get_output_embeddings().weight
+    with torch.autocast(hidden.device.type, enabled=False):
+        return TokenLogprobs.apply(hidden.to(weight.dtype) / temperature, weight, token_ids)
 
 
 def completion_logprobs(model, batch, completion_ids, temperature):

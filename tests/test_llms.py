@@ -90,13 +90,48 @@ def test_chunks_change_neither_logprobs_nor_gradients(monkeypatch):
         assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(chunked, gradients))
 
 
-def test_logits_are_fp32_even_under_bf16_autocast():
+def head_step(temperature, trained_head=True):
+    """Log-probs of 9 tokens and the gradients to hidden states and head, by hand and by torch."""
+    model = make_model(dtype=torch.float64)
+    weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 32, dtype=torch.float64, generator=generator)
+    ids = torch.randint(300, (9,), generator=generator)
+    upstream = torch.randn(9, dtype=torch.float64, generator=generator)
+    results = []
+    for by_hand in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        model.zero_grad()
+        if by_hand:
+            logprobs = llms.token_logprobs(model, leaf, ids, temperature)
+        else:
+            logprobs = (leaf @ weight.T / temperature).log_softmax(-1)[torch.arange(9), ids]
+        (logprobs * upstream).sum().backward()
+        results.append([logprobs.detach(), leaf.grad, weight.grad])
+    return results
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 1024])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_log_probs_of_tokens_and_their_gradients_are_those_of_torch(
+    chunk, temperature, monkeypatch
+):
+    monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
+    ours, theirs = head_step(temperature)
+    for a, b in zip(ours, theirs):
+        assert (a - b).abs().max() < 1e-12
+    ours, theirs = head_step(temperature, trained_head=False)
+    assert ours[2] is theirs[2] is None
+    assert (ours[1] - theirs[1]).abs().max() < 1e-12
+
+
+def test_log_probs_are_fp32_even_under_bf16_autocast():
     model = make_model()
-    hidden = torch.randn(4, 32)
+    hidden, ids = torch.randn(4, 32), torch.tensor([1, 2, 3, 4])
     with torch.autocast("cpu", torch.bfloat16):
-        logits = llms.head_logits(model, hidden)
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits, model.get_output_embeddings()(hidden))
+        logprobs = llms.token_logprobs(model, hidden, ids, 1.0)
+    assert logprobs.dtype == torch.float32
+    assert torch.equal(logprobs, llms.token_logprobs(model, hidden, ids, 1.0))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
