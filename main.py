@@ -38,6 +38,7 @@ from llms import (
     mix_into,
     token_logprobs,
 )
+from paged_sampler import sample_rollouts_paged
 from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems, worked_answer
 from runlog import Run, show_progress, step_metrics, summary_table
@@ -154,10 +155,13 @@ def sample_groups(policy, tokenizer, problems, step, args, accelerator):
     """G completions for each of the step's questions, from the policy as it is now."""
     generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, step))
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    common = (policy, tokenizer, prompts, args.group_size, args.max_completion_length)
     with accelerator.autocast():
+        if args.sampler == "paged":
+            return sample_rollouts_paged(*common, args.temperature, generator)
         return sample_rollouts(
-            policy, tokenizer, prompts, args.group_size, args.max_completion_length,
-            args.temperature, generator, args.top_k, args.top_p, args.min_p,
+            *common, args.temperature, generator, args.top_k, args.top_p, args.min_p,
+            args.compile_sampler,
         )  # fmt: skip
 
 
