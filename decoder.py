@@ -16,12 +16,19 @@ import torch
 import torch.nn.functional as F
 
 
+def to_device(tensor, device):
+    """The host's tensor there; where that is a GPU, the host does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def left_padded(prompts, device):
     """Prompts (lists of ids) as one batch: ids (Q, P) and mask (Q, P), the padding on the left."""
     longest = max(len(ids) for ids in prompts)
     padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
     mask = [[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+    return tuple(to_device(torch.tensor(rows, device="cpu"), device) for rows in (padded, mask))
 
 
 def joined(linears, dtype):
@@ -55,11 +62,14 @@ def joined(linears, dtype):
 
 
 def filled_gaps(alive):
-    """How to move everything alive (N,) to the front: (the order then, gaps, what moves in)."""
+    """How to move everything alive (N,) to the front: (the order then, gaps, what moves in).
+
+    On the host: on a GPU, counting and finding would each make the host wait.
+    """
     left = int(alive.sum())
     gaps = (~alive[:left]).nonzero().squeeze(-1)
     movers = alive[left:].nonzero().squeeze(-1) + left
-    order = torch.arange(left, device=alive.device)
+    order = torch.arange(left, device="cpu")
     order[gaps] = movers
     return order, gaps, movers
 
@@ -77,7 +87,7 @@ def attended(q, keys, values, bias=None):
     Scores stay in the keys' precision. Under autocast that is fp32, as the rotary embedding is:
     Qwen2's biases make scores so large that bf16 would round them visibly.
     """
-    if q.is_cpu and q.dtype == values.dtype:
+    if q.is_cpu and q.dtype == values.dtype and not torch.compiler.is_compiling():
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, log_total = kernel(q, keys, values, attn_mask=bias)
         return out, log_total[..., None]
@@ -97,7 +107,7 @@ def root_mean_square_norm(module):
 class Block:
     """One layer of the model, ready to decode with."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, dtype, joined):
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm = root_mean_square_norm(layer.input_layernorm)
         self.mlp_norm = root_mean_square_norm(layer.post_attention_layernorm)
@@ -120,6 +130,8 @@ class Decoder:
     in that order at first; as rows finish, rows from behind fill the gaps in front.
     """
 
+    joined = staticmethod(joined)  # how the layers hold their weights; static_decoder.py differs
+
     @torch.inference_mode()
     def __init__(self, model, group_size, max_new_tokens):
         decoder, config = model.get_decoder(), model.config
@@ -130,19 +142,16 @@ class Decoder:
         self.dtype = decoder.embed_tokens.weight.dtype
         if torch.is_autocast_enabled(self.device.type):
             self.dtype = torch.get_autocast_dtype(self.device.type)
-        self.blocks = [Block(layer, self.dtype) for layer in decoder.layers]
+        self.blocks = [Block(layer, self.dtype, self.joined) for layer in decoder.layers]
         head = model.get_output_embeddings()
-        self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
-
-        # A tensor per layer: one for all would seldom fit where the last batch's was freed.
-        self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
-        self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
-        self.keys = self.values = ()  # L times (R, K, C, S); C as far as `written`
-        self.written = 0
+        self.head = self.joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
 
     @torch.inference_mode()
     def prefill(self, prompts):
         """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token."""
+        # A tensor per layer: one for all would seldom fit where the last batch's was freed.
+        self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
+        self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
         # Every prompt keeps a token of its own, whose logits are wanted.
         columns = zip(*(prompt[:-1] for prompt in prompts))
         common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -150,16 +159,22 @@ class Decoder:
             self._read([prompts[0][:common]])
         logits = self._read([prompt[common:] for prompt in prompts])  # (Q, V)
 
-        questions, group_size = len(prompts), self.group_size
-        self.place = torch.arange(questions * group_size, device=self.device)  # (R,)
-        self.position = self.prompt_mask.sum(-1).repeat_interleave(group_size)  # (R,)
         bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys[0].dtype)
         self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
+        self.position = self.prompt_mask.sum(-1).repeat_interleave(self.group_size)  # (R,)
+        self.written = 0
+        self._make_room()
+        return logits.repeat_interleave(self.group_size, dim=0)
+
+    def _make_room(self):
+        """An empty cache for the completions, and the rows in the order of their places."""
+        rows = len(self.position)
+        self.places = torch.arange(rows, device="cpu")  # `place`, where the host can read it
+        self.place = torch.arange(rows, device=self.device)  # (R,)
         _, heads, _, size = self.prompt_keys[0].shape
-        shape = (questions * group_size, heads, self.max_new_tokens, size)
-        self.keys = [keys.new_empty(shape) for keys in self.prompt_keys]
+        shape = (rows, heads, self.max_new_tokens, size)
+        self.keys = [keys.new_empty(shape) for keys in self.prompt_keys]  # L times (R, K, C, S)
         self.values = [values.new_empty(shape) for values in self.prompt_values]
-        return logits.repeat_interleave(group_size, dim=0)
 
     @torch.inference_mode()
     def step(self, tokens):
@@ -171,23 +186,29 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, alive):
-        """Drop the rows where alive (R,) is False. Returns the order (R,) of those that stay."""
+        """Drop the rows where alive (R,), on the host, is False. Returns the order of the rest."""
         order, gaps, movers = filled_gaps(alive)
-        for cache in (*self.keys, *self.values):
-            cache[gaps, :, : self.written] = cache[movers, :, : self.written]
+        question, slot = self.places[order] // self.group_size, self.places[order] % self.group_size
+        order = self._moved((*self.keys, *self.values), order, gaps, movers, self.written)
         self.position = self.position[order]
-        question, slot = self.place[order] // self.group_size, self.place[order] % self.group_size
 
         # The same for questions of which no row is left.
-        asked = torch.zeros(len(self.prompt_bias), dtype=torch.bool, device=self.device)
+        asked = torch.zeros(len(self.prompt_bias), dtype=torch.bool, device="cpu")
         asked[question] = True
         kept, gaps, movers = filled_gaps(asked)
-        for cache in (*self.prompt_keys, *self.prompt_values):
-            cache[gaps] = cache[movers]
-        self.prompt_bias = self.prompt_bias[kept]
         moved = torch.zeros_like(asked, dtype=torch.long)
-        moved[kept] = torch.arange(len(kept), device=self.device)
-        self.place = moved[question] * self.group_size + slot
+        moved[kept] = torch.arange(len(kept), device="cpu")
+        self.places = moved[question] * self.group_size + slot
+        self.place = to_device(self.places, self.device)
+        kept = self._moved((*self.prompt_keys, *self.prompt_values), kept, gaps, movers)
+        self.prompt_bias = self.prompt_bias[kept]
+        return order
+
+    def _moved(self, caches, order, gaps, movers, length=None):
+        """Fill the gaps in the caches. Returns the order, on the device."""
+        order, gaps, movers = (to_device(index, self.device) for index in (order, gaps, movers))
+        for cache in caches:
+            cache[gaps, :, :length] = cache[movers, :, :length]
         return order
 
     def _layers(self, ids, positions, attend):
@@ -246,9 +267,8 @@ class Decoder:
         """Attention of one token per row: to its group's prompt, all rows of a group together, and
         to its own completion. q: (R, 1, H, S), k and v: (R, 1, K, S). Returns (R, 1, K, H/K, S).
         """
-        rows, questions, length = len(q), len(self.prompt_bias), self.written + 1
-        self.keys[layer][:rows, :, self.written] = k[:, 0]
-        self.values[layer][:rows, :, self.written] = v[:, 0]
+        questions = len(self.prompt_bias)
+        own = self._remember(layer, k, v)
         q = q[:, 0].unflatten(1, (self.kv_heads, -1))  # (R, K, H/K, S)
         of_prompt, log_prompt = attended(
             self._by_group(q),  # (Q, K, G·H/K, S)
@@ -256,11 +276,16 @@ class Decoder:
             self.prompt_values[layer][:questions],
             self.prompt_bias,
         )
-        of_completion, log_completion = attended(
-            q, self.keys[layer][:rows, :, :length], self.values[layer][:rows, :, :length]
-        )
+        of_completion, log_completion = attended(q, *own)
         share = torch.sigmoid(self._by_row(log_prompt) - log_completion)  # of the prompt
         return torch.lerp(of_completion, self._by_row(of_prompt), share.to(v.dtype))[:, None]
+
+    def _remember(self, layer, k, v):
+        """Write one token per row, k and v: (R, 1, K, S). What the row has written by then."""
+        rows, length = len(k), self.written + 1
+        self.keys[layer][:rows, :, self.written] = k[:, 0]
+        self.values[layer][:rows, :, self.written] = v[:, 0]
+        return self.keys[layer][:rows, :, :length], self.values[layer][:rows, :, :length]
 
     def _by_group(self, x):
         """(R, K, H/K, S) as (Q, K, G·H/K, S), zero where a row has finished."""

@@ -31,6 +31,7 @@ from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
 from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
 from optimizer import apply_gradients, make_optimizer
+from paged_sampler import sample_rollouts_paged
 from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
@@ -186,10 +187,13 @@ def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
     """G completions for each of these questions, from the policy as it is now."""
     generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, draw))
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    common = (policy, tokenizer, prompts, args.group_size, args.max_completion_length)
     with accelerator.autocast():
+        if args.sampler == "paged":
+            return sample_rollouts_paged(*common, args.temperature, generator)
         return sample_rollouts(
-            policy, tokenizer, prompts, args.group_size, args.max_completion_length,
-            args.temperature, generator, args.top_k, args.top_p, args.min_p,
+            *common, args.temperature, generator, args.top_k, args.top_p, args.min_p,
+            args.compile_sampler,
         )  # fmt: skip
 
 

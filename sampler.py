@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder
+from decoder import Decoder, to_device
 from llms import stop_token_ids
+from static_decoder import static_decoder
 
 # Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
 # the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
@@ -102,6 +103,7 @@ def sample_rollouts(
     top_k=0,
     top_p=1.0,
     min_p=0.0,
+    compiled=False,
 ):
     """Sample `group_size` completions for every prompt, all of them in one batch.
 
@@ -110,12 +112,13 @@ def sample_rollouts(
     from another distribution than the one that is trained.
 
     The draw for row r and token t is fixed by the generator alone, so a completion does not depend
-    on when its neighbours finish. Temperature 0 is greedy and needs no generator.
+    on when its neighbours finish. Temperature 0 is greedy and needs no generator. `compiled` runs
+    the model's step through torch.compile (see static_decoder.py): the same tokens, up to rounding.
     """
     device = model.get_input_embeddings().weight.device
-    stops = torch.tensor(stop_token_ids(model, tokenizer), device=device)
+    pad_id, stop_ids = padding_and_stops(model, tokenizer)
+    stops = to_device(torch.tensor(stop_ids, device="cpu"), device)
     rows = len(prompts) * group_size
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(stops[0])
     ids = torch.full((rows, max_new_tokens), pad_id, device=device)
     mask = torch.zeros((rows, max_new_tokens), dtype=torch.bool, device=device)
     logprobs = torch.zeros((rows, max_new_tokens), device=device)
@@ -124,7 +127,10 @@ def sample_rollouts(
     if temperature > 0:
         uniforms.uniform_(generator=generator)
 
-    decoder = Decoder(model, group_size, max_new_tokens)
+    if compiled:
+        decoder = static_decoder(model, prompts, group_size, max_new_tokens)
+    else:
+        decoder = Decoder(model, group_size, max_new_tokens)
     logits = decoder.prefill(prompts)  # (R, V)
     live = torch.arange(rows, device=device)  # the row of `ids` that each live row writes
     look_every = LOOK_EVERY.get(device.type, 1)
@@ -137,11 +143,11 @@ def sample_rollouts(
         ids[live, t] = torch.where(writing, tokens, pad_id)
         mask[live, t] = writing
         logprobs[live, t] = torch.where(writing, scores.float(), 0.0)
-        finished[live] |= torch.isin(tokens, stops)
+        finished[live] |= (tokens[:, None] == stops).any(-1)
         if t + 1 == max_new_tokens:
             break
         if (t + 1) % look_every == 0:
-            alive = ~finished[live]
+            alive = (~finished[live]).cpu()  # the look
             if not alive.any():
                 break
             if not alive.all():
@@ -149,18 +155,29 @@ def sample_rollouts(
                 live, tokens = live[order], tokens[order]
         logits = decoder.step(tokens)
 
-    shape = (len(prompts), group_size, int(mask.sum(-1).max()))
+    return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished)
+
+
+def padding_and_stops(model, tokenizer):
+    """(the id after a completion's end, the ids that end one)."""
+    stops = stop_token_ids(model, tokenizer)
+    return (stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id), stops
+
+
+def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
+    """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
     lengths = mask.sum(-1).tolist()
     texts = tokenizer.batch_decode(
         [row[:length] for row, length in zip(ids.tolist(), lengths)], skip_special_tokens=True
     )
+    shape = (len(prompts), group_size, max(lengths))
     return Rollouts(
-        prompt_ids=[torch.tensor(prompt, device=device) for prompt in prompts],
+        prompt_ids=[to_device(torch.tensor(ids, device="cpu"), mask.device) for ids in prompts],
         completion_ids=ids[:, : shape[-1]].view(shape),
         completion_mask=mask[:, : shape[-1]].view(shape),
         logprobs=logprobs[:, : shape[-1]].view(shape),
         finished=finished.view(shape[:2]),
-        texts=[texts[i : i + group_size] for i in range(0, rows, group_size)],
+        texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
     )
 
 

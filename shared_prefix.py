@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from decoder import to_device
+
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
 
 
@@ -63,7 +65,7 @@ def _micro_batch(chosen, prompt_ids, group_size):
         prompts=[prompt_ids[question] for question in questions],
         question=[questions.index(question) for question, _, _ in chosen],
         lengths=[length for _, _, length in chosen],
-        rows=torch.tensor(rows, device=prompt_ids[0].device),
+        rows=to_device(torch.tensor(rows, device="cpu"), prompt_ids[0].device),
     )
 
 
@@ -112,30 +114,27 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     of_prompt = np.broadcast_to(in_prompt[question, None], (len(rows), len(c), len(p)))
     of_itself = np.broadcast_to(c <= c[:, None], (len(rows), len(c), len(c)))
 
-    def to_device(array):
-        tensor = torch.from_numpy(array)
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
-            device, non_blocking=True
-        )
+    def on_device(array):
+        return to_device(torch.from_numpy(array), device)
 
     def bias(visible):
         """0 where a token is visible, else -inf, once for every head of a key-value head."""
-        hidden = to_device(~visible)
+        hidden = on_device(~visible)
         hidden = hidden.repeat(*[1] * (hidden.ndim - 2), heads_per_key, 1)
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
     flat_ids = completion_ids.flatten()
     return Packing(
-        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, to_device(read))])[None],
-        positions=to_device(positions)[None],
-        prompts=to_device(prompts),
-        completions=to_device(rows),
-        keys=to_device(np.concatenate([prompts[question], rows], axis=1)),
+        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, on_device(read))])[None],
+        positions=on_device(positions)[None],
+        prompts=on_device(prompts),
+        completions=on_device(rows),
+        keys=on_device(np.concatenate([prompts[question], rows], axis=1)),
         prompt_bias=bias(p <= p[:, None]),
         bias=bias(np.concatenate([of_prompt, of_itself], axis=-1)[:, None]),
-        unpad=to_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_row.ravel()]))),
-        before=to_device(before[is_before]),
-        scored=to_device(scored),
+        unpad=on_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_row.ravel()]))),
+        before=on_device(before[is_before]),
+        scored=on_device(scored),
     )
 
 

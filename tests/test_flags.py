@@ -113,6 +113,7 @@ def test_the_upper_clip_bound_follows_the_lower_unless_given():
         ["--advantage_scale", "max"], ["--cold_start_steps", "-1"], ["--micro_batch_tokens", "-1"],
         ["--max_draws", "0"], ["--train_group_size", "-1"],
         ["--ref_model_mixup_alpha", "2"], ["--update_ref_model_freq", "0"], ["--learning_rate"],
+        ["--sampler", "vllm"],
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_its_flag(capsys, argv):
@@ -135,11 +136,22 @@ def test_abbreviations_and_typos_are_refused_with_a_suggestion(capsys):
         (["--update_ref_model", "--kl_beta", "0"], ["--update_ref_model", "--kl_beta"]),
         (["--train_group_size", "1"], ["--train_group_size 1", "--group_size 8"]),
         (["--train_group_size", "9"], ["--train_group_size 9", "--group_size 8"]),
+        (["--sampler", "paged", "--compile_sampler"], ["--sampler", "--compile_sampler"]),
+        (["--sampler", "paged", "--top_k", "5"], ["--sampler paged", "--top_k"]),
+        (["--sampler", "paged", "--top_p", "0.9"], ["--sampler paged", "--top_p"]),
+        (["--sampler", "paged", "--min_p", "0.1"], ["--sampler paged", "--min_p"]),
     ],
 )
 def test_flags_that_do_not_fit_the_machine_or_each_other(capsys, argv, parts):
     message = refused(capsys, *CPU, "--dataset_name", "gsm8k", *argv)
     assert all(part in message for part in parts)
+
+
+def test_the_other_engine_and_the_compiled_step_are_off_unless_asked_for():
+    args = parse_args(CPU)
+    assert (args.sampler, args.compile_sampler) == ("shared_prefix", False)
+    assert parse_args([*CPU, "--compile_sampler", "--top_k", "5"]).compile_sampler
+    assert parse_args([*CPU, "--sampler", "paged"]).sampler == "paged"
 
 
 def test_generated_data_takes_no_path(capsys):

@@ -344,7 +344,8 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     args = make_args(
         kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4, questions_per_step=1,
-        group_size=4, seed=0, top_k=5, top_p=0.9, min_p=0.01,
+        group_size=4, seed=0, top_k=5, top_p=0.9, min_p=0.01, sampler="shared_prefix",
+        compile_sampler=False,
     )  # fmt: skip
     problems = Problems([problem], 0)
     reference = frozen_copy(model)

@@ -1,11 +1,17 @@
 """Sampling: the right distribution, the right masks, the right log-probs."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 from test_llms import group_logprobs, naive_logprobs
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sampler
+from decoder import Decoder
 from sampler import joined_rollouts, sample_rollouts, sample_tokens
 
 
@@ -235,3 +241,110 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
         assert torch.equal(whole[2:], getattr(parts[1], name))
         assert not whole[:2, :, first:].any()
     assert torch.equal(joined.finished, torch.cat([part.finished for part in parts]))
+
+
+# --- what a GPU would have to wait for ---------------------------------------------------------
+
+
+def tensors_in(*values):
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+def of_host(*values):
+    return all(hasattr(x, "of_host") for x in tensors_in(*values))
+
+
+class HostTensors(TorchFunctionMode):
+    """On the CPU, tells the tensors that stand for the GPU's from those that are the host's.
+
+    The host's are made with device="cpu", copied by `.cpu()`, or computed from such alone. Notes
+    what copies between the two, and would wait: `.cpu()`, `.tolist()`, torch.tensor(..., device).
+    """
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs, name = tensors_in(args, kwargs), func.__name__
+        if name in ("cpu", "tolist", "numpy") and not of_host(inputs):
+            self.waits.append(name)
+        if func is torch.tensor and kwargs.get("device") != "cpu":
+            self.waits.append("torch.tensor")
+        if name == "cpu" or (name == "to" and of_host(inputs)):  # to_device: from pinned memory
+            result = args[0].clone()
+        else:
+            result = func(*args, **kwargs)
+        made = not inputs and kwargs.get("device") == "cpu"
+        if name != "to" and (name == "cpu" or made or (inputs and of_host(inputs))):
+            for tensor in tensors_in(result):
+                tensor.of_host = True
+        return result
+
+
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select"}
+WAITING |= {"isin", "_unique", "_unique2", "unique_consecutive"}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations on the GPU's tensors whose result the host needs before it can go on."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index.dtype == torch.bool for index in tensors_in(args[1])
+        )
+        positions = name == "where" and len(args) == 1
+        if (name in WAITING or masked or positions) and not of_host(args, kwargs):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
+    """One wait per look, none before the first token, two for the texts at the end."""
+    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    events = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *args: events.append("step") or step(*args))
+    model = make_model(vocab_size=30)
+    with HostTensors(events), Waits(events):
+        rollouts = sample_rollouts(
+            model,
+            Words(0),
+            [[5, 2], [3]],
+            8,
+            200,
+            0.9,
+            generator(),
+            top_k=20,
+            top_p=0.9,
+            min_p=0.01,
+        )
+    lengths = rollouts.completion_mask.sum(-1)
+    assert lengths.min() < 16 and 48 < lengths.max() < 180  # rows are dropped, then none is left
+    steps = [at for at, event in enumerate(events) if event == "step"]
+    between = [events[start + 1 : stop] for start, stop in itertools.pairwise(steps)]
+    assert between == [["cpu"] if n % 16 == 0 else [] for n in range(2, len(steps) + 1)]
+    assert events[: steps[0]] == []
+    assert events[steps[-1] + 1 :] == ["cpu", "tolist", "tolist"]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.item(), lambda x: bool(x > 0), lambda x: x.view(1).nonzero(), lambda x: x.cpu(),
+        lambda x: x.view(1)[x.view(1) > 0], lambda x: x.tolist(), lambda x: x.view(1).unique(),
+        lambda x: torch.where(x > 0), lambda x: torch.tensor(1.0, device=x.device) + x,
+        lambda x: x.view(1).masked_select(x.view(1) > 0), lambda x: torch.isin(x, x),
+    ],
+)  # fmt: skip
+def test_the_modes_above_notice_what_waits(wait):
+    events = []
+    with torch.inference_mode(), HostTensors(events), Waits(events):
+        wait(torch.ones((), device=torch.device("cpu")))
+    assert events
