@@ -1,9 +1,10 @@
 """GRPO on one GPU: `python main.py` trains Qwen2.5-1.5B-Instruct on GSM8K.
 
-In here: the training loop (`train`), what a step samples and trains on (`draw_groups`, `choose`) and
-one update (`update_policy`). The rest of GRPO is one file each: sampling a group in sampler.py, the
-rewards in evaluator.py, advantages and loss in grpo.py. Left out on purpose: a value network (the group's mean is the baseline), reward
-models (rewards are functions), several GPUs, and any trainer class to look behind.
+In here: the training loop (`train`), what a step samples and trains on (`draw_groups`, `choose`)
+and one update (`update_policy`). The rest of GRPO is one file each: sampling a group in sampler.py,
+the rewards in evaluator.py, advantages and loss in grpo.py. Left out on purpose: a value network
+(the group's mean is the baseline), reward models (rewards are functions), several GPUs, and any
+trainer class to look behind.
 
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
