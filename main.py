@@ -45,6 +45,8 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
+    if on_gpu:  # for the head, the one product left in fp32; on a GPU it would outlast the layers
+        torch.set_float32_matmul_precision("high")
     policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), **facts)
