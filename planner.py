@@ -427,9 +427,9 @@ class Step:
         self.batches = micro_batches(
             prompts, [lengths] * args.questions_per_step, args.micro_batch_tokens
         )
-        largest = max(self.batches, key=lambda batch: self.tokens([batch]))
-        # The second pass finds the gradients of the first.
-        self.largest = [largest] * min(2, len(self.batches))
+        # Only the first finds no gradients from passes before it.
+        rest = sorted(self.batches[1:], key=lambda batch: self.tokens([batch]))
+        self.largest = [self.batches[0], *rest[-1:]]
         self.ids = torch.zeros((rows, length), dtype=torch.long)
         self.old_logprobs, self.weights = torch.zeros(rows, length), torch.ones(rows, length)
         self.advantages = torch.ones(rows)
