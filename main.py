@@ -33,6 +33,7 @@ from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, t
 from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
+from planner import plan
 from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
@@ -266,7 +267,7 @@ def update_policy(
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        train(ARGS)
+        plan(ARGS) if ARGS.plan else train(ARGS)
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(2)

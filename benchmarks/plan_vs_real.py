@@ -1,0 +1,137 @@
+"""The memory that `--plan` predicts against what a real step takes, a process for each figure.
+
+A worker takes two steps of training on the CPU in fp32, every completion of full length, with
+random weights: SmolLM2-135M and a Qwen2 of four layers. One counts the tensors as they come and go;
+another, which counts nothing, says by how much its resident memory grew from before the model.
+
+    python benchmarks/plan_vs_real.py
+
+The last line is JSON: per model GB predicted, of tensors and resident, and predicted / real.
+"""
+
+import json
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+from common import Worker, peak_gib, reply_channel, table
+
+FLAGS = [
+    "--plan", "--preset", "cpu", "--max_prompt_length", "128", "--questions_per_step", "4",
+    "--group_size", "4", "--kl_beta", "0.04", "--eval_batch_size", "1",
+]  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 4, "intermediate_size": 4864,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def main():
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(QWEN2))
+        for name, model_name in (("smollm2", "smollm2-135m"), ("qwen2 of 4 layers", folder)):
+            gb = {}
+            for what in ("predicted", "tensors", "resident"):
+                worker = Worker(__file__, ["--model_name", model_name], what)
+                gb[what] = worker.answer()
+                worker.close()
+                print(f"{name}: {what} {gb[what]:.3f} GB", flush=True)
+            for what in ("tensors", "resident"):
+                gb[f"predicted / {what}"] = gb["predicted"] / gb[what]
+            results[name] = {key: round(value, 3) for key, value in gb.items()}
+    print(table([("GB", *gb), *((name, *row.values()) for name, row in results.items())]))
+    print(json.dumps(results))
+
+
+def work(model_name, what):
+    """One worker: a figure in GB."""
+    reply = reply_channel()
+    from utils import keep_freed_memory
+
+    keep_freed_memory()
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
+
+    from flags import parse_args
+    from planner import config_of, planned
+    from tracker import Tracker
+
+    args = parse_args([*FLAGS, "--model_name", model_name])
+    if what == "predicted":
+        return reply(planned(args, on_gpu=False).peak / 1e9)
+    matrix = torch.ones(512, 512)
+    (matrix @ matrix).sum()  # what the libraries need to begin with is not the step's
+    before = resident()
+    model = AutoModelForCausalLM.from_config(
+        config_of(model_name), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    tracker = Tracker() if what == "tensors" else None
+    real_steps(model, args, Accelerator(cpu=True), tracker)
+    if tracker is None:
+        return reply(peak_gib() * 2**30 / 1e9 - before)
+    return reply(max(sum(parts.values()) for parts in tracker.phases.values()) / 1e9)
+
+
+def resident():
+    """GB of resident memory now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / 1e9
+
+
+def real_steps(model, args, accelerator, tracker=None):
+    """Two steps of training and an evaluation of full length, by the functions that train.
+
+    With a tracker, its phases are `sampling`, `update` and `evaluation`, those of the second step.
+    """
+    import torch
+
+    from llms import frozen_copy
+    from main import update_policy
+    from optimizer import make_optimizer
+    from planner import worst_prompts
+    from sampler import sample_rollouts
+    from utils import Stopwatch
+
+    length, phase = args.max_completion_length, tracker.phase if tracker else nullcontext
+    no_end = SimpleNamespace(  # no token is -1: every completion goes to the end
+        eos_token_id=-1, pad_token_id=-1, batch_decode=lambda rows, **_: [""] * len(rows)
+    )
+    model.generation_config.eos_token_id = None
+    advantages = torch.ones(args.questions_per_step, args.group_size)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    with tracker or nullcontext():
+        if tracker:
+            tracker.label(model.parameters(), "weights")
+        reference = None
+        if args.kl_beta > 0:
+            rounded = accelerator.mixed_precision == "bf16"
+            reference = frozen_copy(model, torch.bfloat16 if rounded else None)
+        optimizer, _ = make_optimizer(model, args)
+        for _ in range(2):
+            with phase("sampling"), accelerator.autocast():
+                rollouts = sample_rollouts(
+                    model, no_end, worst_prompts(args.questions_per_step, args), args.group_size,
+                    length, args.temperature, torch.Generator().manual_seed(0),
+                )  # fmt: skip
+            assert rollouts.completion_mask.all()
+            with phase("update"):
+                update_policy(
+                    model, reference, optimizer, rollouts, advantages, args, accelerator,
+                    Stopwatch(),
+                )  # fmt: skip
+        with phase("evaluation"), accelerator.autocast():
+            sample_rollouts(model, no_end, worst_prompts(args.eval_batch_size, args), 1, length, 0)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        work(sys.argv[2], sys.argv[4])
+    else:
+        main()

@@ -1,0 +1,461 @@
+"""`python main.py --plan`: what a run would take, before it takes it.
+
+One step is carried out on fake tensors, which have shapes and lifetimes but no memory (tracker.py),
+by the functions that train: nothing of the model's arithmetic is repeated here. The plan is of the
+worst case: every prompt as long as --max_prompt_length, every completion as long as
+--max_completion_length, and of the prompts' beginnings one token in common.
+
+Q questions per step, G completions per question, P prompt tokens, C completion tokens.
+"""
+
+import copy
+import math
+import time
+import warnings
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from decoder import Decoder
+from grpo import grpo_loss
+from known_models import KNOWN_MODELS
+from llms import completion_logprobs, frozen_copy
+from optimizer import make_optimizer
+from sampler import sample_tokens
+from shared_prefix import micro_batches
+from tracker import Machine, Tracker
+from utils import hub_token
+
+GB = 1e9
+PARTS = (
+    "weights", "Adam", "reference", "gradients", "sampling copy", "KV cache", "logits",
+    "activations",
+)  # fmt: skip
+PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
+CARDS = (24, 40, 80)  # GB
+SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH = 2048, 16  # how far a plan goes to make a run fit
+GSM8K_TEST = 1319  # problems in its official test split
+
+# Data sheet: 989 TFLOP/s in bf16 (dense), 67 in fp32, 3.35 TB/s. A product of the sizes here
+# reaches about 60 % of the first, operations that move data about 75 % of the last. Eager torch
+# needs some 8 microseconds to start an operation, which is what decoding waits for.
+H100 = Machine(
+    name="H100 SXM, 60 % of 989 bf16 TFLOP/s, 75 % of 67 fp32 TFLOP/s and 3.35 TB/s",
+    flops={torch.bfloat16: 0.6 * 989e12, torch.float32: 0.75 * 67e12},
+    bandwidth=0.75 * 3.35e12,
+    host_seconds=8e-6,
+    overlaps=True,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run with these flags would take."""
+
+    args: object
+    parameters: int
+    phases: dict  # phase: {part: bytes} at that phase's peak
+    work: dict  # phase: Work of one step, for `evaluation` that of one evaluation
+    tokens: dict  # phase: tokens that go through the model
+
+    @property
+    def peaks(self):
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self):
+        return max(self.peaks.values())
+
+
+def plan(args):
+    """Print the plan of a run with these flags."""
+    on_gpu = plans_for_gpu(args)
+    machine = H100 if on_gpu else this_machine()
+    print(report(planned(args, on_gpu, machine), on_gpu, machine))
+
+
+def plans_for_gpu(args):
+    """The device a run would use: a GPU where there is one, and where the preset is made for one,
+    so that one may plan on a laptop."""
+    return torch.cuda.is_available() or args.preset != "cpu"
+
+
+def planned(args, on_gpu, machine=None, layers=None):
+    """The Plan of a run with these flags, from one step on fake tensors.
+
+    machine: for the work, else there is none. layers: of the model, if not as many as it has.
+    """
+    config = config_of(args.model_name)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    with as_if(on_gpu):
+        policy = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        return step_plan(policy.eval(), args, on_gpu, machine)
+
+
+def config_of(model_name):
+    """A model's configuration: known, or from its directory, or as flags.py fetched it."""
+    if model_name in KNOWN_MODELS:
+        return AutoConfig.for_model(**KNOWN_MODELS[model_name])
+    return AutoConfig.from_pretrained(model_name, token=hub_token())
+
+
+def this_machine():
+    """The rates of this CPU, measured in a fraction of a second, and a share of them."""
+    matrix, block = torch.ones(1024, 1024), torch.ones(2**25)  # the block exceeds any cache
+    products = 2 * 1024**3 / seconds_of(lambda: matrix @ matrix)
+    bandwidth = 2 * block.nbytes / seconds_of(block.clone)
+    return Machine(
+        name=f"this CPU at 70 % of the {products / 1e9:,.0f} GFLOP/s measured just now",
+        flops={torch.float32: 0.7 * products},
+        bandwidth=bandwidth,
+        host_seconds=5e-6,
+        overlaps=False,
+    )
+
+
+def seconds_of(function, spent=0.2):
+    """The least time that a call took, over `spent` seconds of calls."""
+    least, end = math.inf, time.perf_counter() + spent
+    while (started := time.perf_counter()) < end:
+        function()
+        least = min(least, time.perf_counter() - started)
+    return least
+
+
+@contextmanager
+def as_if(on_gpu):
+    """Fake tensors, on the CPU whatever the plan is of: torch makes none on a GPU it does not have.
+
+    The dtypes are those of CUDA, and so are the shapes. oneDNN, which cannot lay out a fake weight,
+    is left out: its copy of a weight is as large as the plain one.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        stack.enter_context(mock.patch("torch.backends.mkldnn.is_available", lambda: False))
+        stack.enter_context(mock.patch.object(torch.nn.Linear, "to", converted))
+        if on_gpu:
+            stack.enter_context(CudaAttention())
+        stack.enter_context(FakeTensors())
+        yield
+
+
+def converted(module, dtype):
+    """What Linear.to does; torch's own cannot exchange a fake weight that is referred to."""
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(parameter.to(dtype), parameter.requires_grad))
+
+
+class FakeTensors(FakeTensorMode):
+    """A copy of a model has tensors of the same mode, not of a copy of it."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class CudaAttention(TorchFunctionMode):
+    """CUDA's attention wants the rows of a mask at multiples of 8 and else copies it, per layer,
+    for the backward pass too (torch: ATen/native/transformers/attention.cpp, preprocess_mask)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        mask = kwargs.get("attn_mask") if func is F.scaled_dot_product_attention else None
+        if mask is not None and any(stride % 8 for stride in mask.stride()[:-1]):
+            width = mask.shape[-1]
+            kwargs["attn_mask"] = F.pad(mask, (0, -width % 8))[..., :width]
+        return func(*args, **kwargs)
+
+
+# --- the flags that make it fit ----------------------------------------------------------------
+
+
+def fitting(first, on_gpu):
+    """{card: (changed flags, peak with allowance)}, None for the flags where none are enough.
+
+    Flags are changed one after the other, always for the phase that takes most.
+    """
+    found, args, changed, peaks = {}, first.args, {}, first.peaks
+    while True:
+        needed = with_allowance(max(peaks.values()), on_gpu)
+        found.update({c: (changed, needed) for c in CARDS if needed <= c * GB and c not in found})
+        change = next_change(args, max(peaks, key=peaks.get))
+        if len(found) == len(CARDS) or not change:
+            return {**{card: (None, needed) for card in CARDS}, **found}
+        changed = {**changed, **change}
+        args = copy.copy(args)
+        vars(args).update(change)
+        peaks = quick_peaks(args, on_gpu)
+
+
+def next_change(args, phase):
+    """The next flag to change where this phase takes most, {} where nothing is left."""
+    step = args.questions_per_step * (
+        args.max_prompt_length + args.group_size * args.max_completion_length
+    )
+    tokens = min(args.micro_batch_tokens or step, step)
+    if phase == "evaluation" and args.eval_batch_size > SMALLEST_EVAL_BATCH:
+        return {"eval_batch_size": max(args.eval_batch_size // 2, SMALLEST_EVAL_BATCH)}
+    if phase in ("reference", "policy"):
+        if tokens > SMALLEST_MICRO_BATCH:
+            halved = 2 ** math.ceil(math.log2(tokens) - 1)  # to the next power of two
+            return {"micro_batch_tokens": max(halved, SMALLEST_MICRO_BATCH)}
+        if not args.gradient_checkpointing:
+            return {"gradient_checkpointing": True}
+    if args.kl_beta > 0 and not args.update_ref_model:
+        return {"kl_beta": 0.0}
+    return {}
+
+
+def quick_peaks(args, on_gpu):
+    """Each phase's peak, from plans of two and of three layers: all layers take the same."""
+    two, three = (planned(args, on_gpu, layers=layers).peaks for layers in (2, 3))
+    more = config_of(args.model_name).num_hidden_layers - 2
+    return {phase: two[phase] + more * (three[phase] - two[phase]) for phase in two}
+
+
+def with_allowance(tensors, on_gpu):
+    """What a device has to hold for these bytes of tensors. Assumed, not computed: on CUDA 1 GB for
+    its context and cuBLAS's workspaces and 5 % for gaps in the allocator's blocks; on a CPU 0.7 GB
+    for Python and its libraries and 10 % for gaps."""
+    return tensors * 1.05 + 1.0 * GB if on_gpu else tensors * 1.1 + 0.7 * GB
+
+
+# --- in words ----------------------------------------------------------------------------------
+
+
+def report(plan, on_gpu, machine):
+    """The plan as text to read."""
+    args, phases = plan.args, [phase for phase in PHASES if phase in plan.phases]
+    gb = {phase: {part: plan.phases[phase][part] / GB for part in PARTS} for phase in phases}
+    rows = [("peak memory, GB", *phases)]
+    rows += [(part, *(f"{gb[phase][part]:.2f}" for phase in phases)) for part in PARTS]
+    rows.append(("all tensors", *(f"{plan.peaks[phase] / GB:.2f}" for phase in phases)))
+    seconds = {phase: plan.work[phase].predicted_seconds(machine) for phase in phases}
+    rows += [
+        ("tokens read", *(f"{plan.tokens.get(phase, 0):,}" for phase in phases)),
+        ("operations, TFLOP", *(f"{plan.work[phase].flops / 1e12:,.1f}" for phase in phases)),
+        ("predicted seconds", *(f"{seconds[phase]:,.2f}" for phase in phases)),
+    ]
+    step = sum(seconds[phase] for phase in phases if phase != "evaluation")
+    evaluations = count_evaluations(args)
+    run = args.num_train_iters * step + evaluations * seconds["evaluation"]
+    device = "a CUDA GPU under bf16 autocast" if on_gpu else "the CPU in fp32"
+    why = "there is one here" if torch.cuda.is_available() else f"--preset {args.preset}"
+    allowance = "1 GB for CUDA and 5 %" if on_gpu else "0.7 GB for Python and 10 %"
+    lines = [
+        f"{args.model_name}, {plan.parameters:,} parameters",
+        f"On {device} ({why}).",
+        f"Worst case: all prompts have {args.max_prompt_length} tokens, all completions "
+        f"{args.max_completion_length}.",
+        "",
+        *aligned(rows),
+        "",
+        f"Time, predicted and not measured: {step:,.1f} s per step, {duration(run)} for "
+        f"{args.num_train_iters:,} steps and {evaluations} evaluations",
+        f"of {args.eval_problems or GSM8K_TEST:,} problems, without rewards, cold start and files.",
+        f"Assumed: {machine.name};",
+        f"{machine.host_seconds * 1e6:.0f} microseconds for the host to start an operation.",
+        "",
+        f"Memory, with {allowance} for gaps on top of the tensors: "
+        f"{with_allowance(plan.peak, on_gpu) / GB:.1f} GB.",
+    ]
+    for card, (changed, needed) in fitting(plan, on_gpu).items():
+        if changed is None:
+            verdict = f"does not fit; with all the flags that save memory {needed / GB:.1f} GB"
+        elif changed:
+            verdict = f"fits with {as_flags(changed)}: {needed / GB:.1f} GB"
+        else:
+            verdict = "fits as it is"
+        lines.append(f"  {card} GB: {verdict}")
+    return "\n".join(lines)
+
+
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def as_flags(changed):
+    """{"kl_beta": 0.0} as it is typed."""
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {value:g}" for name, value in changed.items()
+    )
+
+
+def count_evaluations(args):
+    """One before, one after, and those in between."""
+    if args.num_train_iters == 0:
+        return 1
+    every = args.eval_iterations or args.num_train_iters
+    return 1 + math.ceil(args.num_train_iters / every)
+
+
+def duration(seconds):
+    return f"{seconds / 3600:,.1f} h" if seconds > 5400 else f"{seconds / 60:,.0f} min"
+
+
+# --- one step ----------------------------------------------------------------------------------
+
+
+def step_plan(policy, args, on_gpu=False, machine=None):
+    """The Plan, from one step of this policy, whose tensors may be real or fake.
+
+    The order is that of the loop from its second step on: Adam's moments are there throughout.
+    """
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+        policy.train()
+    tracker = Tracker(machine, policy.config.vocab_size)
+    autocast = torch.autocast("cpu", torch.bfloat16) if on_gpu else nullcontext()
+    work, tokens = {}, {}
+    with tracker:
+        tracker.label(policy.parameters(), "weights")
+        reference = None
+        if args.kl_beta > 0:
+            with tracker.part("reference"):
+                rounded = on_gpu and not args.update_ref_model  # as in main.train
+                reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
+        optimizer, _ = make_optimizer(policy, args)
+        with tracker.part("Adam"):
+            fill_moments(optimizer)
+        for parameter in policy.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: tracker.label([parameter.grad], "gradients")
+            )
+
+        with tracker.phase("sampling"), autocast:
+            work["sampling"], tokens["sampling"] = sample(
+                policy, args.questions_per_step, args.group_size, args.temperature, args, tracker
+            )
+        work["sampling"] *= args.max_draws
+        tokens["sampling"] *= args.max_draws
+        step = Step(policy, args, autocast)
+        passes = step.tokens(step.batches) / step.tokens(step.largest)  # the step in units of these
+        if reference is not None:
+            with tracker.phase("reference"), torch.no_grad():
+                before = tracker.work
+                for batch in step.largest:
+                    step.logprobs(reference, batch)
+            work["reference"] = (tracker.work - before) * passes
+            tokens["reference"] = step.tokens(step.batches)
+        with tracker.phase("policy"):
+            before = tracker.work
+            for batch in step.largest:
+                step.backward(batch, with_reference=reference is not None)
+        work["policy"] = (tracker.work - before) * (passes * args.num_inner_epochs)
+        tokens["policy"] = step.tokens(step.batches) * args.num_inner_epochs
+        with tracker.phase("optimizer"):
+            before = tracker.work
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+        work["optimizer"] = (tracker.work - before) * args.num_inner_epochs
+        del step
+        with tracker.phase("evaluation"), autocast:
+            problems = args.eval_problems or GSM8K_TEST
+            rows = min(args.eval_batch_size, problems)
+            work["evaluation"], tokens["evaluation"] = sample(policy, rows, 1, 0, args, tracker)
+        work["evaluation"] *= math.ceil(problems / rows)
+        tokens["evaluation"] = tokens["evaluation"] // rows * problems
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    return Plan(args, parameters, tracker.phases, work, tokens)
+
+
+def fill_moments(optimizer):
+    """Have Adam make its moments, as its first step does."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def worst_prompts(questions, args):
+    """Q prompts of the greatest length, as lists of ids, that have but their first tokens in common
+    (a chat template begins all prompts alike)."""
+    rest = [0] * max(0, args.max_prompt_length - 2)
+    prompts = ([0, question % 2, *rest] for question in range(questions))
+    return [prompt[: args.max_prompt_length] for prompt in prompts]
+
+
+@torch.no_grad()
+def sample(policy, questions, group_size, temperature, args, tracker):
+    """What sampler.sample_rollouts does, its loop cut short to two tokens: one half-way, for the
+    work of a token on average, and the last, for memory. Returns work and tokens of all of it."""
+    rows, length = questions * group_size, args.max_completion_length
+    before = tracker.work
+    with tracker.part("sampling copy"):
+        decoder = Decoder(policy, group_size, length)
+    uniforms = torch.zeros((length, rows), dtype=torch.float64)
+    logits = decoder.prefill(worst_prompts(questions, args))  # (R, V)
+    caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
+    tracker.label([tensor for part in caches for tensor in part], "KV cache")
+    after = tracker.work
+    for place in (length // 2, length - 1):
+        decoder.written = place
+        tokens, _ = sample_tokens(
+            logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p
+        )
+        logits = decoder.step(tokens)
+    of_a_token = (tracker.work - after) * 0.5
+    return (
+        after - before
+    ) + of_a_token * length, questions * args.max_prompt_length + rows * length
+
+
+class Step:
+    """The update's forward and backward passes, as in main.update_policy, over completions that are
+    all of the greatest length."""
+
+    def __init__(self, policy, args, autocast):
+        self.policy, self.args, self.autocast = policy, args, autocast
+        length, trained = args.max_completion_length, args.train_group_size or args.group_size
+        rows = args.questions_per_step * args.group_size
+        prompts = [torch.tensor(ids) for ids in worst_prompts(args.questions_per_step, args)]
+        lengths = [length] * trained + [0] * (args.group_size - trained)
+        self.batches = micro_batches(
+            prompts, [lengths] * args.questions_per_step, args.micro_batch_tokens
+        )
+        # Only the first finds no gradients from passes before it.
+        rest = sorted(self.batches[1:], key=lambda batch: self.tokens([batch]))
+        self.largest = [self.batches[0], *rest[-1:]]
+        self.ids = torch.zeros((rows, length), dtype=torch.long)
+        self.old_logprobs, self.weights = torch.zeros(rows, length), torch.ones(rows, length)
+        self.advantages = torch.ones(rows)
+
+    def tokens(self, batches):
+        """How many tokens the model reads; a completion's last one is never read."""
+        return sum(
+            sum(map(len, batch.prompts)) + sum(batch.lengths) - len(batch.lengths)
+            for batch in batches
+        )
+
+    def logprobs(self, model, batch):
+        with self.autocast:
+            return completion_logprobs(model, batch, self.ids[batch.rows], self.args.temperature)
+
+    def backward(self, batch, with_reference):
+        args, rows = self.args, batch.rows
+        loss, _ = grpo_loss(
+            self.logprobs(self.policy, batch),
+            self.old_logprobs[rows],
+            self.old_logprobs[rows] if with_reference else None,
+            self.advantages[rows],
+            self.weights[rows],
+            args.clip_epsilon,
+            args.clip_epsilon_high,
+            args.kl_beta,
+            args.kl_estimator,
+        )
+        loss.backward()

@@ -1,0 +1,259 @@
+"""The plan against the same step with real tensors, parameter counts, what a plan may touch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, make_model
+from transformers import AutoModelForCausalLM
+
+import planner
+from flags import parse_args
+from known_models import KNOWN_MODELS
+from planner import as_if, config_of, planned, quick_peaks
+from tracker import Machine, Tracker
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from plan_vs_real import real_steps
+
+PARAMETERS = {  # as the models' cards and torchinfo count them
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+}
+SMALL = [
+    "--questions_per_step", "4", "--group_size", "6", "--max_prompt_length", "33",
+    "--max_completion_length", "12", "--micro_batch_tokens", "180", "--eval_batch_size", "24",
+]  # fmt: skip
+FOUR_LAYERS = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "head_dim": 16, "vocab_size": 500, "initializer_range": 0.02,
+}  # fmt: skip
+
+
+def flags(*argv, preset="cpu"):
+    return parse_args(["--plan", "--preset", preset, *argv])
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    """A Qwen2 and a directory that holds its configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("four_layers")
+    model = make_model(**FOUR_LAYERS)
+    model.config.save_pretrained(folder)
+    return model, str(folder)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mixed_precision, extra",
+    [
+        ("no", []),
+        ("no", ["--gradient_checkpointing"]),
+        ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0"]),
+        ("bf16", ["--kl_beta", "0.04"]),
+    ],
+)
+def test_every_phase_peaks_within_a_tenth_of_its_real_tensors(mixed_precision, extra, four_layers):
+    _, folder = four_layers
+    args = flags("--model_name", folder, *SMALL, *extra)
+    plan = planned(args, on_gpu=mixed_precision == "bf16").peaks
+    update = max(plan[phase] for phase in plan if phase not in ("sampling", "evaluation"))
+    tracker, accelerator = Tracker(), Accelerator(cpu=True, mixed_precision=mixed_precision)
+    real_steps(make_model(**FOUR_LAYERS), args, accelerator, tracker)
+    real = {phase: sum(parts.values()) for phase, parts in tracker.phases.items()}
+    assert len(real) == 3
+    for phase, peak in real.items():
+        predicted = update if phase == "update" else plan[phase]
+        assert predicted == pytest.approx(peak, rel=0.1), phase
+
+
+def test_a_tracker_counts_each_storage_once_and_until_it_is_freed():
+    tracker = Tracker(vocab_size=7)
+    with tracker, tracker.phase("all"):
+        a = torch.zeros(10, 10)
+        b = a.t()[1:].add_(1)  # a view
+        c = (a @ a).relu()  # 400 bytes for the product, 400 for what is made of it
+        logits = torch.zeros(2, 7)
+        tracker.label([a], "weights")
+        assert tracker.live == {"weights": 400, "activations": 400, "logits": 56}
+        del a
+        assert tracker.live["weights"] == 400  # the view still holds it
+        del b, c, logits
+    assert not any(tracker.live.values())
+    assert sum(tracker.phases["all"].values()) == 1200
+
+
+def test_smaller_micro_batches_and_checkpointing_plan_less_memory(four_layers):
+    _, folder = four_layers
+    peaks = [
+        planned(flags("--model_name", folder, *SMALL, *extra), False).peaks["policy"]
+        for extra in ([], ["--micro_batch_tokens", "90"], ["--gradient_checkpointing"])
+    ]
+    assert peaks[1] < peaks[0] and peaks[2] < peaks[0]
+
+
+def test_peaks_at_full_depth_follow_from_two_and_three_layers(four_layers):
+    _, folder = four_layers
+    args = flags("--model_name", folder, *SMALL, "--gradient_checkpointing", "--kl_beta", "0.1")
+    assert quick_peaks(args, True) == pytest.approx(planned(args, True).peaks, rel=0.02)
+
+
+def test_parts_have_the_sizes_that_arithmetic_gives_them(four_layers):
+    model, folder = four_layers
+    long = [*SMALL, "--max_completion_length", "80"]  # past prefilling, where caches have no label
+    phases = planned(flags("--model_name", folder, *long), False).phases
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert phases["policy"]["weights"] == weights
+    assert phases["policy"]["gradients"] == weights
+    assert phases["policy"]["Adam"] == pytest.approx(2 * weights, rel=1e-3)  # and step counts
+    bytes_per_token = 4 * 2 * 4 * 2 * 16  # layers, keys and values, fp32, key-value heads, size
+    assert phases["sampling"]["KV cache"] == bytes_per_token * (4 * 33 + 24 * 80)
+    assert "reference" not in phases
+
+
+# --- models and work ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_known_models_have_the_published_number_of_parameters(name):
+    with as_if(False):
+        model = AutoModelForCausalLM.from_config(config_of(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_base_models_are_known_with_their_instruct_models():
+    assert len(KNOWN_MODELS) == 2 * (len(PARAMETERS) - 1) + 1
+    for name in PARAMETERS:
+        assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
+
+
+ONE = Machine("all rates 1", {torch.float32: 1.0}, 1.0, 0.0, False)
+
+
+def test_work_is_that_of_the_formulas(four_layers):
+    """2 per weight of a matrix and token read, the head where a token is predicted, thrice that
+    with the backward pass, and attention on top, which is little here."""
+    model, folder = four_layers
+    whole = ["--model_name", folder, *SMALL, "--micro_batch_tokens", "0"]
+    work = planned(flags(*whole), False, ONE).work
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.get_decoder().layers.parameters() if p.ndim == 2)
+    prompts, completions = 4 * 33, 24 * 12
+    read = prompts + completions - 24
+    assert work["policy"].flops == pytest.approx(6 * (body * read + head * completions), rel=0.15)
+    sampled = 2 * body * (prompts + completions) + 2 * head * (4 + completions)
+    assert work["sampling"].flops == pytest.approx(sampled, rel=0.15)
+    epochs = planned(flags(*whole, "--num_inner_epochs", "3"), False, ONE).work
+    assert epochs["policy"].flops == pytest.approx(3 * work["policy"].flops)
+
+
+def test_an_operation_takes_as_long_as_its_arithmetic_or_its_bytes():
+    tracker = Tracker(Machine("", {torch.float32: 10.0}, 1e9, 0.5, True))
+    with tracker:
+        a = torch.ones(4, 4)
+        before = tracker.work
+        a @ a
+        a.view(16)
+        product = tracker.work - before
+        a += 1
+        addition = tracker.work - before - product
+    assert (product.flops, product.operations) == (128, 1)
+    assert product.seconds == pytest.approx(12.8)
+    assert (addition.flops, addition.operations) == (0, 1)
+    assert addition.seconds == pytest.approx(128e-9)
+    assert product.predicted_seconds(tracker.machine) == pytest.approx(12.8)
+    assert addition.predicted_seconds(tracker.machine) == 0.5  # the host is slower
+
+
+# --- the report and the command ----------------------------------------------------------------
+
+
+def test_flags_change_one_by_one_until_it_fits(monkeypatch):
+    """Each for the phase that takes most, here by a made-up rule of what phases take."""
+
+    def peaks(args, on_gpu=False):
+        policy = 2e6 * args.micro_batch_tokens * (0.5 if args.gradient_checkpointing else 1)
+        reference = 8e9 * (args.kl_beta > 0)
+        evaluation = 50e6 * args.eval_batch_size
+        return {"policy": 20e9 + policy + reference, "evaluation": 20e9 + evaluation + reference}
+
+    class Made(planner.Plan):
+        peaks = property(lambda self: peaks(self.args))
+
+    monkeypatch.setattr(planner, "quick_peaks", peaks)
+    monkeypatch.setattr(planner, "with_allowance", lambda tensors, on_gpu: tensors)
+    first = Made(flags(preset="h100"), 0, {}, {}, {})
+    less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
+    least = {"micro_batch_tokens": 2048, "eval_batch_size": 32, "gradient_checkpointing": True}
+    found = planner.fitting(first, True)
+    assert found[80] == ({}, pytest.approx(44.4e9, rel=0.01))
+    assert found[40] == (less, pytest.approx(36.2e9, rel=0.01))
+    assert found[24] == ({**least, "kl_beta": 0.0}, pytest.approx(22.0e9, rel=0.01))
+    assert list(found) == [24, 40, 80]
+    monkeypatch.setattr(planner, "CARDS", (2, 80))
+    assert planner.fitting(first, True)[2][0] is None
+    text = planner.as_flags({**least, "kl_beta": 0.0})
+    again = flags(*text.split(), preset="h100")
+    assert again.gradient_checkpointing and again.kl_beta == 0 and again.eval_batch_size == 32
+
+
+def test_the_default_fits_80_gb():
+    """Qwen2.5-1.5B with the flags of the preset."""
+    args = flags(preset="h100")
+    peaks = quick_peaks(args, True)
+    held = 4 * PARAMETERS[args.model_name] * 4  # weights, gradients and Adam in fp32
+    assert held < peaks["optimizer"] < peaks["policy"]
+    assert planner.with_allowance(max(peaks.values()), True) < 80e9
+
+
+def test_a_plan_touches_nothing_and_is_a_page_to_read(tmp_path, monkeypatch, capsys):
+    """No network, no weights, no file. The model has fewer layers here, for time."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan must not do this")
+
+    shallow = {**KNOWN_MODELS["Qwen/Qwen2.5-1.5B-Instruct"], "num_hidden_layers": 2}
+    monkeypatch.setitem(KNOWN_MODELS, "Qwen/Qwen2.5-1.5B-Instruct", shallow)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("flags.hub_file", refuse)
+    planner.plan(flags(preset="h100"))
+    text = capsys.readouterr().out
+    parameters = 151936 * 1536 + 1536 + 2 * (1536 * (2 * 1536 + 512 + 3 * 8960 + 2) + 2048)
+    assert f"{parameters:,} parameters" in text and "80 GB: fits as it is" in text
+    weights = next(line for line in text.splitlines() if line.startswith("weights"))
+    assert weights.split()[1:] == [f"{4 * parameters / 1e9:.2f}"] * 5
+    assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_a_plan_without_the_hub(four_layers, tmp_path):
+    _, folder = four_layers
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--plan", "--model_name", folder, *SMALL],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == ""
+    assert "peak memory, GB" in result.stdout and "predicted and not measured" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads((tmp_path / folder / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_a_model_that_is_not_known_is_an_error_of_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags("--model_name", "no-such-directory")
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
