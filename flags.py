@@ -287,6 +287,9 @@ def check_flags(args):
     if args.train_group_size == 1 or args.train_group_size > args.group_size:
         raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
                         f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip
+    if args.mask_truncated and (args.train_group_size or args.max_draws > 1):
+        raise UserError("--mask_truncated: --train_group_size and --max_draws choose by reward, "
+                        "cut off or not; leave it out")  # fmt: skip
     if args.sampler == "paged":
         if args.compile_sampler:
             raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")

@@ -50,7 +50,9 @@ def max_variance_subset(rewards, size):
     kept = torch.stack([(ranks < size - k) | (ranks >= group_size - k) for k in highs])
     ordered = rewards.gather(-1, order).double()
     candidates = ordered[:, kept.nonzero()[:, 1].view(len(highs), size)]  # (Q, size + 1, size)
-    best = candidates.var(-1, correction=0).argmax(-1)  # (Q,), the first of equals
+    variance = candidates.var(-1, correction=0)  # (Q, size + 1)
+    # The first of equals; rounding makes equal ones differ.
+    best = (variance >= variance.amax(-1, keepdim=True) * (1 - 1e-12)).int().argmax(-1)
     return torch.zeros_like(rewards, dtype=torch.bool).scatter(-1, order, kept[best])
 
 

@@ -28,10 +28,13 @@ def load_model(model_name, device, token=None):
 
     Weights are fp32 whatever the file holds: at a learning rate of 1e-6, a bf16 weight of 0.02
     does not move at all. The caller runs the forward passes under autocast where it wants bf16.
-    The model stays in eval mode throughout: dropout would make the ratio differ from 1.
+    It comes in eval mode. On a GPU, what is left in fp32 under autocast (the head, scores while
+    decoding) is computed in TF32: in plain fp32 the head alone would take as long as the layers.
 
     Raises UserError where the model cannot be used.
     """
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
     transformers_logging.disable_progress_bar()
     if model_name == EMBEDDED_MODEL:
         model, tokenizer = _load_embedded()
@@ -89,6 +92,17 @@ def frozen_copy(model, dtype=None):
     return reference
 
 
+def kl_reference(policy, args):
+    """The frozen copy that the KL term compares with, None where --kl_beta is 0.
+
+    On a GPU its matrices are bf16, unless it moves: bf16 would lose what little mixing changes.
+    """
+    if args.kl_beta == 0:
+        return None
+    rounded = policy.device.type == "cuda" and not args.update_ref_model
+    return frozen_copy(policy, torch.bfloat16 if rounded else None)
+
+
 @torch.no_grad()
 def mix_into(reference, policy, alpha):
     """Move the reference towards the policy: reference = (1 - alpha) reference + alpha policy."""
@@ -123,7 +137,7 @@ class TokenLogprobs(torch.autograd.Function):
     """log p(token) from the hidden state before it: h / temperature times the head, log-softmax.
 
     Written out because nothing but this needs V numbers per token: here they exist for
-    LOGPROB_CHUNK tokens at once, in one tensor that the backward pass overwrites, and for more
+    LOGPROB_CHUNK tokens at once, in a tensor that the backward pass overwrites, and for more
     tokens than that they are computed again there. The product is not left to bf16 autocast, here
     as in decoder.py: rounding logits near 20 to bf16 shifts a log-probability by up to 0.06, and KL
     and ratio with it.
@@ -134,6 +148,7 @@ class TokenLogprobs(torch.autograd.Function):
         """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,). Returns (T,)."""
         logprobs, kept = [], None
         for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
+            kept = None  # the last chunk's, before this one takes its own
             kept = (h @ weight.T).log_softmax(-1)  # (N, V)
             logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
         ctx.save_for_backward(hidden, weight, token_ids)
@@ -156,6 +171,7 @@ class TokenLogprobs(torch.autograd.Function):
             torch.mm(to_logits, weight, out=to_hidden[part])
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
+            del logprobs, to_logits
         return to_hidden, to_weight, None
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cold_start import cold_start
 from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
-from llms import chat_prompt, completion_logprobs, frozen_copy, load_model, mix_into
+from llms import chat_prompt, completion_logprobs, kl_reference, load_model, mix_into
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
@@ -46,8 +46,6 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
-    if on_gpu:  # for the head, the one product left in fp32; on a GPU it would outlast the layers
-        torch.set_float32_matmul_precision("high")
     policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), **facts)
@@ -56,10 +54,7 @@ def train(args):
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
     cold_start(policy, tokenizer, train_problems, args, accelerator)
-    reference = None
-    if args.kl_beta > 0:
-        rounded = on_gpu and not args.update_ref_model  # bf16 would lose what little mixing moves
-        reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
+    reference = kl_reference(policy, args)
     optimizer, scheduler = make_optimizer(policy, args)
 
     def evaluation(step):
@@ -218,7 +213,8 @@ def update_policy(
     mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
     if args.mask_truncated:
         mask = mask & rollouts.finished[:, :, None]
-    weights = token_weights(mask, args.aggregation, args.max_completion_length, chosen.sum())
+    sequences = chosen.sum().clamp(min=1)
+    weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
     learnable = (advantages != 0).any(-1, keepdim=True) | (reference is not None)  # (Q, 1)
     mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
@@ -272,8 +268,9 @@ if __name__ == "__main__":
         print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training) or "
-              "--eval_batch_size (evaluation)", file=sys.stderr)  # fmt: skip
+        print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training), "
+              "--eval_batch_size (evaluation) or --questions_per_step (sampling), or see --plan",
+              file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nmain.py: interrupted; what was written is in {ARGS.output_dir}", file=sys.stderr)

@@ -102,6 +102,11 @@ def engine_model(model):
     engine.set_attn_implementation("sdpa")  # training has put shared_prefix.py's in its place
     if torch.is_autocast_enabled(device_type):
         head = copy.deepcopy(engine.get_output_embeddings())  # no longer tied to the embedding
-        engine.to(torch.get_autocast_dtype(device_type)).set_output_embeddings(head)
+        engine.set_output_embeddings(head)
+        for parameter in engine.parameters():
+            # Not engine.to(): that would round the rotary embedding's frequencies as well, and a
+            # thousand tokens on a position would be off by half a radian.
+            if parameter is not head.weight:
+                parameter.data = parameter.data.to(torch.get_autocast_dtype(device_type))
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
     return engine

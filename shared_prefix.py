@@ -40,19 +40,23 @@ def micro_batches(prompt_ids, lengths, budget):
     """Cut the step's completions into passes of about `budget` tokens each, prompts included.
 
     prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens; completions of none are
-    left out. budget 0: everything in one pass. Within a group long completions stand together, so
-    that little is padded in attention. A completion that exceeds the budget by itself has a pass of
-    its own.
+    left out. budget 0: everything in one pass. A completion that exceeds the budget by itself has a
+    pass of its own.
+
+    Attention, and what it keeps for the backward pass, is padded to the longest completion of a
+    pass. So long ones stand together, and a pass ends before padding takes as much as the budget.
     """
-    passes, spent = [], math.inf
+    budget = budget or math.inf
+    passes, spent, longest = [], 0, 0
     for question, prompt in enumerate(prompt_ids):
         group = sorted((length, g) for g, length in enumerate(lengths[question]) if length)
         asked = False  # whether the pass being filled holds this question's prompt
         for length, g in reversed(group):
             cost = length + (0 if asked else len(prompt))
-            if spent + cost > (budget or math.inf) or not passes:
+            longest = max(longest, length)
+            if not passes or spent + cost > budget or (len(passes[-1]) + 1) * longest > 2 * budget:
                 passes.append([])
-                spent, cost = 0, length + len(prompt)
+                spent, cost, longest = 0, length + len(prompt), length
             passes[-1].append((question, g, length))
             spent, asked = spent + cost, True
     return [_micro_batch(chosen, prompt_ids, len(lengths[0])) for chosen in passes]
@@ -104,7 +108,7 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     # A completion of n tokens is scored from the end of its prompt and its own first n - 1 tokens.
     last = (starts + prompt_lengths - 1)[question, None]  # (R, 1)
     before = np.concatenate([last, rows], axis=1)  # (R, C)
-    is_before = np.concatenate([lengths[:, None] > 0, in_row], axis=1)
+    is_before = np.concatenate([np.ones_like(last, dtype=bool), in_row], axis=1)
     position = prompt_lengths[question, None] + c  # (R, C - 1)
     positions = np.concatenate([np.broadcast_to(p, in_prompt.shape)[in_prompt], position[in_row]])
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from decoder import Decoder
+from utils import UserError
 
 COMPILER = {"cuda": {"mode": "reduce-overhead"}}  # arguments of torch.compile, by device type
 SHORTEST = 128  # tokens of the cache that the first steps read; prompts' room is a multiple of it
@@ -103,7 +104,11 @@ class StaticDecoder(Decoder):
         length = max(SHORTEST, 1 << self.written.bit_length())
         self.length = min(length, self.max_new_tokens)
         torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been used
-        logits = self.compiled(self, tokens)
+        try:
+            logits = self.compiled(self, tokens)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"--compile_sampler: torch.compile failed: {reason}") from error
         self.position += 1
         self.now += 1
         self.written += 1

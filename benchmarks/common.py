@@ -129,8 +129,8 @@ def set_up(args, model_name, questions, mixed_precision=None):
     from accelerate import Accelerator
 
     from flags import parse_args
-    from llms import frozen_copy, load_model
-    from main import make_optimizer
+    from llms import frozen_copy, kl_reference, load_model
+    from optimizer import make_optimizer
 
     on_gpu = torch.cuda.is_available()
     argv = {
@@ -158,7 +158,9 @@ def set_up(args, model_name, questions, mixed_precision=None):
     mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
     ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
-    ours.reference = frozen_copy(ours.policy) if args.kl_beta > 0 else None
+    ours.reference = kl_reference(ours.policy, ours.flags)
+    if ours.reference is not None and mixed_precision == "no":
+        ours.reference = frozen_copy(ours.policy)
     ours.optimizer, ours.scheduler = make_optimizer(ours.policy, ours.flags)
     return ours
 

@@ -51,7 +51,7 @@ CHECKED_TOKENS = 64  # per completion, at most, in the comparison of the losses
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = training_flags(workload_parser(__doc__, rounds=3, warm_up=1))
-    parser.add_argument("--trl_batch_size", type=int, default=4, help="per_device_train_batch_size")
+    parser.add_argument("--trl_batch_size", type=int, default=8, help="per_device_train_batch_size")
     parser.add_argument("--trl", nargs="+", default=[], metavar="NAME=VALUE",
                         help="settings of GRPOConfig, the values in JSON")  # fmt: skip
     parser.add_argument("--same_allocator", action="store_true")
@@ -160,6 +160,7 @@ def compare_losses(args, folder):
             self.gradients = [p.grad.clone() for g in self.param_groups for p in g["params"]]
 
     ours = set_up(args, folder, args.questions, mixed_precision="no")
+    torch.set_float32_matmul_precision("highest")
     ours.flags.max_grad_norm = 0
     ours.flags.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
     problems = load_questions(args).batch(0, args.questions)

@@ -134,6 +134,15 @@ def test_of_a_group_half_right_the_subset_is_half_right():
     assert chosen[1].sum() == 4  # a flat group is cut like any other
 
 
+def test_of_equal_splits_the_one_with_more_high_rewards_wins():
+    generator = torch.Generator().manual_seed(0)
+    for size in (3, 5):
+        low, high = torch.rand(2, 50, 1, generator=generator).sort(0).values
+        rewards = torch.where(torch.arange(10) < 5, low, high)  # (50, 10)
+        chosen = max_variance_subset(rewards, size)
+        assert (chosen[:, 5:].sum(-1) == (size + 1) // 2).all()
+
+
 def test_only_groups_with_unequal_rewards_carry_signal():
     assert has_signal(torch.tensor([[0.7, 0.7], [0.7, 0.8]])).tolist() == [False, True]
 

@@ -85,13 +85,15 @@ def distance(ours, theirs):
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
-def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, accelerator):
+@pytest.mark.parametrize("kl_beta", [0.1, 0.0])
+def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, kl_beta, accelerator):
+    """Without a reference the flat group takes no part, but still counts in what is averaged."""
     model = toy()
     rollouts = rollouts_from(model, temperature=0.8)
     reference = frozen_copy(toy(seed=1))
     actual, metrics = gradients(
-        model, rollouts, accelerator, reference=reference, aggregation=aggregation, kl_beta=0.1,
-        temperature=0.8,
+        model, rollouts, accelerator, reference=reference if kl_beta else None,
+        aggregation=aggregation, kl_beta=kl_beta, temperature=0.8,
     )  # fmt: skip
     model.zero_grad()
     mask = rollouts.completion_mask
@@ -108,13 +110,14 @@ def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, accelerato
                 gap = ref[g, t] - logprobs[g, t]
                 kl = gap.exp() - gap - 1
                 ratio = (logprobs[g, t] - logprobs[g, t].detach()).exp()
-                loss = loss - weight[aggregation] * (ratio * ADVANTAGES[q, g] - 0.1 * kl)
+                loss = loss - weight[aggregation] * (ratio * ADVANTAGES[q, g] - kl_beta * kl)
                 kl_total += kl.item()
     loss.backward()
     expected = [p.grad for p in model.parameters()]
     assert distance(actual, expected) < 1e-5
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
-    assert metrics["kl"] == pytest.approx(kl_total / int(mask.sum()), rel=1e-5)
+    if kl_beta:
+        assert metrics["kl"] == pytest.approx(kl_total / int(mask.sum()), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm_of(expected), rel=1e-5)
 
 
@@ -189,6 +192,21 @@ def test_completions_that_are_not_chosen_have_no_part_in_the_update(accelerator)
         model, smaller, accelerator, advantages=ADVANTAGES[chosen].view(2, 2), **flags
     )
     assert distance(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+def test_a_step_in_which_nothing_is_chosen_changes_nothing(aggregation, kl_beta, accelerator):
+    model = toy()
+    before = [p.clone() for p in model.parameters()]
+    args = make_args(aggregation=aggregation, kl_beta=kl_beta, num_inner_epochs=2)
+    optimizer, _ = make_optimizer(model, args)
+    metrics = update_policy(
+        model, frozen_copy(model) if kl_beta else None, optimizer, rollouts_from(model), ADVANTAGES,
+        args, accelerator, Stopwatch(), torch.zeros(3, 4, dtype=torch.bool),
+    )  # fmt: skip
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
 def test_no_advantage_at_all_leaves_the_policy_alone(accelerator):
@@ -565,6 +583,18 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_
     assert (run / "plots" / "eval_rewards_brevity.png").exists()
 
 
+def test_the_checkpointing_flag_reaches_the_layers(saved_models, tmp_path, monkeypatch):
+    def stop(policy, *_):
+        assert policy.is_activation_checkpointing and policy.training
+        raise InterruptedError
+
+    monkeypatch.setattr(main, "cold_start", stop)
+    argv = [*TINY, "--model_name", str(saved_models["llama"]), "--gradient_checkpointing",
+            "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    with pytest.raises(InterruptedError):
+        main.train(parse_args(argv))
+
+
 def test_two_runs_of_one_seed_are_the_same_run(saved_models, tmp_path):
     weights = []
     for name in ("one", "two"):
@@ -632,7 +662,7 @@ def test_over_long_training_questions_are_left_out_whole_and_counted(
 
 def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_path, monkeypatch):
     """A reward that tells completions apart for odd numbers alone: half of the groups are flat."""
-    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     calls = iter(range(10**6))
@@ -648,10 +678,11 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
             "--train_group_size", "2"]  # fmt: skip
     main.train(parse_args(argv))
     metrics = lines(run / "metrics.jsonl")
-    drawn = []
+    drawn, asked = [], []
     for step, row in enumerate(metrics):
         saved = lines(run / "completions" / f"step_{step:05d}.jsonl")
         drawn.append(len(saved) // 8)  # draws of two groups of four
+        asked += [record["question"] for record in saved[::4]]
         groups = [saved[i : i + 4] for i in range(0, len(saved), 4)]
         trained = [group for group in groups if any(record["advantage"] for record in group)]
         signal = [group for group in groups if len({record["reward"] for record in group}) > 1]
@@ -661,6 +692,7 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
         assert row["flat_groups"] == pytest.approx(1 - len(signal) / len(groups))
         assert row["grad_norm"] > 0
     assert max(drawn) > 1
+    assert len(asked) == len(set(asked))  # no step draws what another has drawn
 
 
 @pytest.mark.parametrize(
@@ -756,7 +788,7 @@ def test_a_step_on_the_gpu_under_bf16_autocast():
     """Sampling, reference and policy in bf16, weights and gradients in fp32."""
     accelerator = Accelerator(mixed_precision="bf16")
     model = toy(torch.float32).to(accelerator.device)
-    reference = frozen_copy(model)
+    reference = frozen_copy(model, torch.bfloat16)
     device_generator = torch.Generator(accelerator.device).manual_seed(0)
     with accelerator.autocast():
         rollouts = sample_rollouts(

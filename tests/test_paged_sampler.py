@@ -9,7 +9,7 @@ from test_llms import group_logprobs
 from test_sampler import Words, generator, naive
 
 import main
-from paged_sampler import sample_rollouts_paged
+from paged_sampler import engine_model, sample_rollouts_paged
 from rldatasets import Problem
 from sampler import sample_rollouts
 from utils import UserError, mixed_seed
@@ -122,6 +122,18 @@ def test_under_bf16_autocast_engine_and_trainer_agree():
             scored = group_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
             gap = (scored - rollouts.logprobs[question])[rollouts.completion_mask[question]]
             assert gap.abs().max() < 0.05
+
+
+def test_under_autocast_the_engine_keeps_its_positions_exact():
+    """Rotary frequencies in bf16 would be half a radian off after a thousand tokens."""
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        engine = engine_model(model)
+    dtypes = {name: weight.dtype for name, weight in engine.named_parameters()}
+    assert dtypes.pop("lm_head.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    for (_, ours), (_, theirs) in zip(engine.named_buffers(), model.named_buffers(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

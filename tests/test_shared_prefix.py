@@ -112,6 +112,16 @@ def test_a_group_that_is_cut_keeps_long_completions_together():
     assert lengths == [[8, 7], [2, 1]]
 
 
+def test_one_long_completion_does_not_pad_a_pass_full_of_short_ones():
+    prompts = [torch.tensor([1, 2, 3])] * 4
+    lengths = [[300, *[10] * 31], *[[10] * 32] * 3]
+    batches = micro_batches(prompts, lengths, 1000)
+    assert sum(len(batch.rows) for batch in batches) == 128
+    for batch in batches:
+        assert len(batch.rows) * max(batch.lengths) <= 2000
+    assert len(batches) <= 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bf16_reference_under_autocast_is_exactly_the_fp32_one_under_autocast(family):
     model = make_model(family)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import make_model
+from test_llms import group_logprobs
 from test_sampler import Words
 
 import static_decoder
-from llms import completion_logprobs
 from sampler import sample_rollouts
 from static_decoder import DECODERS
 
@@ -141,6 +141,6 @@ def test_on_a_gpu_cuda_graphs_write_the_same(monkeypatch):
         rollouts = sample(model, prompts, True, tokens=40)
         for question in range(3):
             ids = rollouts.completion_ids[question]
-            scored = completion_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
+            scored = group_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
             gap = (scored - rollouts.logprobs[question])[rollouts.completion_mask[question]]
             assert gap.abs().max() < 0.05
