@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo train test gpu-check lint clean
+.PHONY: demo train test test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -14,8 +14,11 @@ demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)
 
-test: $(READY)
-	$(RUN) -m pytest -q $(ARGS)
+test: $(READY)  ## a process for each of two cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 $(ARGS)
+
+test-benchmarks: $(READY)  ## the benchmarks themselves, on toy models
+	$(RUN) -m pytest -q -m benchmark $(ARGS)
 
 gpu-check: $(READY)  ## GPU tests and benchmarks, as one table; needs CUDA and Qwen2.5-1.5B-Instruct
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)

@@ -24,6 +24,7 @@ def ran(script, model, capfd, *flags):
     return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.benchmark
 def test_the_sampling_benchmark_compares_both_and_ends_in_json(saved_models):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "sampling_vs_generate.py", "--model_name",
@@ -36,6 +37,7 @@ def test_the_sampling_benchmark_compares_both_and_ends_in_json(saved_models):
     assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
 
 
+@pytest.mark.benchmark
 def test_trl_has_the_same_loss_and_a_step_of_both_is_compared(saved_models, capfd):
     model = saved_models["qwen2"]
     flags = ["--questions", "2", "--trl_batch_size", "2", "--warm_up", "0"]
@@ -69,6 +71,7 @@ def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, mo
         assert stage["share_of_limit"] >= stage["share_of_products"]
 
 
+@pytest.mark.benchmark
 def test_the_memory_benchmark_has_a_process_for_each_size(saved_models, capfd):
     flags = ["--completions", "4", "--warm_up", "0"]
     result = ran(memory, saved_models["qwen2"], capfd, *flags)
