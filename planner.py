@@ -47,12 +47,12 @@ GSM8K_TEST = 1319  # problems in its official test split
 # between those of three measurements, 15 to 32 % (benchmarks/plan_vs_real.py).
 ALLOWANCE = {"gpu": {"gaps": 0.05, "other": 1.0}, "cpu": {"gaps": 0.2, "other": 0.7}}
 
-# Data sheet: 989 TFLOP/s in bf16 (dense), 67 in fp32, 3.35 TB/s. A product of the sizes here
-# reaches about 60 % of the first, operations that move data about 75 % of the last. Eager torch
+# Data sheet: 989 TFLOP/s in bf16 and 494 in TF32 (dense), 3.35 TB/s. A product of the sizes here
+# reaches about 60 % of the first two, operations that move data about 75 % of the last. Eager torch
 # needs some 8 microseconds to start an operation, which is what decoding waits for.
 H100 = Machine(
-    name="H100 SXM, 60 % of 989 bf16 TFLOP/s, 75 % of 67 fp32 TFLOP/s and 3.35 TB/s",
-    flops={torch.bfloat16: 0.6 * 989e12, torch.float32: 0.75 * 67e12},
+    name="H100 SXM, 60 % of 989 bf16 and 494 TF32 TFLOP/s, 75 % of 3.35 TB/s",
+    flops={torch.bfloat16: 0.6 * 989e12, torch.float32: 0.6 * 494e12},
     bandwidth=0.75 * 3.35e12,
     host_seconds=8e-6,
     overlaps=True,

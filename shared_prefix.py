@@ -123,9 +123,11 @@ def pack(batch, completion_ids, heads_per_key, dtype):
 
     def bias(visible):
         """0 where a token is visible, else -inf, once for every head of a key-value head."""
-        hidden = on_device(~visible)
-        hidden = hidden.repeat(*[1] * (hidden.ndim - 2), heads_per_key, 1)
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+        width = visible.shape[-1]
+        hidden = on_device(~visible).repeat(*[1] * (visible.ndim - 2), heads_per_key, 1)
+        hidden = F.pad(hidden, (0, -width % 8))  # else CUDA copies it so for every layer
+        values = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        return values.masked_fill(hidden, -torch.inf)[..., :width]
 
     flat_ids = completion_ids.flatten()
     return Packing(
