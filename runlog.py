@@ -135,6 +135,9 @@ def show_progress(bar, metrics, evaluation, completion):
     if metrics["truncated"] == 1:
         bar.write(f"step {step}: warning: every completion was cut off; raise "
                   "--max_completion_length")  # fmt: skip
+    if metrics["flat_groups"] == 1:
+        bar.write(f"step {step}: warning: in every group all completions earned the same; there is "
+                  "nothing to learn from that")  # fmt: skip
     if metrics["skipped"]:
         bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
     shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
