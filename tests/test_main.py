@@ -705,8 +705,8 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
     ],
 )
 def test_a_step_that_teaches_nothing_says_why(change, warning, capsys):
-    metrics = {"step": 3, "reward": 1.0, "truncated": 0.5, "skipped": 0.0, "kl": 0.1,
-               "flat_groups": 0.5, "completion_length": 9.0, "tokens_per_second": 5.0, **change}  # fmt: skip
+    metrics = {"step": 3, "reward": 1.0, "truncated": 0.5, "skipped": 0.0, "flat_groups": 0.5,
+               "kl": 0.1, "completion_length": 9.0, "tokens_per_second": 5.0, **change}  # fmt: skip
     bar = tqdm(total=5, file=sys.stderr)
     show_progress(bar, metrics, {"accuracy": 0.5}, None)
     written = capsys.readouterr().out
