@@ -162,7 +162,7 @@ def hidden_before_completions(model, batch, completion_ids):
         dtype = torch.get_autocast_dtype(device)
     share = config.num_attention_heads // config.num_key_value_heads
     packing = pack(batch, completion_ids, share, dtype)
-    if model.config._attn_implementation != ATTENTION:
+    if config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
     hidden = model.get_decoder()(
         packing.ids,

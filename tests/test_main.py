@@ -76,6 +76,12 @@ def gradients(
     return optimizer.seen, metrics
 
 
+def without_reference(model, optimizer, rollouts, advantages, args, accelerator):
+    return update_policy(
+        model, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+    )
+
+
 def distance(ours, theirs):
     """The largest relative difference among the parameters' gradients."""
     return max((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(ours, theirs)).item()
@@ -242,16 +248,7 @@ def test_inner_epochs_update_once_each_on_the_same_completions(accelerator):
         args = make_args(num_inner_epochs=epochs, learning_rate=0.01)
         optimizer, _ = make_optimizer(model, args)
         metrics = [
-            update_policy(
-                model,
-                None,
-                optimizer,
-                rollouts,
-                ADVANTAGES,
-                args,
-                accelerator,
-                Stopwatch(),
-            )
+            without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
             for _ in range(calls)
         ]
         return [p.detach() for p in model.parameters()], metrics
@@ -272,9 +269,7 @@ def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(poison, acc
     optimizer, _ = make_optimizer(model, args)
 
     def update(advantages):
-        return update_policy(
-            model, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
-        )
+        return without_reference(model, optimizer, rollouts, advantages, args, accelerator)
 
     assert update(ADVANTAGES)["skipped"] == 0
     weights = [p.clone() for p in model.parameters()]
@@ -321,9 +316,7 @@ def test_all_truncated_and_masked_gives_a_finite_loss_and_no_change(accelerator)
     rollouts.finished.fill_(False)
     optimizer, _ = make_optimizer(model, make_args())
     args = make_args(mask_truncated=True)
-    metrics = update_policy(
-        model, None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
-    )
+    metrics = without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
     assert metrics["loss"] == 0 and metrics["skipped"] == 0
 
 
@@ -435,16 +428,7 @@ def test_at_a_rate_of_1e_6_fp32_weights_move_and_bf16_ones_do_not(accelerator):
         optimizer, _ = make_optimizer(model, args)
         for step in range(10):
             rollouts = rollouts_from(model, seed=step)
-            update_policy(
-                model,
-                None,
-                optimizer,
-                rollouts,
-                ADVANTAGES,
-                args,
-                accelerator,
-                Stopwatch(),
-            )
+            without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
         now = [p for p in model.parameters() if p.ndim == 2]
         moved = sum((a != b).sum().item() for a, b in zip(now, start))
         return moved / sum(p.numel() for p in now)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_args, make_model, make_tokenizer
 from test_llms import group_logprobs
-from test_sampler import Words, generator, naive
+from test_sampler import Words, assert_stops_end_completions, generator, naive
 
 import main
 from paged_sampler import engine_model, sample_rollouts_paged
@@ -63,23 +63,12 @@ def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
     for name in ("completion_ids", "completion_mask", "logprobs", "finished"):
         assert getattr(rollouts, name).dtype == getattr(ours, name).dtype
         assert getattr(rollouts, name).shape == getattr(ours, name).shape
-    endings = set()
-    ids, mask, finished = (
-        x.flatten(0, 1).tolist()
-        for x in (rollouts.completion_ids, rollouts.completion_mask, rollouts.finished)
-    )
-    for row, kept, ended in zip(ids, mask, finished):
-        stops = [t for t, token in enumerate(row) if token in (0, 1) and kept[t]]
-        length = sum(kept)
-        assert kept == [True] * length + [False] * (15 - length)
-        assert ended == (len(stops) == 1)
-        assert length == (stops[0] + 1 if stops else 15)
-        assert all(token == 0 for token in row[length:])
-        endings.update(row[t] for t in stops)
-    assert endings == {0, 1}
-    assert not all(finished)
+    assert rollouts.completion_mask.shape[-1] == 15
+    assert_stops_end_completions(rollouts, 15)
     assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
-    assert rollouts.texts[1][3] == " ".join(str(i) for i in ids[64 + 3] if i != 0)
+    assert rollouts.texts[1][3] == " ".join(
+        str(i) for i in rollouts.completion_ids[1, 3].tolist() if i
+    )
 
 
 def test_same_seed_same_completions_and_torch_s_own_generator_is_left_alone():

@@ -92,11 +92,8 @@ def test_greedy_is_the_true_argmax_despite_a_poisoned_config():
     assert rollouts.completion_ids[0].tolist() == [ids[3:], ids[3:]]
 
 
-def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
-    """Token 0 is stop and padding at once, and stands in the prompt too; token 1 stops as well."""
-    model = make_model(vocab_size=10, initializer_range=0.1)
-    model.generation_config.eos_token_id = [1]
-    rollouts = sample_rollouts(model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0, generator())
+def assert_stops_end_completions(rollouts, length_limit):
+    """Tokens 0 and 1 stop, 0 pads: masks end with the first of either, and both occur."""
     endings = set()
     ids, mask, finished = (
         x.flatten(0, 1).tolist()
@@ -107,11 +104,19 @@ def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
         length = sum(kept)
         assert kept == [True] * length + [False] * (len(row) - length)
         assert ended == (len(stops) == 1)
-        assert length == (stops[0] + 1 if stops else 15)
+        assert length == (stops[0] + 1 if stops else length_limit)
         assert all(token == 0 for token in row[length:])
         endings.update(row[t] for t in stops)
     assert endings == {0, 1}
     assert not all(finished)
+
+
+def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
+    """Token 0 is stop and padding at once, and stands in the prompt too; token 1 stops as well."""
+    model = make_model(vocab_size=10, initializer_range=0.1)
+    model.generation_config.eos_token_id = [1]
+    rollouts = sample_rollouts(model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0, generator())
+    assert_stops_end_completions(rollouts, 15)
     assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
 
 
