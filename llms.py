@@ -21,6 +21,7 @@ from shared_prefix import hidden_before_completions
 from utils import UserError
 
 LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
+SOFTMAX_ROWS = 128  # of these, how many are normalised at once, which needs their size once more
 
 
 def load_model(model_name, device, token=None):
@@ -133,6 +134,13 @@ def stop_token_ids(model, tokenizer):
     return sorted(stops - {None})
 
 
+def log_softmax_(logits):
+    """Log-softmax over the last axis, in place. logits: (N, V)."""
+    for rows in logits.split(SOFTMAX_ROWS):
+        rows.copy_(rows.log_softmax(-1))
+    return logits
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log p(token) from the hidden state before it: h / temperature times the head, log-softmax.
 
@@ -149,7 +157,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs, kept = [], None
         for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
             kept = None  # the last chunk's, before this one takes its own
-            kept = (h @ weight.T).log_softmax(-1)  # (N, V)
+            kept = log_softmax_(h @ weight.T)  # (N, V)
             logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
         ctx.save_for_backward(hidden, weight, token_ids)
         ctx.kept = kept if len(logprobs) == 1 else None
@@ -164,7 +172,7 @@ class TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + LOGPROB_CHUNK)
             logprobs, ctx.kept = ctx.kept, None
             if logprobs is None:
-                logprobs = (hidden[part] @ weight.T).log_softmax(-1)
+                logprobs = log_softmax_(hidden[part] @ weight.T)
             # d log p(token) / d logits = one-hot(token) - p
             to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
             to_logits.scatter_add_(-1, token_ids[part, None], gradient[part, None])

@@ -218,7 +218,8 @@ def update_policy(
     learnable = (advantages != 0).any(-1, keepdim=True) | (reference is not None)  # (Q, 1)
     mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
-    batches = micro_batches(rollouts.prompt_ids, mask.sum(-1).tolist(), args.micro_batch_tokens)
+    lengths = mask.sum(-1).tolist()
+    batches = micro_batches(rollouts.prompt_ids, lengths, args.micro_batch_tokens)
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 
@@ -226,20 +227,23 @@ def update_policy(
         with accelerator.autocast():
             return completion_logprobs(model, batch, ids[batch.rows], args.temperature)  # (R, C)
 
-    ref_logprobs = [None] * len(batches)
+    ref_logprobs = None
     if reference is not None:
         with stopwatch("reference"), torch.no_grad():
-            ref_logprobs = [logprobs_of(reference, batch) for batch in batches]
+            ref_logprobs = ids.new_zeros(ids.shape, dtype=policy.dtype)  # (B, C)
+            # Nothing is kept for a backward pass, so larger ones fit, which read fewer prompts.
+            for batch in micro_batches(rollouts.prompt_ids, lengths, 4 * args.micro_batch_tokens):
+                ref_logprobs[batch.rows] = logprobs_of(reference, batch)
 
     epochs = []
     for _ in range(args.num_inner_epochs):
         with stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
-            for batch, ref in zip(batches, ref_logprobs):
+            for batch in batches:
                 loss, sums = grpo_loss(
                     logprobs_of(policy, batch),
                     old_logprobs[batch.rows],
-                    ref,
+                    None if ref_logprobs is None else ref_logprobs[batch.rows],
                     advantages[batch.rows],
                     weights[batch.rows],
                     args.clip_epsilon,

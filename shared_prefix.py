@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from decoder import to_device
+from lean_layers import make_lean
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
 
@@ -45,12 +46,16 @@ def micro_batches(prompt_ids, lengths, budget):
 
     Attention, and what it keeps for the backward pass, is padded to the longest completion of a
     pass. So long ones stand together, and a pass ends before padding takes as much as the budget.
+    Every pass reads the prompts of its completions again: a group is cut only if it has to be.
     """
     budget = budget or math.inf
     passes, spent, longest = [], 0, 0
     for question, prompt in enumerate(prompt_ids):
         group = sorted((length, g) for g, length in enumerate(lengths[question]) if length)
         asked = False  # whether the pass being filled holds this question's prompt
+        whole = len(prompt) + sum(length for length, _ in group)
+        if spent + whole > budget >= whole:
+            spent = math.inf  # the pass being filled is full
         for length, g in reversed(group):
             cost = length + (0 if asked else len(prompt))
             longest = max(longest, length)
@@ -164,6 +169,7 @@ def hidden_before_completions(model, batch, completion_ids):
     packing = pack(batch, completion_ids, share, dtype)
     if config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
+        make_lean(model)
     hidden = model.get_decoder()(
         packing.ids,
         position_ids=packing.positions,

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lean_layers import make_lean
+
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
 FAMILIES = {
@@ -96,7 +98,10 @@ def make_model(family="qwen2", dtype=torch.float32, vocab_size=300, seed=0, **ov
     }
     config = config_class(**{**settings, **overrides}, attn_implementation="sdpa")
     torch.manual_seed(seed)
-    return model_class(config).to(dtype).eval()
+    model = model_class(config).to(dtype).eval()
+    if dtype == torch.float64:  # where transformers' own norms round to fp32
+        make_lean(model)
+    return model
 
 
 def make_args(**overrides):

@@ -91,6 +91,12 @@ def test_padded_places_do_not_matter():
         IDS.copy_(original)
 
 
+def test_a_group_that_fits_a_pass_of_its_own_is_not_cut():
+    prompts = [torch.zeros(10, dtype=torch.long)] * 3
+    batches = micro_batches(prompts, [[20, 20], [20, 20], [60, 60]], 80)
+    assert [batch.rows.tolist() for batch in batches] == [[1, 0], [3, 2], [5], [4]]
+
+
 @pytest.mark.parametrize("budget", [0, 1, 8, 12, 20, 1000])
 def test_micro_batches_hold_every_completion_once_and_keep_to_the_budget(budget):
     batches = micro_batches(PROMPTS, LENGTHS.tolist(), budget)
