@@ -72,6 +72,14 @@ class Worker:
         self.process.wait()
 
 
+def only_answer(script, flags, name):
+    """What a worker says that answers once and ends."""
+    worker = Worker(script, flags, name)
+    answer = worker.answer()
+    worker.close()
+    return answer
+
+
 def take_turns(script, flags, names, args, show):
     """Start a worker for every name and have them do round after round in turn.
 

@@ -1,9 +1,12 @@
 """How much of what the machine can do our steps use: sampling, reference pass, policy pass.
 
-The limits are measured first and again at the end, the better counts: matrix products in the dtype
-of training (fp32 on a CPU, bf16 on CUDA) over large and model-shaped sizes, by torch.matmul and by
-F.linear, and memory read and copied. Against them stand the floating-point operations that the work
-*needs*, however it is done: 2 per weight of a matrix and token read, a prompt once per group, the
+The limits: the rate that matrix products in the dtype of training (fp32 on a CPU, bf16 on CUDA)
+keep up for a second, in the best of large and model-shaped sizes, by torch.matmul or by F.linear;
+and memory read and copied. What the machine has to give may change from minute to minute, so the
+best product is timed again before and after every step, and the step is held against the mean of
+these two. Against the limits stand the floating-point operations that the work
+*needs*, however it is
+done: 2 per weight of a matrix and token read, a prompt once per group, the
 last token of a completion never; the head only where a token is predicted; attention to what each
 token sees; the backward pass twice the forward. Nothing computed again counts. Clipping and AdamW
 are in the policy's seconds, not in its operations.
@@ -18,9 +21,11 @@ The last line is JSON: the limits, and per number of rows and stage operations, 
 
 import json
 import time
+from statistics import fmean
 
 from common import (
     load_questions,
+    median,
     our_step,
     set_up,
     table,
@@ -47,31 +52,29 @@ def main(argv=None):
     ours = set_up(args, args.model_name, args.rows[0] // args.group_size)
     dtype = torch.bfloat16 if ours.on_gpu else torch.float32
     problems = load_questions(args)
-    limits = [machine_limits(ours.policy, dtype, args)]
-    stages = []
+    products = product_ways(ours.policy, dtype, args.largest)
+    best = max(products, key=lambda product: rate(product, args.seconds))
+    bandwidth = max(rate(way, args.seconds) for way in memory_ways(ours.policy, dtype, args))
+    limits, stages = [rate(best, args.seconds)], []
     for rows in args.rows:
         counted = []
         for number in range(args.warm_up + args.rounds):
             batch = problems.batch(number, rows // args.group_size)
             rollouts, seconds = our_step(ours, batch, number)
+            limits.append(rate(best, args.seconds))
+            limit = fmean(limits[-2:])
             print(f"{rows} rows, round {number}: " + ", ".join(
                 f"{stage} {spent:.2f} s" for stage, spent in seconds.items()
-            ), flush=True)  # fmt: skip
+            ) + f"; limit {limit / 1e9:.0f} GFLOP/s", flush=True)  # fmt: skip
             if number >= args.warm_up:
-                counted.append((needs(ours.policy, rollouts, dtype.itemsize), seconds))
+                counted.append((needs(ours.policy, rollouts, dtype.itemsize), seconds, limit))
         for stage in ("sampling", "reference", "policy"):
             if stage in seconds:
-                stages.append({"rows": rows, "stage": stage, **totals(counted, stage)})
-    limits.append(machine_limits(ours.policy, dtype, args))
-    flops, bandwidth = (max(values) for values in zip(*limits))
+                stages.append({"rows": rows, "stage": stage, **shares(counted, stage, bandwidth)})
 
-    for stage in stages:
-        least = max(stage["operations"] / flops, stage.pop("bytes") / bandwidth)
-        stage["gflops_per_second"] = round(stage["operations"] / stage["seconds"] / 1e9, 2)
-        stage["share_of_products"] = round(stage["operations"] / stage["seconds"] / flops, 4)
-        stage["share_of_limit"] = round(least / stage["seconds"], 4)
-    print(f"limits: {flops / 1e9:.1f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s, "
-          f"{torch.get_num_threads()} threads, {ours.accelerator.device}")  # fmt: skip
+    print(f"limits: {min(limits) / 1e9:.0f} to {max(limits) / 1e9:.0f} GFLOP/s, "
+          f"{bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads, "
+          f"{ours.accelerator.device}")  # fmt: skip
     print(table([
         ("rows", "stage", "GFLOP needed", "s", "GFLOP/s", "share of products", "share of limit"),
         *((stage["rows"], stage["stage"], f"{stage['operations'] / 1e9:.1f}",
@@ -80,20 +83,30 @@ def main(argv=None):
           for stage in stages),
     ]))  # fmt: skip
     print(json.dumps({
-        "gflops_per_second": round(flops / 1e9, 1),
+        "gflops_per_second": [round(limit / 1e9, 1) for limit in limits],
         "gigabytes_per_second": round(bandwidth / 1e9, 1),
         "stages": stages,
     }))  # fmt: skip
 
 
-def totals(counted, stage):
-    """Mean operations, bytes and seconds of a stage over the rounds that count."""
+def shares(counted, stage, bandwidth):
+    """A stage's operations and seconds, means over the rounds that count, and the medians of what
+    share it reached of the products' rate and of the least time that products or memory allow."""
     backward = 3 if stage == "policy" else 1
-    rounds = len(counted)
+    operations = [backward * need[0] for need, _, _ in counted]
+    spent = [seconds[stage] for _, seconds, _ in counted]
+    reads = [need[1] if stage == "sampling" else 0 for need, _, _ in counted]
+    of_products = [o / s / limit for o, s, (_, _, limit) in zip(operations, spent, counted)]
+    of_limit = [
+        max(o / limit, r / bandwidth) / s
+        for o, s, r, (_, _, limit) in zip(operations, spent, reads, counted)
+    ]
     return {
-        "operations": backward * sum(need[0] for need, _ in counted) / rounds,
-        "bytes": sum(need[1] for need, _ in counted) / rounds if stage == "sampling" else 0,
-        "seconds": sum(seconds[stage] for _, seconds in counted) / rounds,
+        "operations": fmean(operations),
+        "seconds": fmean(spent),
+        "gflops_per_second": round(sum(operations) / sum(spent) / 1e9, 2),
+        "share_of_products": median(of_products, 4),
+        "share_of_limit": median(of_limit, 4),
     }
 
 
@@ -153,50 +166,51 @@ def sampling_bytes(model, prompts, lengths, itemsize):
 # --- what the machine can do -------------------------------------------------------------------
 
 
-def machine_limits(model, dtype, args):
-    """The best (operations per second, bytes per second) over sizes and ways."""
+def product_ways(model, dtype, largest):
+    """Matrix products to find the fastest of: (operations, function) each."""
     import torch
     import torch.nn.functional as F
 
-    device = model.device
-    shapes = [(size, size, size) for size in (args.largest // 2, args.largest)]
+    shapes = [(size, size, size) for size in (largest // 2, largest)]
     layer = model.get_decoder().layers[0]
     for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
         shapes += [(tokens, linear.in_features, linear.out_features) for tokens in (256, 2048)]
-    flops = 0
+    ways = []
     for rows, width, columns in shapes:
-        x = torch.randn(rows, width, device=device, dtype=dtype)
-        weight = torch.randn(columns, width, device=device, dtype=dtype)
-        transposed = weight.T.contiguous()
-        for product in (
-            lambda x=x, w=transposed: torch.matmul(x, w),
-            lambda x=x, w=weight: F.linear(x, w),
-        ):
-            flops = max(flops, 2 * x.numel() * columns / least_seconds(product, args.seconds))
-
-    count = args.megabytes * 2**20 // dtype.itemsize
-    source = torch.ones(count, device=device, dtype=dtype).view(-1, 1024)
-    target, vector = torch.empty_like(source), source[0].clone()
-    ways = {2: lambda: target.copy_(source), 1: lambda: torch.mv(source, vector)}  # bytes each way
-    bandwidth = max(
-        times * source.nbytes / least_seconds(way, args.seconds) for times, way in ways.items()
-    )
-    return flops, bandwidth
+        x = torch.randn(rows, width, device=model.device, dtype=dtype)
+        weight = torch.randn(columns, width, device=model.device, dtype=dtype)
+        transposed, operations = weight.T.contiguous(), 2 * x.numel() * columns
+        ways.append((operations, lambda x=x, w=transposed: torch.matmul(x, w)))
+        ways.append((operations, lambda x=x, w=weight: F.linear(x, w)))
+    return ways
 
 
-def least_seconds(function, budget):
-    """The shortest of as many calls as fit in `budget` seconds, two at least."""
+def memory_ways(model, dtype, args):
+    """Ways to read memory, or to read and write it: (bytes, function) each."""
     import torch
 
-    best, calls, deadline = float("inf"), 0, time.perf_counter() + budget
-    while calls < 2 or time.perf_counter() < deadline:
-        started = time.perf_counter()
+    count = args.megabytes * 2**20 // dtype.itemsize
+    source = torch.ones(count, device=model.device, dtype=dtype).view(-1, 1024)
+    target, vector = torch.empty_like(source), source[0].clone()
+    return [
+        (2 * source.nbytes, lambda: target.copy_(source)),
+        (source.nbytes, lambda: torch.mv(source, vector)),
+    ]
+
+
+def rate(way, budget):
+    """How much of (amount, function) is done per second, over `budget` seconds."""
+    import torch
+
+    amount, function = way
+    function()
+    calls, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < budget or not calls:
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
         calls += 1
-    return best
+    return calls * amount / spent
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ the whole run: resident, or on CUDA what torch allocated.
 The last line is JSON: medians over rounds, ratios ours / TRL with their range over rounds.
 """
 
-import gc
 import json
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from statistics import fmean
 from common import (
     load_questions,
     median,
+    only_answer,
     our_step,
     peak_gib,
     ratios,
@@ -57,24 +57,20 @@ def main(argv=None):
     parser.add_argument("--same_allocator", action="store_true")
     args = parser.parse_args(argv)
     if args.worker:
-        return {"ours": work_ours, "trl": work_trl}[args.worker](args)
+        return {"loss": work_loss, "ours": work_ours, "trl": work_trl}[args.worker](args)
     if args.questions * args.group_size % args.trl_batch_size:
         parser.error(f"--trl_batch_size {args.trl_batch_size}: does not divide the step's "
                      f"{args.questions * args.group_size} completions")  # fmt: skip
 
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
+        flags = [*argv, "--model_name", folder]  # of two, the last one counts
         save_model(args.model_name, folder)
-        loss, loss_error, gradient_error = compare_losses(args, folder)
+        loss, loss_error, gradient_error = only_answer(__file__, flags, "loss")
         if not max(loss_error, gradient_error) < TOLERANCE:
             sys.exit(f"vs_trl.py: error: not the same loss: relative difference {loss_error:.1e}, "
                      f"of the gradient {gradient_error:.1e}")  # fmt: skip
         print(f"same loss {loss:.6f}, relative difference {loss_error:.1e}, of the gradient "
               f"{gradient_error:.1e}", flush=True)  # fmt: skip
-        gc.collect()  # the workers need the memory; a trainer refers to itself
-        torch.cuda.empty_cache()
-        flags = [*argv, "--model_name", folder]  # of two, the last one counts
         replies = take_turns(__file__, flags, ("ours", "trl"), args, show)
     print(json.dumps(summary(args, replies)))
 
@@ -136,6 +132,12 @@ def save_model(name, folder):
 def spread(completion, problem):
     """A reward that means nothing and makes completions differ, so that no advantage is 0."""
     return float(sum(map(ord, completion)) % 7)
+
+
+def work_loss(args):
+    """One worker, whose memory the others need: sends what compare_losses returns."""
+    reply = reply_channel()
+    reply(compare_losses(args, args.model_name))
 
 
 def compare_losses(args, folder):
