@@ -34,6 +34,7 @@ PRESETS = {
         "dataset_name": "gsm8k",
         "questions_per_step": 4,
         "group_size": 16,
+        "sampling_batch_size": 0,
         "micro_batch_tokens": 8192,
         "max_prompt_length": 256,
         "max_completion_length": 786,
@@ -57,6 +58,7 @@ PRESETS = {
         "dataset_name": "arithmetic",
         "questions_per_step": 8,
         "group_size": 8,
+        "sampling_batch_size": 128,
         "micro_batch_tokens": 1024,
         "max_prompt_length": 256,
         "max_completion_length": 48,
@@ -177,6 +179,8 @@ def build_parser(preset, dataset_name=None):
          help="sample from the likeliest tokens that hold this share of probability; 1: off")
     flag("--min_p", type=SHARE, default=0.0,
          help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
+    flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
+         "whole groups, for memory; 0: all those of a step")
     flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
          help="engine of the training samples. shared_prefix: sampler.py; paged: transformers' "
          "continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
@@ -284,6 +288,9 @@ def check_flags(args):
     """Raise UserError for flags that are fine one by one but not together."""
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    if 0 < args.sampling_batch_size < args.group_size:
+        raise UserError(f"--sampling_batch_size {args.sampling_batch_size}: less than one group; "
+                        f"set it to --group_size {args.group_size} or more, or to 0")  # fmt: skip
     if args.train_group_size == 1 or args.train_group_size > args.group_size:
         raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
                         f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip

@@ -13,7 +13,14 @@ import signal
 import sys
 
 from flags import parse_args
-from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed
+from utils import (
+    Stopwatch,
+    UserError,
+    hub_token,
+    keep_freed_memory,
+    mixed_seed,
+    release_freed_memory,
+)
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
@@ -38,7 +45,7 @@ from plotter import plot_run
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
-from shared_prefix import micro_batches
+from shared_prefix import WITHOUT_GRADIENT, micro_batches
 
 
 def train(args):
@@ -186,14 +193,21 @@ def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
     """G completions for each of these questions, from the policy as it is now."""
     generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, draw))
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
-    common = (policy, tokenizer, prompts, args.group_size, args.max_completion_length)
-    with accelerator.autocast():
-        if args.sampler == "paged":
-            return sample_rollouts_paged(*common, args.temperature, generator)
-        return sample_rollouts(
-            *common, args.temperature, generator, args.top_k, args.top_p, args.min_p,
-            args.compile_sampler,
+    at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
+    parts = []
+    for start in range(0, len(prompts), at_once):
+        common = (
+            policy, tokenizer, prompts[start : start + at_once], args.group_size,
+            args.max_completion_length, args.temperature, generator,
         )  # fmt: skip
+        with accelerator.autocast():
+            if args.sampler == "paged":
+                parts.append(sample_rollouts_paged(*common))
+            else:
+                filters = (args.top_k, args.top_p, args.min_p)
+                parts.append(sample_rollouts(*common, *filters, args.compile_sampler))
+    release_freed_memory()
+    return joined_rollouts(parts)
 
 
 def update_policy(
@@ -231,9 +245,10 @@ def update_policy(
     if reference is not None:
         with stopwatch("reference"), torch.no_grad():
             ref_logprobs = ids.new_zeros(ids.shape, dtype=policy.dtype)  # (B, C)
-            # Nothing is kept for a backward pass, so larger ones fit, which read fewer prompts.
-            for batch in micro_batches(rollouts.prompt_ids, lengths, 4 * args.micro_batch_tokens):
+            budget = WITHOUT_GRADIENT * args.micro_batch_tokens
+            for batch in micro_batches(rollouts.prompt_ids, lengths, budget):
                 ref_logprobs[batch.rows] = logprobs_of(reference, batch)
+        release_freed_memory()
 
     epochs = []
     for _ in range(args.num_inner_epochs):

@@ -28,7 +28,7 @@ from known_models import KNOWN_MODELS
 from llms import completion_logprobs, frozen_copy
 from optimizer import make_optimizer
 from sampler import sample_tokens
-from shared_prefix import micro_batches
+from shared_prefix import WITHOUT_GRADIENT, micro_batches
 from tracker import Machine, Tracker
 from utils import hub_token
 
@@ -209,6 +209,10 @@ def next_change(args, phase):
     tokens = min(args.micro_batch_tokens or step, step)
     if phase == "evaluation" and args.eval_batch_size > SMALLEST_EVAL_BATCH:
         return {"eval_batch_size": max(args.eval_batch_size // 2, SMALLEST_EVAL_BATCH)}
+    rows = args.questions_per_step * args.group_size
+    at_once = min(args.sampling_batch_size or rows, rows)
+    if phase == "sampling" and at_once > args.group_size:
+        return {"sampling_batch_size": max(at_once // 2, args.group_size)}
     if phase in ("reference", "policy"):
         if tokens > SMALLEST_MICRO_BATCH:
             halved = 2 ** math.ceil(math.log2(tokens) - 1)  # to the next power of two
@@ -340,26 +344,29 @@ def step_plan(policy, args, on_gpu=False, machine=None):
             )
 
         with tracker.phase("sampling"), autocast:
+            at_once = args.sampling_batch_size // args.group_size or args.questions_per_step
+            at_once = min(at_once, args.questions_per_step)
             work["sampling"], tokens["sampling"] = sample(
-                policy, args.questions_per_step, args.group_size, args.temperature, args, tracker
+                policy, at_once, args.group_size, args.temperature, args, tracker
             )
-        work["sampling"] *= args.max_draws
-        tokens["sampling"] *= args.max_draws
+        batches = args.questions_per_step / at_once * args.max_draws
+        work["sampling"] *= batches
+        tokens["sampling"] = round(tokens["sampling"] * batches)
         step = Step(policy, args, autocast)
-        passes = step.tokens(step.batches) / step.tokens(step.largest)  # the step in units of these
         if reference is not None:
+            largest, tokens["reference"], passes = step.cut(WITHOUT_GRADIENT)
             with tracker.phase("reference"), torch.no_grad():
                 before = tracker.work
-                for batch in step.largest:
+                for batch in largest:
                     step.logprobs(reference, batch)
             work["reference"] = (tracker.work - before) * passes
-            tokens["reference"] = step.tokens(step.batches)
+        largest, read, passes = step.cut(1)
         with tracker.phase("policy"):
             before = tracker.work
-            for batch in step.largest:
+            for batch in largest:
                 step.backward(batch, with_reference=reference is not None)
         work["policy"] = (tracker.work - before) * (passes * args.num_inner_epochs)
-        tokens["policy"] = step.tokens(step.batches) * args.num_inner_epochs
+        tokens["policy"] = read * args.num_inner_epochs
         with tracker.phase("optimizer"):
             before = tracker.work
             torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
@@ -419,6 +426,11 @@ def sample(policy, questions, group_size, temperature, args, tracker):
     ) + of_a_token * length, questions * args.max_prompt_length + rows * length
 
 
+def tokens_read(batch):
+    """A completion's last token is never read."""
+    return sum(map(len, batch.prompts)) + sum(batch.lengths) - len(batch.lengths)
+
+
 class Step:
     """The update's forward and backward passes, as in main.update_policy, over completions that are
     all of the greatest length."""
@@ -427,24 +439,21 @@ class Step:
         self.policy, self.args, self.autocast = policy, args, autocast
         length, trained = args.max_completion_length, args.train_group_size or args.group_size
         rows = args.questions_per_step * args.group_size
-        prompts = [torch.tensor(ids) for ids in worst_prompts(args.questions_per_step, args)]
-        lengths = [length] * trained + [0] * (args.group_size - trained)
-        self.batches = micro_batches(
-            prompts, [lengths] * args.questions_per_step, args.micro_batch_tokens
-        )
-        # Only the first finds no gradients from passes before it.
-        rest = sorted(self.batches[1:], key=lambda batch: self.tokens([batch]))
-        self.largest = [self.batches[0], *rest[-1:]]
+        self.prompts = [torch.tensor(ids) for ids in worst_prompts(args.questions_per_step, args)]
+        group = [length] * trained + [0] * (args.group_size - trained)
+        self.lengths = [group] * args.questions_per_step
         self.ids = torch.zeros((rows, length), dtype=torch.long)
         self.old_logprobs, self.weights = torch.zeros(rows, length), torch.ones(rows, length)
         self.advantages = torch.ones(rows)
 
-    def tokens(self, batches):
-        """How many tokens the model reads; a completion's last one is never read."""
-        return sum(
-            sum(map(len, batch.prompts)) + sum(batch.lengths) - len(batch.lengths)
-            for batch in batches
-        )
+    def cut(self, factor):
+        """The step in passes of `factor` budgets each: (those that need most memory, the tokens of
+        all that the model reads, how many times those of the former this is)."""
+        batches = micro_batches(self.prompts, self.lengths, factor * self.args.micro_batch_tokens)
+        # Only the first finds no gradients from passes before it.
+        largest = [batches[0], *sorted(batches[1:], key=tokens_read)[-1:]]
+        read = sum(map(tokens_read, batches))
+        return largest, read, read / sum(map(tokens_read, largest))
 
     def logprobs(self, model, batch):
         with self.autocast:

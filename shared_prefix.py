@@ -26,6 +26,10 @@ from lean_layers import make_lean
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
 
+# Times the budget of a pass without gradient: it keeps nothing for a backward pass, and the larger
+# it is, the fewer prompts are read again.
+WITHOUT_GRADIENT = 4
+
 
 @dataclass(frozen=True)
 class MicroBatch:

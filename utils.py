@@ -27,6 +27,17 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, -1)  # ... and never shrink the heap
 
 
+def release_freed_memory():
+    """Hand what keep_freed_memory keeps back to the kernel, where the C library is glibc.
+
+    For the border between sampling and training: they need blocks of such different sizes that the
+    one could hardly use what the other freed, and a process would hold both.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
+
+
 def hub_token():
     """The user's Hugging Face token, if any; it is passed on to the hub and written nowhere."""
     return os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or None

@@ -136,6 +136,7 @@ def test_abbreviations_and_typos_are_refused_with_a_suggestion(capsys):
         (["--update_ref_model", "--kl_beta", "0"], ["--update_ref_model", "--kl_beta"]),
         (["--mask_truncated", "--train_group_size", "4"], ["--mask_truncated", "--train_group"]),
         (["--mask_truncated", "--max_draws", "2"], ["--mask_truncated", "--max_draws"]),
+        (["--sampling_batch_size", "7"], ["--sampling_batch_size 7", "--group_size 8"]),
         (["--train_group_size", "1"], ["--train_group_size 1", "--group_size 8"]),
         (["--train_group_size", "9"], ["--train_group_size 9", "--group_size 8"]),
         (["--sampler", "paged", "--compile_sampler"], ["--sampler", "--compile_sampler"]),

@@ -355,8 +355,8 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     args = make_args(
         kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4, questions_per_step=1,
-        group_size=4, seed=0, top_k=5, top_p=0.9, min_p=0.01, sampler="shared_prefix",
-        compile_sampler=False,
+        group_size=4, sampling_batch_size=0, seed=0, top_k=5, top_p=0.9, min_p=0.01,
+        sampler="shared_prefix", compile_sampler=False,
     )  # fmt: skip
     problems = Problems([problem], 0)
     reference = frozen_copy(model)
@@ -385,6 +385,26 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert summary["problems"] == 1
+
+
+def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    problems = [Problem(f"{n}+{n}", str(2 * n), "") for n in range(5)]
+    args = make_args(
+        seed=3, group_size=4, sampling_batch_size=9, max_completion_length=6, top_k=0, top_p=1.0,
+        min_p=0.0, sampler="shared_prefix", compile_sampler=False,
+    )  # fmt: skip
+    asked, sample = [], main.sample_rollouts
+    monkeypatch.setattr(
+        main, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
+    )
+    rollouts = main.sample_groups(model, tokenizer, problems, 0, args, accelerator)
+    assert [len(prompts) for prompts in asked] == [2, 2, 1]
+    prompts = [ids for prompts in asked for ids in prompts]
+    assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
+    assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
+    assert rollouts.completion_mask.shape[:2] == (5, 4)
 
 
 # --- the optimizer's recipe --------------------------------------------------------------------
