@@ -11,10 +11,10 @@ from conftest import ROOT, make_model, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation import evaluate
 from evaluator import (
     REWARD_FUNCTIONS,
     correctness,
-    evaluate,
     extract_answer,
     integer_format,
     is_correct,
@@ -23,9 +23,9 @@ from evaluator import (
     soft_format,
     strict_format,
     tag_count,
-    wilson_interval,
 )
 from rldatasets import SYSTEM_PROMPT, Problem
+from significance import wilson_interval
 from utils import UserError
 
 GOLD = Problem("How many?", "72", "")
@@ -290,7 +290,7 @@ def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size():
 
 
 def test_accuracy_does_not_move_when_the_rewards_are_edited(monkeypatch):
-    import evaluator
+    import evaluation
     import sampler
 
     texts = [written("1"), written("9"), "3", written("4")]
@@ -304,13 +304,14 @@ def test_accuracy_does_not_move_when_the_rewards_are_edited(monkeypatch):
             [[texts[int(prompt) - 1]] for prompt in prompts],
         )  # fmt: skip
 
-    monkeypatch.setattr(evaluator, "sample_rollouts", answer)
-    monkeypatch.setattr(evaluator, "chat_prompt", lambda tokenizer, system, question: question)
+    monkeypatch.setattr(evaluation, "sample_rollouts", answer)
+    monkeypatch.setattr(evaluation, "chat_prompt", lambda tokenizer, system, question: question)
 
     def flattering(completion, problem):
         return 100.0
 
-    summary, records = evaluate(None, None, problems, 8, 2, [flattering])
+    tokenizer = SimpleNamespace(decode=str)
+    summary, records = evaluate(None, tokenizer, problems, 8, 2, [flattering])
     assert summary["accuracy"] == 0.5
     assert summary["format_rate"] == 0.75
     assert summary["rewards/flattering"] == 100.0

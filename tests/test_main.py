@@ -23,6 +23,7 @@ import cold_start as cold_start_module
 import evaluator
 import main
 from cold_start import cold_start, worked_ids
+from evaluation import evaluate
 from flags import parse_args
 from llms import frozen_copy
 from main import update_policy
@@ -378,9 +379,7 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
             accelerator,
             Stopwatch(),
         )
-        summary, _ = evaluator.evaluate(
-            model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS
-        )
+        summary, _ = evaluate(model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS)
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -487,9 +486,7 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
         cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
     )
     cold_start(model, tokenizer, Problems([problem], 0), args, accelerator)
-    summary, [record] = evaluator.evaluate(
-        model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS
-    )
+    summary, [record] = evaluate(model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS)
     assert record["completion"] == WORKED
     assert summary["accuracy"] == 1.0
 
@@ -742,7 +739,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
     with pytest.raises(UserError, match=r"unlucky raised KeyError.*completion"):
         main.train(parse_args([*argv, str(tmp_path / "one")]))
     # One that gets through the evaluation and fails in a step names the file of completions.
-    monkeypatch.setattr(main, "evaluate", lambda *a: ({"accuracy": 0.0, "problems": 1}, []))
+    monkeypatch.setattr(main, "evaluate_policy", lambda *a: ({"accuracy": 0.0, "problems": 1}, []))
     with pytest.raises(UserError, match=r"see .*step_00000.jsonl") as raised:
         main.train(parse_args([*argv, str(tmp_path / "two")]))
     assert Path(str(raised.value).split("see ")[1]).exists()
