@@ -84,7 +84,7 @@ def parse_args(argv=None):
         if args.output_dir is None:
             model = "-".join(Path(args.model_name).parts[-2:]).lower().strip("/")
             moment = time.strftime("%Y%m%d-%H%M%S")
-            args.output_dir = f"runs/eval-{args.dataset_name}-{model}-{moment}"
+            args.output_dir = f"runs/{args.dataset_name}-{model}-{moment}"
         try:
             for check in (flags.check_flags, flags.check_dataset, flags.check_model,
                           flags.check_output_dir):  # fmt: skip

@@ -33,7 +33,10 @@ def summarize(records):
         summary[name] = count / len(records)
         summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(count, len(records))
     for name, chances in pass_rates(records).items():
-        summary[name], summary[f"{name}_low"], summary[f"{name}_high"] = mean_interval(chances)
+        summary[name] = fmean(chances)
+        # Chances vary less than right and wrong do: a little too wide, and exact for all samples.
+        bounds = wilson_interval(sum(chances), len(chances))
+        summary[f"{name}_low"], summary[f"{name}_high"] = bounds
     summary["completion_length"] = fmean(record["length"] for record in records)
     summary["truncated"] = fmean(not record["finished"] for record in records)
     for name in records[0]["rewards"]:
@@ -178,8 +181,7 @@ def share_rows(first, second):
     for name in before:
         if name in after:
             sides = (before[name], after[name])
-            cells = (interval(fmean(x), *wilson_interval(sum(x), len(x))) for x in sides)
-            yield (name, *cells, points(*paired_difference(*sides)),
+            yield (name, *map(share, sides), points(*paired_difference(*sides)),
                    f"{mcnemar_p(*gained_and_lost(*sides)):.2g}")  # fmt: skip
 
 
@@ -187,12 +189,16 @@ def mean_rows(first, second):
     before, after = pass_rates(first), pass_rates(second)
     for name in before:
         if name in after:
-            cells = (interval(*mean_interval(x)) for x in (before[name], after[name]))
-            gaps = [y - x for x, y in zip(before[name], after[name])]
-            yield (name, *cells, points(*mean_interval(gaps)), "")
+            sides = (before[name], after[name])
+            gaps = [y - x for x, y in zip(*sides)]
+            yield (name, *map(share, sides), points(*mean_interval(gaps)), "")
     if all("length" in record for record in (*first, *second)):
         a, b = (fmean(record["length"] for record in side) for side in (first, second))
         yield "completion_length", f"{a:.1f}", f"{b:.1f}", f"{round(b - a, 1) + 0:+.1f}", ""
+
+
+def share(values):
+    return interval(fmean(values), *wilson_interval(sum(values), len(values)))
 
 
 def interval(value, low, high):

@@ -63,7 +63,7 @@ UNITS = (  # repeated to a megabyte, each hard on some regular expression
     "<reasoning>\nr\n</reasoning>\n<answer>\n7\n</answer>\n",
 )  # fmt: skip
 SIZES = (1_000, 30_000, 1_000_000)  # characters; in this order, so that a slow one is found early
-LIMIT = 0.05  # seconds that one function may take
+LIMIT = 0.05  # seconds of processor time that one function may take
 TOLERANCE = 1e-9
 
 
@@ -205,7 +205,8 @@ def top(earned, golden):
             yield (f"`{name}` outranks the right answer in {PERFECT}: {total(score):g} to "
                    f"{total(best):g}")  # fmt: skip
     for function, value in best.items():
-        values = {form: earned(written(form, "72"))[function] for form in FORMS}
+        line = REASONINGS["one line"]
+        values = {form: earned(written(form, "72", line))[function] for form in FORMS}
         form = max(values, key=values.get)
         if values[form] > value + TOLERANCE:
             yield f"{function} earns {values[form]:g} with {form}, {value:g} in {PERFECT}"
@@ -217,32 +218,32 @@ def speed(function, value):
         for unit in UNITS:
             spam = unit * (size // len(unit))
             for text in (spam, written(PERFECT, spam)):
-                fastest = math.inf
-                for _ in range(3):  # what else the machine does may slow down one or two
-                    fastest = min(fastest, seconds(value, function, text))
-                    if fastest < LIMIT:
-                        break
-                else:
-                    took = "more than" if fastest == math.inf else f"{1000 * fastest:.0f} ms, above"
-                    yield (f"{function.__name__} is slow: {took} {1000 * LIMIT:.0f} ms for "
+                # What else the machine does may slow down one or two of three.
+                took = next((t for t in seconds(value, function, text) if t < LIMIT), None)
+                if took is None:
+                    yield (f"{function.__name__} is slow: above {1000 * LIMIT:.0f} ms for "
                            f"{size:,} characters of {unit[:20]!r}")  # fmt: skip
                     return
 
 
 def seconds(value, function, text):
-    """How long one call takes; infinity where it had to be stopped."""
-    started = time.perf_counter()
-    try:
-        with stopped_after(4 * LIMIT):
-            value(function, text, "72")
-    except _Late:
-        return math.inf
-    return time.perf_counter() - started
+    """The processor time of up to three calls, until one has to be stopped."""
+    for _ in range(3):
+        started = time.thread_time()
+        try:
+            with stopped_after(4 * LIMIT):
+                value(function, text, "72")
+        except _Late:
+            return
+        yield time.thread_time() - started
 
 
 @contextmanager
 def stopped_after(limit):
-    """Raise _Late in what runs inside, once it has taken `limit` seconds, where alarms exist."""
+    """Raise _Late in what runs inside, once it has computed for `limit` seconds.
+
+    Does nothing outside the main thread, or where there are no timers.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not (in_main_thread and hasattr(signal, "setitimer")):
         yield
@@ -251,13 +252,13 @@ def stopped_after(limit):
     def late(*_):
         raise _Late
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def total(score):

@@ -13,11 +13,12 @@ def wilson_interval(successes, trials):
     centre = share + Z * Z / (2 * trials)
     margin = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
     scale = 1 + Z * Z / trials
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+    low, high = (centre - margin) / scale, (centre + margin) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding aside, as they are
 
 
 def mean_interval(values):
-    """(mean, low, high) of numbers that are no mere yes or no, from the normal approximation."""
+    """(mean, low, high) of numbers of any kind, from the normal approximation."""
     mean = fmean(values)
     margin = Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return mean, mean - margin, mean + margin

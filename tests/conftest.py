@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lean_layers import make_lean
+import reward_lint
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
@@ -136,6 +137,13 @@ def on_the_cpu_unless_marked_gpu(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the commands that tests start
+
+
+@pytest.fixture(autouse=True)
+def lint_without_its_megabytes(request, monkeypatch):
+    """Every run starts with the lint; only its own tests wait for its quarter of a second."""
+    if not request.node.get_closest_marker("megabytes"):
+        monkeypatch.setattr(reward_lint, "UNITS", ())
 
 
 @pytest.fixture

@@ -512,7 +512,7 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
             [*TINY, "--model_name", str(saved_models[family]), "--output_dir", str(run), "--seed",
              "5", "--kl_beta", "0.04", "--update_ref_model", "--update_ref_model_freq", "1",
              "--eval_iterations", "1", "--save_steps", "2", "--num_inner_epochs", "2",
-             "--warmup_percent", "0", "--learning_rate", "0.001"]
+             "--warmup_percent", "0", "--learning_rate", "0.001", "--eval_samples", "2"]
         )
     )  # fmt: skip
     config = json.loads((run / "config.json").read_text())
@@ -528,7 +528,8 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert rates == pytest.approx([1e-3, 5e-4])  # cosine over two steps, whatever the epochs
     evaluations = lines(run / "eval.jsonl")
     assert [row["step"] for row in evaluations] == [0, 1, 2]
-    assert all(row["problems"] == 5 for row in evaluations)
+    assert all(row["problems"] == 5 and 0 <= row["pass@2"] <= 1 for row in evaluations)
+    assert [row.get("mcnemar_p", "none yet") for row in evaluations] == ["none yet", 1.0, 1.0]
     for step in (0, 1, 2):
         assert len(lines(run / "completions" / f"eval_{step:05d}.jsonl")) == 5
     rows = lines(run / "completions" / "step_00001.jsonl")
@@ -545,7 +546,9 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
-def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_path, monkeypatch):
+def test_a_sixth_reward_needs_its_function_and_one_list_entry(
+    saved_models, tmp_path, monkeypatch, capsys
+):
     def brevity(completion, problem):
         return 1.0 if len(completion) < 10 else 0.25
 
@@ -555,6 +558,8 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_
         parse_args([*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run),
                     "--reward_weights", "brevity=2"])
     )  # fmt: skip
+    warning = "main.py: warning: rewards: brevity depends on the length of the reasoning"
+    assert warning in capsys.readouterr().err
     first = lines(run / "metrics.jsonl")[0]
     assert first["rewards/brevity"] >= 0.25
     row = lines(run / "completions" / "step_00000.jsonl")[0]
