@@ -24,6 +24,7 @@ REASONINGS = {
     "two lines": REASONING,
     "10 x as long": "\n".join([REASONING] * 10),
     "10 x as long, on one line": " ".join(REASONING.split("\n") * 10),
+    "100 x as long": "\n".join([REASONING] * 100),
 }
 PERFECT = "perfect format"
 FORMS = {

@@ -129,7 +129,7 @@ def contrary(completion, problem):
 
 
 def brevity(completion, problem):
-    return 0.5 if len(completion) < 200 else 0.0
+    return 0.5 if len(completion) < 400 else 0.0
 
 
 def hedged(completion, problem):
