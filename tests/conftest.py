@@ -19,8 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lean_layers import make_lean
 import reward_lint
+from lean_layers import make_lean
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
