@@ -1,23 +1,26 @@
-"""The reward functions (edit them here), answer parsing, and evaluation on held-out problems.
+"""The reward functions (edit them here), answer parsing, and scoring.
 
 To add a reward, write a function `name(completion, problem) -> float` and put it in
 REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
+
+    python evaluator.py lint                what do these rewards reward?
+    python evaluator.py compare RUN RUN     is one run's model better than another's?
+    python evaluator.py run MODEL           answer held-out questions with any model
 """
 
 import math
 import re
+import sys
 import traceback
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from statistics import fmean
+from typing import TYPE_CHECKING
 
-import torch
-
-from llms import chat_prompt
-from rldatasets import SYSTEM_PROMPT
-from sampler import sample_rollouts
 from utils import UserError
+
+if TYPE_CHECKING:
+    import torch  # `lint` and `compare` answer at once; only who scores tensors waits for it
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -31,6 +34,12 @@ NUMBER = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
+# A number anywhere in a text; a minus after a digit or a word is a minus between two numbers.
+WRITTEN_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-\u2212])?[$€£]?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)",
+    re.ASCII,
+)
 LONGEST_NUMBER = 64  # characters; anything longer is not an answer to a grade-school problem
 
 
@@ -64,16 +73,39 @@ def extract_answer(completion):
     return rest.partition("</answer>")[0].strip()
 
 
-def is_correct(completion, problem):
-    """Whether the answer in the tags equals the gold answer: as numbers, or where the gold answer
-    is not a number, as text, letter case and runs of white space aside."""
-    answer = extract_answer(completion)
+def last_number(completion):
+    """The last number in the text as it is written there, tags or none; None without a number."""
+    numbers = WRITTEN_NUMBER.findall(completion)
+    return numbers[-1] if numbers else None
+
+
+def answers_match(answer, gold):
+    """Whether two answers are equal: as numbers, or where the gold answer is not a number, as text,
+    letter case and runs of white space aside. No answer, None, matches nothing."""
     if answer is None:
         return False
-    gold = parse_number(problem.answer)
-    if gold is not None:
-        return parse_number(answer) == gold
-    return answer.lower().split() == problem.answer.lower().split()
+    number = parse_number(gold)
+    if number is not None:
+        return parse_number(answer) == number
+    return answer.lower().split() == gold.lower().split()
+
+
+def is_correct(completion, problem):
+    """Whether the answer in the tags equals the gold answer."""
+    return answers_match(extract_answer(completion), problem.answer)
+
+
+def is_correct_leniently(completion, problem):
+    """Whether the answer in the tags or the last number in the text equals the gold answer."""
+    last = last_number(completion)
+    return is_correct(completion, problem) or answers_match(last, problem.answer)
+
+
+def has_format(completion):
+    """Whether one pair of reasoning tags is followed by one pair of answer tags."""
+    places = [completion.find(tag) for tag in TAGS]
+    once = all(completion.count(tag) == 1 for tag in TAGS)
+    return once and places == sorted(places)
 
 
 # --- reward functions: edit here ---------------------------------------------------------------
@@ -103,9 +135,7 @@ def strict_format(completion, problem):
 
 def soft_format(completion, problem):
     """0.5 where one pair of reasoning tags is followed by one pair of answer tags, else 0."""
-    places = [completion.find(tag) for tag in TAGS]
-    once = all(completion.count(tag) == 1 for tag in TAGS)
-    return 0.5 if once and places == sorted(places) else 0.0
+    return 0.5 if has_format(completion) else 0.0
 
 
 def tag_count(completion, problem):
@@ -128,8 +158,8 @@ class Rewards:
     """The scores of a step's completions. F reward functions, Q questions, G completions each."""
 
     names: list  # F function names
-    per_function: torch.Tensor  # (Q, G, F), before the weights
-    total: torch.Tensor  # (Q, G), the weighted sum over functions
+    per_function: "torch.Tensor"  # (Q, G, F), before the weights
+    total: "torch.Tensor"  # (Q, G), the weighted sum over functions
 
 
 def score(rollouts, problems, reward_functions, weights=None, file=None):
@@ -138,6 +168,8 @@ def score(rollouts, problems, reward_functions, weights=None, file=None):
     Raises UserError naming function, question and completion (and the `file` that holds it whole)
     where a reward function raises or returns something other than a finite number.
     """
+    import torch
+
     scores = [
         [
             [_reward(function, text, problem, file) for function in reward_functions]
@@ -153,6 +185,8 @@ def score(rollouts, problems, reward_functions, weights=None, file=None):
 
 def joined_rewards(parts):
     """The Rewards of several draws of questions as one."""
+    import torch
+
     return Rewards(
         names=parts[0].names,
         per_function=torch.cat([part.per_function for part in parts]),
@@ -179,68 +213,15 @@ def _reward(function, completion, problem, file):
     return float(value)
 
 
-# --- evaluation --------------------------------------------------------------------------------
+def check_weights(weights, reward_functions):
+    """Raise UserError where --reward_weights names no reward function."""
+    names = [function.__name__ for function in reward_functions]
+    for name in weights:
+        if name not in names:
+            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
 
 
-def wilson_interval(successes, trials, z=1.959964):
-    """The 95 % Wilson score interval of a proportion (Wilson 1927), as (low, high)."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    margin = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+if __name__ == "__main__":
+    from commands import main
 
-
-def evaluate(model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None):
-    """Answer every problem greedily. Returns (summary, records), one record per problem.
-
-    Accuracy is computed here by `is_correct`, not from a reward, so that editing the rewards cannot
-    change it. `tick(n)` is called after each batch of n problems.
-    """
-    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
-    records = [None] * len(problems)
-    # Prompts of like length share a batch: less padding.
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        asked = [problems[i] for i in chosen]
-        rollouts = sample_rollouts(
-            model, tokenizer, [prompts[i] for i in chosen], 1, max_new_tokens, temperature=0
-        )
-        rewards = score(rollouts, asked, reward_functions)
-        lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
-        scores = rewards.per_function.flatten(0, 1).tolist()
-        for i, problem, [text], length, [finished], row in zip(
-            chosen, asked, rollouts.texts, lengths, rollouts.finished.tolist(), scores
-        ):
-            records[i] = {
-                "question": problem.question,
-                "answer": problem.answer,
-                "completion": text,
-                "parsed": extract_answer(text),
-                "correct": is_correct(text, problem),
-                "format": soft_format(text, problem) > 0,
-                "length": length,
-                "finished": finished,
-                "rewards": dict(zip(rewards.names, row)),
-            }
-        if tick:
-            tick(len(chosen))
-    correct = sum(record["correct"] for record in records)
-    low, high = wilson_interval(correct, len(records))
-    summary = {
-        "problems": len(records),
-        "accuracy": correct / len(records),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "format_rate": fmean(record["format"] for record in records),
-        "completion_length": fmean(record["length"] for record in records),
-        "truncated": fmean(not record["finished"] for record in records),
-        **{
-            f"rewards/{function.__name__}": fmean(
-                record["rewards"][function.__name__] for record in records
-            )
-            for function in reward_functions
-        },
-    }
-    return summary, records
+    sys.exit(main())

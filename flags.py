@@ -116,23 +116,23 @@ def _weight(text):
     return name, _number(float, -math.inf)(value)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=100)
 
 
 def build_parser(preset, dataset_name=None):
     """The parser whose defaults are those of PRESETS[preset], on that dataset."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         description="Train a language model with GRPO. The defaults shown are those of the preset "
         f"in force, `{preset}`; a flag given on the command line always wins.",
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     # argparse takes -1 for a value but -1e-6 for a flag.
@@ -238,6 +238,8 @@ def build_parser(preset, dataset_name=None):
          help="steps between evaluations; 0: only before the first and after the last step")
     flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems; 0: all")
     flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")
+    flag("--eval_samples", type=COUNT, default=0, metavar="N", help="besides the greedy answer, "
+         "sample N answers to every held-out problem at --temperature, for pass@k; 0: none")
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between saved models, each the whole model in fp32 (6 GB at 1.5B); "
          "0: only the final one")
@@ -248,24 +250,35 @@ def build_parser(preset, dataset_name=None):
     return parser
 
 
-def parse_args(argv=None):
-    """The checked flags of a run.
-
-    Exits with status 2 and one line for every mistake that can be found before torch is imported.
-    """
-    first = _Parser(prog="main.py", add_help=False, allow_abbrev=False)
+def preset_and_dataset(argv, prog="main.py"):
+    """What the defaults of all other flags depend on: (preset, dataset_name or None)."""
+    first = Parser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="h100")
     first.add_argument("--dataset_name")
     first.add_argument("--dataset_path")
     chosen = first.parse_known_args(argv)[0]
     if chosen.dataset_name is None and chosen.dataset_path is not None:
         chosen.dataset_name = "gsm8k"  # a path means files, whatever the preset generates
-    parser = build_parser(chosen.preset, chosen.dataset_name)
+    return chosen.preset, chosen.dataset_name
+
+
+def parse_known(parser, argv):
+    """The parser's namespace; an unknown argument is an error that names the closest flag."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
+    return args
+
+
+def parse_args(argv=None):
+    """The checked flags of a run.
+
+    Exits with status 2 and one line for every mistake that can be found before torch is imported.
+    """
+    parser = build_parser(*preset_and_dataset(argv))
+    args = parse_known(parser, argv)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
     args.reward_weights = dict(args.reward_weights)
@@ -364,10 +377,9 @@ def check_model(args):
 def check_context(args, context):
     """Raise UserError where prompt and completion together may exceed `context` tokens."""
     if args.max_prompt_length + args.max_completion_length > context:
-        raise UserError(
-            f"--max_prompt_length {args.max_prompt_length} + --max_completion_length "
-            f"{args.max_completion_length}: above the model's context of {context} tokens"
-        )
+        lengths = ("max_prompt_length", "max_completion_length")
+        named = " + ".join(f"--{x} {getattr(args, x)}" for x in lengths if getattr(args, x))
+        raise UserError(f"{named}: above the model's context of {context} tokens")
 
 
 def check_output_dir(args):

@@ -35,13 +35,15 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from cold_start import cold_start
-from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
+from evaluation import check_room, evaluate_policy
+from evaluator import REWARD_FUNCTIONS, check_weights, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
 from llms import chat_prompt, completion_logprobs, kl_reference, load_model, mix_into
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
+from reward_lint import warn
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
@@ -65,14 +67,10 @@ def train(args):
     optimizer, scheduler = make_optimizer(policy, args)
 
     def evaluation(step):
-        with tqdm(total=len(test_problems), desc="evaluating", leave=False) as bar:
-            with accelerator.autocast():
-                summary, records = evaluate(
-                    policy, tokenizer, test_problems, args.max_completion_length,
-                    args.eval_batch_size, REWARD_FUNCTIONS, bar.update,
-                )  # fmt: skip
-        run.log_evaluation(step, summary, records)
-        return summary
+        summary, records = evaluate_policy(
+            policy, tokenizer, test_problems, args, accelerator, REWARD_FUNCTIONS, step
+        )
+        return run.log_evaluation(step, summary, records)
 
     before = after = evaluation(step=0)
     with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
@@ -114,10 +112,8 @@ def load(args, accelerator):
     """
     if accelerator.num_processes > 1:
         raise UserError("several processes are not supported: start it with `python main.py`")
-    names = [function.__name__ for function in REWARD_FUNCTIONS]
-    for name in args.reward_weights:
-        if name not in names:
-            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
+    check_weights(args.reward_weights, REWARD_FUNCTIONS)
+    warn(REWARD_FUNCTIONS, args.reward_weights)
     train_problems, test_problems = (
         load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
         for split in ("train", "test")
@@ -139,11 +135,7 @@ def load(args, accelerator):
     if not fitting:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
                         "short; raise it")  # fmt: skip
-    longest = max(map(prompt_length, test_problems))  # never cut, never left out
-    if longest + args.max_completion_length > policy.config.max_position_embeddings:
-        raise UserError(f"--max_completion_length {args.max_completion_length}: with the longest "
-                        f"test prompt of {longest} tokens it exceeds the model's context of "
-                        f"{policy.config.max_position_embeddings}")  # fmt: skip
+    check_room(policy, tokenizer, test_problems, args.max_completion_length)
     facts = {
         "train_problems": len(fitting),
         "left_out": left_out,

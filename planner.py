@@ -376,10 +376,11 @@ def step_plan(policy, args, on_gpu=False, machine=None):
         del step
         with tracker.phase("evaluation"), autocast:
             problems = args.eval_problems or GSM8K_TEST
-            rows = min(args.eval_batch_size, problems)
+            rows = max(min(args.eval_batch_size, problems), args.eval_samples)
+            answers = problems * (1 + args.eval_samples)
             work["evaluation"], tokens["evaluation"] = sample(policy, rows, 1, 0, args, tracker)
-        work["evaluation"] *= math.ceil(problems / rows)
-        tokens["evaluation"] = tokens["evaluation"] // rows * problems
+        work["evaluation"] *= math.ceil(answers / rows)
+        tokens["evaluation"] = tokens["evaluation"] // rows * answers
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     return Plan(args, parameters, tracker.phases, work, tokens)
 

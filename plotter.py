@@ -36,9 +36,11 @@ LABELS = {
     "tokens_per_second": "sampled tokens per second",
     "skipped": "updates skipped as not finite",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
-    "format_rate": "held-out format rate",
+    "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",
+    "format_rate": "held-out format rate (95 % interval)",
 }
-SHARES = {"accuracy", "format_rate", "truncated", "flat_groups", "clip_fraction"}
+SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
+          "clip_fraction"}  # fmt: skip
 
 
 class Series:
@@ -98,14 +100,14 @@ def _metric(axes, runs, key):
 
 
 def _evaluation(axes, runs, key):
-    """A held-out figure over steps; accuracy with its 95 % Wilson interval."""
+    """A held-out figure over steps, with its 95 % interval where it has one."""
     for run, colour in zip(runs, COLOURS * len(runs)):
         if key not in run.evaluations:
             continue
         steps, values = run.evaluations[key]
         axes.plot(steps, values, "o:", color=colour, linewidth=1.2, markersize=7, label=run.name)
-        if key == "accuracy":
-            low, high = (run.evaluations[f"accuracy_{end}"][1] for end in ("low", "high"))
+        if len(run.evaluations.get(f"{key}_low", [()])[0]) == len(steps):
+            low, high = (run.evaluations[f"{key}_{end}"][1] for end in ("low", "high"))
             below = [value - bound for value, bound in zip(values, low)]
             above = [bound - value for value, bound in zip(values, high)]
             axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
@@ -154,7 +156,7 @@ def _finish(axes, key, legend):
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
-    if key in SHARES:
+    if key in SHARES or "pass@" in key:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
@@ -188,7 +190,7 @@ def plot_runs(runs, folder):
             _metric(axes, runs, key)
             figure.savefig(folder / f"{key.replace('/', '_')}.png")
         for key in eval_keys:
-            if key not in ("problems", "accuracy_low", "accuracy_high"):
+            if key not in ("problems", "mcnemar_p") and not key.endswith(("_low", "_high")):
                 figure, [axes] = _figure()
                 _evaluation(axes, runs, key)
                 axes.set_title(LABELS.get(key, f"held-out {key}".replace("rewards/", "")))

@@ -9,8 +9,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from comparison import interval, p_against
 from grpo import has_signal
-from utils import finite, write_jsonl
+from utils import finite, read_jsonl, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
@@ -49,8 +50,14 @@ class Run:
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
 
     def log_evaluation(self, step, summary, records):
+        """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
+        first = self.completions / "eval_00000.jsonl"
+        if step > 0 and first.exists():
+            p = p_against([record for _, record in read_jsonl(first)], records)
+            summary = {**summary, "mcnemar_p": p}
         write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
         write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
+        return summary
 
     def save_step(self, step, problems, rollouts, rewards=None, advantages=None):
         """Write a step's completions, with rewards and advantages (Q, G) once there are any.
@@ -151,25 +158,33 @@ def show_progress(bar, metrics, evaluation, completion):
 
 def summary_table(path, before, after):
     """What a run ends with: the held-out figures before and after, and where to look."""
-    keys = [key for key in before if key not in ("problems", "accuracy_low", "accuracy_high")]
-    rows = [("held-out, greedy", "before GRPO", "after")]
-    for key in keys:
-        rows.append((key, *(_cell(key, evaluation) for evaluation in (before, after))))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-    rule = "-" * len(lines[0])
     return "\n".join([
-        "", lines[0], rule, *(line.rstrip() for line in lines[1:]), rule,
-        f"{before['problems']} problems; in brackets the 95 % interval.",
+        "", *evaluation_table({"before GRPO": before, "after": after}),
         f"Everything is in {path}; open {path}/plots/overview.png first.",
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
     ])  # fmt: skip
 
 
-def _cell(key, evaluation):
-    if key == "accuracy":
-        low, high = evaluation["accuracy_low"], evaluation["accuracy_high"]
-        return f"{evaluation[key]:.1%} [{low:.1%}, {high:.1%}]"
-    if key in ("format_rate", "truncated"):
-        return f"{evaluation[key]:.1%}"
-    return f"{evaluation[key]:.3g}"
+def evaluation_table(columns):
+    """Lines that show evaluations side by side. columns: {title: summary}."""
+    keys = dict.fromkeys(key for summary in columns.values() for key in summary)
+    names = [key for key in keys if key != "problems" and not key.endswith(("_low", "_high"))]
+    rows = [(name, *(_cell(name, summary) for summary in columns.values())) for name in names]
+    lines = table([("held-out, greedy", *columns), *rows])
+    problems = next(iter(columns.values()))["problems"]
+    notes = [f"{problems} problems; in brackets the 95 % interval."]
+    if "mcnemar_p" in names:
+        notes.append("mcnemar_p: the exact test of accuracy against step 0 on the same questions; "
+                     "0.05 or more is noise.")  # fmt: skip
+    return [*lines, lines[1], *notes]
+
+
+def _cell(key, summary):
+    value = summary.get(key)
+    if value is None:
+        return ""
+    if f"{key}_low" in summary:
+        return interval(value, summary[f"{key}_low"], summary[f"{key}_high"])
+    if key == "truncated":
+        return f"{value:.1%}"
+    return f"{value:.3g}"

@@ -43,13 +43,13 @@ def hub_token():
     return os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or None
 
 
-def mixed_seed(*numbers):
-    """One 63-bit seed from several integers, e.g. (seed, step): equal input, equal seed.
+def mixed_seed(*parts):
+    """One 63-bit seed from several numbers or words, e.g. (seed, step): equal input, equal seed.
 
     A run's randomness is a function of its seed and the step alone, so that going on at step N
     needs no saved generator state.
     """
-    return random.Random(repr(numbers)).getrandbits(63)
+    return random.Random(repr(parts)).getrandbits(63)
 
 
 def read_jsonl(path, torn_end=False):
@@ -96,6 +96,13 @@ def finite(value):
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
+
+
+def table(rows):
+    """Rows of strings as lines of aligned columns, with a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
 class Stopwatch:

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import reward_lint
 from lean_layers import make_lean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +137,13 @@ def on_the_cpu_unless_marked_gpu(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the commands that tests start
+
+
+@pytest.fixture(autouse=True)
+def lint_without_its_megabytes(request, monkeypatch):
+    """Every run starts with the lint; only its own tests wait for its quarter of a second."""
+    if not request.node.get_closest_marker("megabytes"):
+        monkeypatch.setattr(reward_lint, "UNITS", ())
 
 
 @pytest.fixture

@@ -6,24 +6,23 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import ROOT, make_model, make_tokenizer
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluator import (
     REWARD_FUNCTIONS,
     correctness,
-    evaluate,
     extract_answer,
     integer_format,
     is_correct,
+    is_correct_leniently,
+    last_number,
     parse_number,
     score,
     soft_format,
     strict_format,
     tag_count,
-    wilson_interval,
 )
 from rldatasets import SYSTEM_PROMPT, Problem
 from utils import UserError
@@ -109,6 +108,39 @@ def test_the_answer_is_what_stands_in_the_one_pair_of_tags(completion, answer):
 )
 def test_answers_are_compared_as_numbers_or_else_as_words(gold, answer, right):
     assert is_correct(written(answer), Problem("?", gold, "")) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("He has 48 + 24 = 72 coins.", "72"),
+        ("<answer>\n72\n</answer>\n", "72"),
+        ("so $1,080.50!", "$1,080.50"),
+        ("x = -3", "-3"), ("it is (−3)", "−3"), ("-$5", "-$5"), ("$-5", "-5"),
+        ("9 - 3", "3"), ("9-3", "3"), ("page 5-6.", "6"), ("12,34", "34"), ("1/2", "2"),
+        ("about .5", ".5"), ("72.", "72"), ("1,000,0001", "0001"),
+        ("none", None), ("", None), ("²", None),
+    ],
+)  # fmt: skip
+def test_the_last_number_is_found_as_it_is_written(text, number):
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "lenient"),
+    [
+        (written(), True, True),
+        ("48 / 2 = 24, so it is 72.", False, True),  # right, and no format at all
+        (written("72 or 73"), False, False),
+        (written("73") + "No: 72", False, True),
+        (written("72") + "out of 100", True, True),  # lenient is never the stricter
+        (written("seventy-two"), False, False),
+        ("", False, False),
+    ],
+)
+def test_leniently_the_last_number_counts_tags_or_none(completion, strict, lenient):
+    assert is_correct(completion, GOLD) is strict
+    assert is_correct_leniently(completion, GOLD) is lenient
 
 
 # --- reward values -----------------------------------------------------------------------------
@@ -204,6 +236,8 @@ def test_no_text_makes_a_reward_function_raise_or_leave_its_range(completion, go
     for function in REWARD_FUNCTIONS:
         value = function(completion, Problem("?", gold, ""))
         assert 0.0 <= value <= PERFECT[function.__name__]
+    problem = Problem("?", gold, "")
+    assert is_correct_leniently(completion, problem) >= is_correct(completion, problem)
 
 
 @pytest.mark.parametrize(
@@ -259,63 +293,6 @@ def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
     for part in ("picky", "How many?", "'text'", "completions/step_00007.jsonl"):
         assert part in message
     assert "\n" not in message
-
-
-# --- evaluation --------------------------------------------------------------------------------
-
-
-def test_wilson_interval_matches_published_values():
-    # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29
-    for (k, n), expected in {
-        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718),
-    }.items():  # fmt: skip
-        assert wilson_interval(k, n) == pytest.approx(expected, abs=6e-5)
-    assert wilson_interval(20, 20)[1] == 1.0
-
-
-def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size():
-    tokenizer = make_tokenizer()
-    model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
-    model.generation_config.do_sample, model.generation_config.top_k = True, 5
-    problems = [Problem("ab" * i, str(i), "") for i in range(1, 8)]
-    runs = [
-        evaluate(model, tokenizer, problems, 12, batch_size, REWARD_FUNCTIONS)
-        for batch_size in (1, 3, 100)
-    ]
-    assert runs[0] == runs[1] == runs[2]
-    summary, records = runs[0]
-    assert [record["question"] for record in records] == [p.question for p in problems]
-    assert summary["problems"] == 7
-
-
-def test_accuracy_does_not_move_when_the_rewards_are_edited(monkeypatch):
-    import evaluator
-    import sampler
-
-    texts = [written("1"), written("9"), "3", written("4")]
-    problems = [Problem(f"{i}", str(i), "") for i in range(1, 5)]
-
-    def answer(model, tokenizer, prompts, *args, **kwargs):
-        rows = len(prompts)
-        return sampler.Rollouts(
-            [], torch.zeros(rows, 1, 1), torch.ones(rows, 1, 1, dtype=torch.bool),
-            torch.zeros(rows, 1, 1), torch.ones(rows, 1, dtype=torch.bool),
-            [[texts[int(prompt) - 1]] for prompt in prompts],
-        )  # fmt: skip
-
-    monkeypatch.setattr(evaluator, "sample_rollouts", answer)
-    monkeypatch.setattr(evaluator, "chat_prompt", lambda tokenizer, system, question: question)
-
-    def flattering(completion, problem):
-        return 100.0
-
-    summary, records = evaluate(None, None, problems, 8, 2, [flattering])
-    assert summary["accuracy"] == 0.5
-    assert summary["format_rate"] == 0.75
-    assert summary["rewards/flattering"] == 100.0
-    assert [record["correct"] for record in records] == [True, False, False, True]
-    assert (summary["accuracy_low"], summary["accuracy_high"]) == wilson_interval(2, 4)
 
 
 # --- safety ------------------------------------------------------------------------------------

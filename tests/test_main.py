@@ -23,6 +23,7 @@ import cold_start as cold_start_module
 import evaluator
 import main
 from cold_start import cold_start, worked_ids
+from evaluation import evaluate
 from flags import parse_args
 from llms import frozen_copy
 from main import update_policy
@@ -378,9 +379,7 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
             accelerator,
             Stopwatch(),
         )
-        summary, _ = evaluator.evaluate(
-            model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS
-        )
+        summary, _ = evaluate(model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS)
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -507,9 +506,7 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
         cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
     )
     cold_start(model, tokenizer, Problems([problem], 0), args, accelerator)
-    summary, [record] = evaluator.evaluate(
-        model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS
-    )
+    summary, [record] = evaluate(model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS)
     assert record["completion"] == WORKED
     assert summary["accuracy"] == 1.0
 
@@ -535,7 +532,7 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
             [*TINY, "--model_name", str(saved_models[family]), "--output_dir", str(run), "--seed",
              "5", "--kl_beta", "0.04", "--update_ref_model", "--update_ref_model_freq", "1",
              "--eval_iterations", "1", "--save_steps", "2", "--num_inner_epochs", "2",
-             "--warmup_percent", "0", "--learning_rate", "0.001"]
+             "--warmup_percent", "0", "--learning_rate", "0.001", "--eval_samples", "2"]
         )
     )  # fmt: skip
     config = json.loads((run / "config.json").read_text())
@@ -551,7 +548,8 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert rates == pytest.approx([1e-3, 5e-4])  # cosine over two steps, whatever the epochs
     evaluations = lines(run / "eval.jsonl")
     assert [row["step"] for row in evaluations] == [0, 1, 2]
-    assert all(row["problems"] == 5 for row in evaluations)
+    assert all(row["problems"] == 5 and 0 <= row["pass@2"] <= 1 for row in evaluations)
+    assert [row.get("mcnemar_p", "none yet") for row in evaluations] == ["none yet", 1.0, 1.0]
     for step in (0, 1, 2):
         assert len(lines(run / "completions" / f"eval_{step:05d}.jsonl")) == 5
     rows = lines(run / "completions" / "step_00001.jsonl")
@@ -568,7 +566,9 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
-def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_path, monkeypatch):
+def test_a_sixth_reward_needs_its_function_and_one_list_entry(
+    saved_models, tmp_path, monkeypatch, capsys
+):
     def brevity(completion, problem):
         return 1.0 if len(completion) < 10 else 0.25
 
@@ -578,6 +578,7 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(saved_models, tmp_
         parse_args([*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run),
                     "--reward_weights", "brevity=2"])
     )  # fmt: skip
+    assert "warning: rewards: brevity earns 2 with the bare number" in capsys.readouterr().err
     first = lines(run / "metrics.jsonl")[0]
     assert first["rewards/brevity"] >= 0.25
     row = lines(run / "completions" / "step_00000.jsonl")[0]
@@ -762,7 +763,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
     with pytest.raises(UserError, match=r"unlucky raised KeyError.*completion"):
         main.train(parse_args([*argv, str(tmp_path / "one")]))
     # One that gets through the evaluation and fails in a step names the file of completions.
-    monkeypatch.setattr(main, "evaluate", lambda *a: ({"accuracy": 0.0, "problems": 1}, []))
+    monkeypatch.setattr(main, "evaluate_policy", lambda *a: ({"accuracy": 0.0, "problems": 1}, []))
     with pytest.raises(UserError, match=r"see .*step_00000.jsonl") as raised:
         main.train(parse_args([*argv, str(tmp_path / "two")]))
     assert Path(str(raised.value).split("see ")[1]).exists()

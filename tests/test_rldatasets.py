@@ -123,6 +123,7 @@ def test_every_gsm8k_gold_parses_and_its_worked_answer_is_correct(gsm8k):
         for problem in load_problems("gsm8k", gsm8k, split, 0):
             assert evaluator.parse_number(problem.answer) is not None
             assert evaluator.is_correct(worked_answer(problem), problem)
+            assert evaluator.is_correct_leniently(f"It is {problem.answer}.", problem)
 
 
 def write(path, *rows):

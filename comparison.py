@@ -1,0 +1,250 @@
+"""What held-out answers say: one evaluation in figures, and two runs compared.
+
+Everything comes from an evaluation's records, a line per question in completions/eval_XXXXX.jsonl.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from textwrap import shorten
+
+from significance import (
+    NOISE,
+    gained_and_lost,
+    mcnemar_p,
+    mean_interval,
+    paired_difference,
+    pass_at_k,
+    wilson_interval,
+)
+from utils import UserError, read_jsonl, table
+
+# A share of the questions, and the key of a record that says whether a question counts.
+SHARES = {"accuracy": "correct", "lenient_accuracy": "lenient_correct", "format_rate": "format"}
+NEEDED = ("question", "answer", "completion", "correct")  # of every record that is compared
+
+
+def summarize(records):
+    """One evaluation in figures: shares with their 95 % Wilson intervals, pass@k, means."""
+    summary = {"problems": len(records)}
+    for name, key in SHARES.items():
+        count = sum(record[key] for record in records)
+        summary[name] = count / len(records)
+        summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(count, len(records))
+    for name, chances in pass_rates(records).items():
+        summary[name] = fmean(chances)
+        # Chances vary less than right and wrong do: a little too wide, and exact for all samples.
+        bounds = wilson_interval(sum(chances), len(chances))
+        summary[f"{name}_low"], summary[f"{name}_high"] = bounds
+    summary["completion_length"] = fmean(record["length"] for record in records)
+    summary["truncated"] = fmean(not record["finished"] for record in records)
+    for name in records[0]["rewards"]:
+        summary[f"rewards/{name}"] = fmean(record["rewards"][name] for record in records)
+    return summary
+
+
+def pass_rates(records):
+    """{"pass@1": the chance for each question, ...} for k = 1, 2, 4, ... and all samples, strict
+    and lenient; {} where no samples were drawn."""
+    if not all(record.get("samples") for record in records):
+        return {}
+    n = min(len(record["samples"]) for record in records)
+    powers = {2**i for i in range(n.bit_length())}
+    return {
+        f"{prefix}pass@{k}": [
+            pass_at_k(len(samples), sum(sample[key] for sample in samples), k)
+            for samples in (record["samples"] for record in records)
+        ]
+        for prefix, key in (("", "correct"), ("lenient_", "lenient_correct"))
+        for k in sorted({*powers, n})
+    }
+
+
+def paired(first, second):
+    """Two evaluations' records in one order, question by question; None where they answered
+    different questions."""
+
+    def key(record):
+        return record["question"], record["answer"]
+
+    first, second = sorted(first, key=key), sorted(second, key=key)
+    return (first, second) if list(map(key, first)) == list(map(key, second)) else None
+
+
+def p_against(first, records):
+    """McNemar's p-value of the change in accuracy; None where the questions are not the same."""
+    pairs = paired(first, records)
+    if pairs is None:
+        return None
+    return mcnemar_p(*gained_and_lost(*([row["correct"] for row in side] for side in pairs)))
+
+
+# --- two runs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run: `name` is RUN@STEP, `flags` those of the run's config.json."""
+
+    name: str
+    records: list
+    flags: dict
+
+
+def read_evaluation(place):
+    """The Evaluation at RUN or RUN@STEP, the last one where no step is given.
+
+    Raises UserError where there is none.
+    """
+    path, at, step = place.rpartition("@")
+    if not (at and step.isascii() and step.isdigit()) or Path(place).is_dir():
+        path, step = place, None
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such directory; name a run's, e.g. runs/demo or runs/demo@20")
+    files = {}
+    for file in (folder / "completions").glob("eval_*.jsonl"):
+        number = file.stem.removeprefix("eval_")
+        if number.isdigit():
+            files[int(number)] = file
+    if not files:
+        raise UserError(f"{path}: no evaluation there (no completions/eval_XXXXX.jsonl)")
+    step = max(files) if step is None else int(step)
+    if step not in files:
+        steps = shorten(" ".join(map(str, sorted(files))), 60, placeholder=" ...")
+        raise UserError(f"{path}: no evaluation of step {step}; there are {steps}")
+    records = [record for _, record in read_jsonl(files[step])]
+    if not records or any(key not in record for record in records for key in NEEDED):
+        raise UserError(f"{files[step]}: not an evaluation's records ({', '.join(NEEDED)})")
+    try:
+        flags = json.loads((folder / "config.json").read_text(encoding="utf-8"))["flags"]
+    except (OSError, ValueError, KeyError, TypeError):
+        flags = {}
+    return Evaluation(f"{path}@{step}", records, flags)
+
+
+def compare(first, second, show):
+    """Two Evaluations of the same questions as a text: both in figures, the difference and whether
+    it is more than noise, and up to `show` questions gained and lost, whole.
+
+    Raises UserError where the questions are not the same.
+    """
+    pairs = paired(first.records, second.records)
+    if pairs is None:
+        common = {row["question"] for row in first.records}
+        common &= {row["question"] for row in second.records}
+        raise UserError(f"these runs answered different questions: {len(first.records)} and "
+                        f"{len(second.records)}, of which {len(common)} in common")  # fmt: skip
+    return "\n".join([
+        *(f"{letter}  {described(side)}" for letter, side in zip("AB", (first, second))),
+        *differing_limits(first, second),
+        "",
+        *table([("held-out", "A", "B", "B - A", "p"), *share_rows(*pairs), *mean_rows(*pairs)]),
+        f"{len(pairs[0])} questions; in brackets 95 % intervals; p: McNemar's exact test.",
+        "All of it is about these two models: another seed of a training makes another model.",
+        "",
+        *verdict(*pairs),
+        *examples(*pairs, show),
+    ])  # fmt: skip
+
+
+def described(evaluation):
+    flags = evaluation.flags
+    facts = [str(flags[key]) for key in ("model_name", "dataset_name") if key in flags]
+    if "max_completion_length" in flags:
+        facts.append(f"up to {flags['max_completion_length']} tokens")
+    return "  ".join([evaluation.name, ", ".join(facts)]).rstrip()
+
+
+def differing_limits(first, second):
+    lengths = [side.flags.get("max_completion_length") for side in (first, second)]
+    if lengths[0] == lengths[1] or None in lengths:
+        return []
+    return ["Note: --max_completion_length differs, so one side had more room to answer."]
+
+
+def shares(records):
+    """{name: whether each question counts} for the shares that all these records know."""
+    known = {
+        name: [bool(record[key]) for record in records]
+        for name, key in SHARES.items()
+        if all(key in record for record in records)
+    }
+    if all("finished" in record for record in records):
+        known["truncated"] = [not record["finished"] for record in records]
+    return known
+
+
+def share_rows(first, second):
+    before, after = shares(first), shares(second)
+    for name in before:
+        if name in after:
+            sides = (before[name], after[name])
+            yield (name, *map(share, sides), points(*paired_difference(*sides)),
+                   f"{mcnemar_p(*gained_and_lost(*sides)):.2g}")  # fmt: skip
+
+
+def mean_rows(first, second):
+    before, after = pass_rates(first), pass_rates(second)
+    for name in before:
+        if name in after:
+            sides = (before[name], after[name])
+            gaps = [y - x for x, y in zip(*sides)]
+            yield (name, *map(share, sides), points(*mean_interval(gaps)), "")
+    if all("length" in record for record in (*first, *second)):
+        a, b = (fmean(record["length"] for record in side) for side in (first, second))
+        yield "completion_length", f"{a:.1f}", f"{b:.1f}", f"{round(b - a, 1) + 0:+.1f}", ""
+
+
+def share(values):
+    return interval(fmean(values), *wilson_interval(sum(values), len(values)))
+
+
+def interval(value, low, high):
+    """A share with its interval, as every table here shows it."""
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def points(difference, low, high):
+    return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def verdict(first, second):
+    """What the figures allow one to say, in one or two lines."""
+    before, after = shares(first), shares(second)
+    found = {}
+    for name in ("accuracy", "lenient_accuracy"):
+        if name in before and name in after:
+            difference, low, high = paired_difference(before[name], after[name])
+            p = mcnemar_p(*gained_and_lost(before[name], after[name]))
+            beyond_noise = p < NOISE and not low <= 0 <= high
+            found[name] = beyond_noise, f"{points(difference, low, high)}, p = {p:.2g}", difference
+    beyond_noise, figures, difference = found["accuracy"]
+    if not beyond_noise:
+        yield f"The difference in accuracy, {figures}, is within the noise."
+        return
+    yield f"{'B' if difference > 0 else 'A'} is better: accuracy {figures}."
+    if "lenient_accuracy" in found and not found["lenient_accuracy"][0]:
+        yield (f"Tags or none, the difference, {found['lenient_accuracy'][1]}, is within the "
+               "noise: what differs may be the format alone.")  # fmt: skip
+
+
+def examples(first, second, show):
+    """The questions that only one side answered: their number, and up to `show` of each, whole."""
+    pairs = list(zip(first, second))
+    gained = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
+    lost = [pair for pair in pairs if pair[0]["correct"] and not pair[1]["correct"]]
+    yield f"{len(gained)} questions gained (only B is right), {len(lost)} lost (only A is right)."
+    for word, some in (("gained", gained), ("lost", lost)):
+        for number, (a, b) in enumerate(some[:show], start=1):
+            yield from ("", f"--- {word}, {number} of {len(some)} ".ljust(80, "-"))
+            yield from (printable(a["question"]), f"gold answer: {printable(a['answer'])}")
+            for letter, record in (("A", a), ("B", b)):
+                yield f"--- {letter}, {'right' if record['correct'] else 'wrong'}:"
+                yield printable(record["completion"]).rstrip("\n")
+
+
+def printable(text):
+    """The text without control characters: what a model wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

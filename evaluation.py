@@ -1,0 +1,132 @@
+"""Answering held-out problems: greedily, and by sampling where pass@k is asked for."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from comparison import summarize
+from evaluator import (
+    REWARD_FUNCTIONS,
+    extract_answer,
+    has_format,
+    is_correct,
+    is_correct_leniently,
+    last_number,
+    score,
+)
+from llms import chat_prompt, load_model
+from rldatasets import SYSTEM_PROMPT, load_problems
+from runlog import Run, evaluation_table
+from sampler import sample_rollouts
+from utils import UserError, hub_token, mixed_seed
+
+
+def evaluate(
+    model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None,
+    samples=0, temperature=1.0, seed=0,
+):  # fmt: skip
+    """Answer every problem greedily. Returns (summary, records), one record per problem.
+
+    Accuracy is computed by `is_correct`, not from a reward, so that editing the rewards cannot
+    change it. With `samples`, that many more answers to each problem are drawn at `temperature`,
+    from `seed` (and the batch size) alone. `tick(n)` is called after each batch of n problems.
+    """
+    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    records = [None] * len(problems)
+    # Prompts of like length share a batch: less padding.
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
+
+    def batches(size, **sampling):
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            rollouts = sample_rollouts(
+                model, tokenizer, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens,
+                **sampling,
+            )  # fmt: skip
+            yield chosen, rollouts
+            if tick:
+                tick(len(chosen))
+
+    for chosen, rollouts in batches(batch_size, group_size=1, temperature=0):
+        rewards = score(rollouts, [problems[i] for i in chosen], reward_functions)
+        lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
+        scores = rewards.per_function.flatten(0, 1).tolist()
+        for i, [text], length, [finished], row in zip(
+            chosen, rollouts.texts, lengths, rollouts.finished.tolist(), scores
+        ):
+            records[i] = {
+                "question": problems[i].question,
+                "prompt": tokenizer.decode(prompts[i]),
+                "answer": problems[i].answer,
+                "completion": text,
+                **verdicts(text, problems[i]),
+                "format": has_format(text),
+                "length": length,
+                "finished": finished,
+                "rewards": dict(zip(rewards.names, row)),
+            }
+    if samples:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        size = max(1, batch_size // samples)  # as many rows as before
+        for chosen, rollouts in batches(
+            size, group_size=samples, temperature=temperature, generator=generator
+        ):
+            for i, texts in zip(chosen, rollouts.texts):
+                records[i]["samples"] = [
+                    {"completion": text, **verdicts(text, problems[i])} for text in texts
+                ]
+    return summarize(records), records
+
+
+def verdicts(completion, problem):
+    """What a completion answers and whether that is right: in the tags, and leniently."""
+    return {
+        "parsed": extract_answer(completion),
+        "lenient_parsed": last_number(completion),
+        "correct": is_correct(completion, problem),
+        "lenient_correct": is_correct_leniently(completion, problem),
+    }
+
+
+def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_functions, step):
+    """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone."""
+    passes = 2 if args.eval_samples else 1
+    with (
+        tqdm(total=passes * len(problems), desc="evaluating", leave=False) as bar,
+        accelerator.autocast(),
+    ):
+        return evaluate(
+            policy, tokenizer, problems, args.max_completion_length, args.eval_batch_size,
+            reward_functions, bar.update, args.eval_samples, args.temperature,
+            mixed_seed(args.seed, step, "evaluation"),
+        )  # fmt: skip
+
+
+def check_room(policy, tokenizer, problems, max_completion_length):
+    """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
+    longest = max(len(chat_prompt(tokenizer, SYSTEM_PROMPT, p.question)) for p in problems)
+    context = policy.config.max_position_embeddings
+    if longest + max_completion_length > context:
+        raise UserError(f"--max_completion_length {max_completion_length}: with the longest "
+                        f"test prompt of {longest} tokens it exceeds the model's context of "
+                        f"{context}")  # fmt: skip
+
+
+def evaluate_and_save(args):
+    """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    set_seed(args.seed)
+    problems = load_problems(
+        args.dataset_name, args.dataset_path, "test", args.seed, args.difficulty
+    )[: args.eval_problems or None]
+    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    check_room(policy, tokenizer, problems, args.max_completion_length)
+    run = Run(args.output_dir)
+    run.save_config(args, str(accelerator.device), test_problems=len(problems))
+    summary, records = evaluate_policy(
+        policy, tokenizer, problems, args, accelerator, REWARD_FUNCTIONS, step=0
+    )
+    run.log_evaluation(0, summary, records)
+    print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

@@ -1,0 +1,179 @@
+"""Held-out answers: greedy and sampled, what a record holds and what a summary says of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from scipy import stats
+from test_evaluator import written
+
+import evaluation
+from evaluation import evaluate, evaluate_policy
+from evaluator import REWARD_FUNCTIONS
+from llms import chat_prompt
+from rldatasets import SYSTEM_PROMPT, Problem
+from runlog import Run, evaluation_table, summary_table
+from sampler import Rollouts, sample_rollouts
+from significance import wilson_interval
+from utils import mixed_seed, read_jsonl
+
+PROBLEMS = [Problem("ab" * i, str(i), "") for i in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 5
+    return model, tokenizer
+
+
+def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size(toy):
+    runs = [evaluate(*toy, PROBLEMS, 12, size, REWARD_FUNCTIONS) for size in (1, 3, 100)]
+    assert runs[0] == runs[1] == runs[2]
+    summary, records = runs[0]
+    assert [record["question"] for record in records] == [p.question for p in PROBLEMS]
+    assert summary["problems"] == 7
+
+
+def test_a_record_holds_all_that_was_asked_answered_and_judged(toy):
+    model, tokenizer = toy
+    _, records = evaluate(model, tokenizer, PROBLEMS, 12, 4, REWARD_FUNCTIONS)
+    assert list(records[2]) == [
+        "question", "prompt", "answer", "completion", "parsed", "lenient_parsed", "correct",
+        "lenient_correct", "format", "length", "finished", "rewards",
+    ]  # fmt: skip
+    prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, "ababab")
+    assert tokenizer.encode(records[2]["prompt"], add_special_tokens=False) == prompt
+
+
+def saying(*texts):
+    """A stand-in for the sampler: problem i is answered by texts[i - 1], a text or a group."""
+
+    def answer(model, tokenizer, prompts, group_size, **sampling):
+        groups = [texts[int(prompt) - 1] for prompt in prompts]
+        groups = [[group] if isinstance(group, str) else group for group in groups]
+        shape = (len(prompts), group_size)
+        return Rollouts(
+            [], torch.zeros(*shape, 1), torch.ones(*shape, 1, dtype=torch.bool),
+            torch.zeros(*shape, 1), torch.ones(shape, dtype=torch.bool),
+            [group[:1] if sampling["temperature"] == 0 else group for group in groups],
+        )  # fmt: skip
+
+    return answer
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """evaluate(...) of given texts: problem i asks "i" and has the answer i."""
+
+    def judge(*texts, reward_functions=REWARD_FUNCTIONS, samples=0):
+        monkeypatch.setattr(evaluation, "sample_rollouts", saying(*texts))
+        monkeypatch.setattr(evaluation, "chat_prompt", lambda tokenizer, system, question: question)
+        problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]
+        model, tokenizer = SimpleNamespace(device="cpu"), SimpleNamespace(decode=str)
+        return evaluate(model, tokenizer, problems, 8, 2, reward_functions, samples=samples)
+
+    return judge
+
+
+TEXTS = [written("1"), written("9"), "3", written("4"), "It is 5.", "six"]
+
+
+def test_strict_lenient_and_format_are_counted_apart(judged):
+    summary, records = judged(*TEXTS)
+    for name, key, count in (
+        ("accuracy", "correct", 2), ("lenient_accuracy", "lenient_correct", 4),
+        ("format_rate", "format", 3),
+    ):  # fmt: skip
+        assert sum(record[key] for record in records) == count
+        assert summary[name] == pytest.approx(count / 6)
+        assert (summary[f"{name}_low"], summary[f"{name}_high"]) == wilson_interval(count, 6)
+    assert [record["parsed"] for record in records] == ["1", "9", None, "4", None, None]
+    assert [record["lenient_parsed"] for record in records] == ["1", "9", "3", "4", "5", None]
+
+
+def test_accuracy_does_not_move_when_the_rewards_are_edited(judged):
+    def flattering(completion, problem):
+        return 100.0
+
+    summary, _ = judged(*TEXTS, reward_functions=[flattering])
+    ours, _ = judged(*TEXTS)
+    assert summary["rewards/flattering"] == 100.0
+    assert all(summary[key] == ours[key] for key in ours if not key.startswith("rewards/"))
+
+
+def test_pass_at_k_is_the_share_of_questions_with_a_right_sample_among_k(judged):
+    summary, records = judged(
+        [written("1"), written("9"), "1", "8"], ["2"] * 4, [written("3")] * 4, samples=4
+    )
+    assert [len(record["samples"]) for record in records] == [4, 4, 4]
+    strict = [[True, False, False, False], [False] * 4, [True] * 4]
+    assert [[s["correct"] for s in record["samples"]] for record in records] == strict
+    assert summary["pass@1"] == pytest.approx((1 / 4 + 0 + 1) / 3)
+    assert summary["pass@2"] == pytest.approx((1 / 2 + 0 + 1) / 3)  # 3 of 6 pairs hold the first
+    assert summary["pass@4"] == pytest.approx(2 / 3)
+    assert summary["lenient_pass@1"] == pytest.approx((2 / 4 + 1 + 1) / 3)
+    assert "pass@8" not in summary and "pass@3" not in summary
+    assert (summary["pass@4_low"], summary["pass@4_high"]) == wilson_interval(2, 3)
+
+
+def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_step(toy, accelerator):
+    args = SimpleNamespace(
+        max_completion_length=8, eval_batch_size=4, eval_samples=2, temperature=0.7, seed=3
+    )
+
+    def answers(step, **flags):
+        args.__dict__.update(flags)
+        summary, records = evaluate_policy(*toy, PROBLEMS, args, accelerator, [], step)
+        samples = [[s["completion"] for s in record.get("samples", [])] for record in records]
+        return samples, [record["completion"] for record in records], summary
+
+    samples, greedy, summary = answers(step=5)
+    assert answers(step=5) == (samples, greedy, summary)
+    assert answers(step=6)[0] != samples
+    generator = torch.Generator().manual_seed(mixed_seed(3, 5, "evaluation"))
+    prompts = [chat_prompt(toy[1], SYSTEM_PROMPT, p.question) for p in PROBLEMS]
+    order = sorted(range(7), key=lambda i: len(prompts[i]))
+    for start in range(0, 7, 2):  # 4 rows at once: 2 questions with 2 samples each
+        chosen = order[start : start + 2]
+        rollouts = sample_rollouts(*toy, [prompts[i] for i in chosen], 2, 8, 0.7, generator)
+        assert [samples[i] for i in chosen] == rollouts.texts
+    without, alone, summary = answers(step=5, eval_samples=0)
+    assert alone == greedy and not any(without) and "pass@1" not in summary
+
+
+# --- what a run writes -------------------------------------------------------------------------
+
+
+def records_of(verdicts):
+    return [
+        {"question": f"{i}?", "answer": "1", "completion": "", "correct": verdict}
+        for i, verdict in enumerate(verdicts)
+    ]
+
+
+def test_later_evaluations_are_tested_against_step_0_on_the_same_questions(tmp_path):
+    run = Run(tmp_path)
+    first, later = [True] * 5 + [False] * 15, [False] + [True] * 11 + [False] * 8
+    assert run.log_evaluation(0, {"accuracy": 0.25}, records_of(first)) == {"accuracy": 0.25}
+    summary = run.log_evaluation(10, {"accuracy": 0.55}, records_of(later))
+    assert summary["mcnemar_p"] == pytest.approx(stats.binomtest(7, 8).pvalue)
+    other = run.log_evaluation(20, {"accuracy": 0.55}, records_of(later[:-1]))
+    assert other["mcnemar_p"] is None  # other questions: nothing to pair
+    rows = [row for _, row in read_jsonl(tmp_path / "eval.jsonl")]
+    assert [row["step"] for row in rows] == [0, 10, 20]
+    assert "mcnemar_p" not in rows[0] and rows[1]["mcnemar_p"] == summary["mcnemar_p"]
+
+
+def test_the_final_table_shows_strict_lenient_format_intervals_and_p(judged, tmp_path):
+    before, after = judged(*["0"] * 6)[0], {**judged(*TEXTS)[0], "mcnemar_p": 0.5}
+    text = summary_table(tmp_path, before, after)
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "0.0% [0.0%, 39.0%]" in rows["accuracy"] and "33.3% [9.7%, 70.0%]" in rows["accuracy"]
+    assert "66.7% [30.0%, 90.3%]" in rows["lenient_accuracy"]
+    assert "50.0% [18.8%, 81.2%]" in rows["format_rate"]
+    assert rows["mcnemar_p"].split() == ["mcnemar_p", "0.5"]
+    assert "the exact test of accuracy against step 0" in text
+    assert "mcnemar_p" not in "\n".join(evaluation_table({"a model": before}))
