@@ -14,6 +14,7 @@ from statistics import fmean
 
 import torch
 
+from grpo import overlong_penalty
 from llms import chat_prompt
 from rldatasets import SYSTEM_PROMPT
 from sampler import sample_rollouts
@@ -157,6 +158,19 @@ def joined_rewards(parts):
         names=parts[0].names,
         per_function=torch.cat([part.per_function for part in parts]),
         total=torch.cat([part.total for part in parts]),
+    )
+
+
+def with_overlong_penalty(rewards, rollouts, args):
+    """Rewards that --overlong_buffer, if any, has made a further function of: `overlong`."""
+    if not args.overlong_buffer:
+        return rewards
+    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
+    return Rewards(
+        names=[*rewards.names, "overlong"],
+        per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
+        total=rewards.total + penalty,
     )
 
 
