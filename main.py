@@ -57,7 +57,7 @@ def train(args):
     cold_start(policy, tokenizer, train_problems, args, accelerator)
     optimizer, scheduler = make_optimizer(policy, args)
     meter = WeightMeter(optimizer)
-    reference = kl_reference(policy, args)
+    reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
 
     def evaluation(step):
         with tqdm(total=len(test_problems), desc="evaluating", leave=False) as bar:

@@ -35,10 +35,14 @@ LABELS = {
     "flat_groups": "groups whose rewards are all equal",
     "tokens_per_second": "sampled tokens per second",
     "skipped": "updates skipped as not finite",
+    "tis_capped": "tokens whose importance weight is capped",
+    "weights_changed": "weights that an update changes",
+    "weights_changed_bf16": "weights that it would change, were they stored in bf16",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "format_rate": "held-out format rate",
 }
-SHARES = {"accuracy", "format_rate", "truncated", "flat_groups", "clip_fraction"}
+SHARES = {"accuracy", "format_rate", "truncated", "flat_groups", "clip_fraction", "tis_capped",
+          "weights_changed", "weights_changed_bf16"}  # fmt: skip
 
 
 class Series:

@@ -15,7 +15,8 @@ there was no cold start: there the table shows aggregation and advantages alone.
 Per point: `mismatch`, how far the model is from the sampler (mean |log-prob now - log-prob then|,
 nats per token). Per objective: the norm of the gradient, the share of tokens that the clip bounds
 (for gspo those of whole completions; for cispo nothing is lost by it), and the cosine with every
-other objective's gradient, which is what counts: AdamW does not see a norm that stays the same.
+other objective's gradient, which is what counts: AdamW does not see a norm that stays the same. A
+norm of 0 (gspo, where its narrow bounds hold every completion) has no angle: nan, in JSON null.
 The gradients are those of one update, without KL, bonus and gradient clipping; the run's other
 flags stand. `tis` takes the model for the trainer before its first update: its ratio is 1, and all
 that the model has moved is in the capped weight.
