@@ -186,7 +186,9 @@ class TokenLogprobs(torch.autograd.Function):
             if entropy is None:
                 to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
             else:
-                factors = (x[part, None].split(SOFTMAX_ROWS) for x in (entropy, to_entropy, gradient))
+                factors = (
+                    x[part, None].split(SOFTMAX_ROWS) for x in (entropy, to_entropy, gradient)
+                )
                 for rows, h, to_h, to_logprob in zip(logprobs.split(SOFTMAX_ROWS), *factors):
                     probs = rows.exp()
                     rows.add_(h).mul_(to_h).add_(to_logprob).mul_(probs).neg_()

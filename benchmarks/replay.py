@@ -26,6 +26,7 @@ The last line is JSON.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ PLAIN = {  # what every objective starts from, whatever the run had
     "clip": "ppo", "clip_epsilon": 0.2, "clip_epsilon_high": 0.2, "tis_cap": 0.0, "kl_beta": 0.0,
     "entropy_bonus": 0.0, "num_inner_epochs": 1, "max_grad_norm": 0.0,
 }  # fmt: skip
+BLOCK = 2**22  # numbers that are fp64 at once
 ROLLOUTS, CHECKPOINTS = "rollouts", "checkpoints"
 
 
@@ -59,9 +61,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("run", type=Path, help="a run's directory, made with --save_rollouts")
-    flag(
-        "--step", type=int, nargs="+", help="whose rollouts; default: first, middle and last saved"
-    )
+    flag("--step", type=int, nargs="+", help="of the rollouts; default: first, middle, last saved")
     flag("--model", help="a model's directory; default: RUN/model")
     flag("--objective", default=",".join(OBJECTIVES), help="names, with commas between them")
     args = parser.parse_args(argv)
@@ -132,20 +132,26 @@ def point(file, step, model, names, flags):
     policy, _ = load_model(model, accelerator.device)
     rollouts, rewards, _, chosen = load_rollouts(file, accelerator.device)
     print(f"\nrollouts of step {step}, seen by {model}", flush=True)
-    gradients, figures = {}, {}
+    gradients, clipped = {}, {}
     for name in names:
         settings = SimpleNamespace(**{**flags, **PLAIN, **OBJECTIVES[name]})
         gradients[name], metrics = gradient(
             policy, rollouts, rewards.total, chosen, settings, accelerator
         )
-        figures[name] = {
-            "norm": metrics["grad_norm"],
-            "clip_fraction": metrics.get("clip_fraction", 0.0),
+        clipped[name] = metrics.get("clip_fraction", 0.0)
+    norms = {name: product(gradients[name], gradients[name]) ** 0.5 for name in names}
+    figures = {
+        name: {
+            "norm": norms[name],
+            "clip_fraction": clipped[name],
+            "cosine": {
+                other: product(gradients[name], gradients[other]) / scale if scale else math.nan
+                for other in names
+                for scale in [norms[name] * norms[other]]
+            },
         }
-    for name in names:
-        figures[name]["cosine"] = {
-            other: cosine(gradients[name], gradients[other]) for other in names
-        }
+        for name in names
+    }
     mismatch = metrics.get("mismatch", 0.0)
     print(f"mismatch {mismatch:.2g} nats per token\n")
     print(table([("", "norm", "clipped", *(f"cos {name}" for name in names))] + [
@@ -184,9 +190,10 @@ def gradient(policy, rollouts, rewards, chosen, settings, accelerator):
     return catcher.caught, metrics
 
 
-def cosine(a, b):
-    """Of the angle between two gradients; NaN where one is 0."""
-    return (a @ b / (a.norm() * b.norm())).item()
+def product(a, b):
+    """The inner product of two gradients, summed in fp64: in fp32 it is off by a hundredth."""
+    parts = zip(a.split(BLOCK), b.split(BLOCK))
+    return sum((x.double() @ y.double()).item() for x, y in parts)
 
 
 if __name__ == "__main__":
