@@ -194,6 +194,23 @@ def joined_rewards(parts):
     )
 
 
+def with_overlong_penalty(rewards, rollouts, args):
+    """Rewards that --overlong_buffer, if any, has made a further function of: `overlong`."""
+    if not args.overlong_buffer:
+        return rewards
+    import torch
+
+    from grpo import overlong_penalty
+
+    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
+    return Rewards(
+        names=[*rewards.names, "overlong"],
+        per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
+        total=rewards.total + penalty,
+    )
+
+
 def _reward(function, completion, problem, file):
     complaint = None
     try:

@@ -192,8 +192,15 @@ def build_parser(preset, dataset_name=None):
     flag = group("objective").add_argument
     flag("--advantage_scale", choices=("std", "none"), default="std",
          help="divide by the group's standard deviation, or do not")
+    flag("--baseline", choices=("mean", "leave_one_out"), default="mean", help="an advantage "
+         "compares with the group's mean, or with that of its other completions (RLOO)")
     flag("--aggregation", choices=("grpo", "dapo", "dr_grpo"), default="grpo",
          help="mean over each sequence, over all tokens, or over a constant length")
+    flag("--ratio", choices=("token", "sequence"), default="token", help="to the old policy, of "
+         "each token, or one for a completion (GSPO: --clip_epsilon 3e-4 --clip_epsilon_high 4e-4)")
+    flag("--clip", choices=("ppo", "cispo"), default="ppo", help="ppo: no gradient beyond the "
+         "bounds; cispo: all tokens keep theirs, times the bounded ratio (--clip_epsilon 1: no "
+         "lower bound)")
     flag("--clip_epsilon", "--clip_epsilon_low", type=SHARE, default=0.2,
          help="the ratio is clipped below 1 - this")
     flag("--clip_epsilon_high", type=NOT_NEGATIVE,
@@ -202,6 +209,13 @@ def build_parser(preset, dataset_name=None):
          help="weight of the KL to the reference; 0: no reference is kept in memory")
     flag("--kl_estimator", choices=("k1", "k2", "k3"), default="k3", help="k3 is the paper's; as a "
          "loss, only k2 has the gradient of the reverse KL, and k1 has none on average")
+    flag("--entropy_bonus", type=NOT_NEGATIVE, default=0.0, help="weight of the policy's entropy, "
+         "exact over the vocabulary, in nats per token; 0: off")
+    flag("--tis_cap", type=NOT_NEGATIVE, default=0.0, metavar="CAP", help="correct for a sampler "
+         "that is not quite the trainer: weigh tokens by their probability in training over that "
+         "when sampled, at most CAP (2 is usual); 0: off")
+    flag("--overlong_buffer", type=COUNT, default=0, metavar="TOKENS", help="a further reward "
+         "falls from 0 to -1 over the last TOKENS before --max_completion_length (DAPO); 0: off")
     flag("--num_inner_epochs", type=POSITIVE_COUNT, default=1,
          help="updates on each step's completions; from the second on, the clip acts")
     flag("--train_group_size", type=COUNT, default=0, metavar="M",
@@ -225,6 +239,9 @@ def build_parser(preset, dataset_name=None):
     flag("--adam_beta2", type=BETA, default=0.99, help="decay of AdamW's second moment")
     flag("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="on matrices only")
     flag("--max_grad_norm", type=NOT_NEGATIVE, help="gradients are clipped to this norm; 0: never")
+    flag("--weights_dtype", choices=("float32", "bfloat16"), default="float32", help="of the "
+         "weights between updates. bfloat16 is an experiment: they are rounded after every update, "
+         "which undoes small ones, so that most never move at a low rate. It saves no memory")
     flag("--micro_batch_tokens", type=COUNT, metavar="TOKENS", help="tokens per forward and "
          "backward pass, prompts included, for memory; the result is the same; 0: the whole step")
     flag("--gradient_checkpointing", action="store_true", help="compute a layer's activations "
@@ -243,6 +260,8 @@ def build_parser(preset, dataset_name=None):
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between saved models, each the whole model in fp32 (6 GB at 1.5B); "
          "0: only the final one")
+    flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
+         "and advantages, for benchmarks/replay.py")
     # fmt: on
     defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
@@ -310,6 +329,9 @@ def check_flags(args):
     if args.mask_truncated and (args.train_group_size or args.max_draws > 1):
         raise UserError("--mask_truncated: --train_group_size and --max_draws choose by reward, "
                         "cut off or not; leave it out")  # fmt: skip
+    if args.overlong_buffer > args.max_completion_length:
+        raise UserError(f"--overlong_buffer {args.overlong_buffer}: above --max_completion_length "
+                        f"{args.max_completion_length}")  # fmt: skip
     if args.sampler == "paged":
         if args.compile_sampler:
             raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")

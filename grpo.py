@@ -4,7 +4,8 @@ Letters: Q questions per step, G completions per question (the group), C complet
 
 Sources: GRPO is DeepSeekMath (arXiv 2402.03300), eq. 3 (objective) and eq. 4 (KL); the clip is
 PPO (1707.06347), eq. 7; separate bounds and the token mean are DAPO (2503.14476), eq. 8; the
-constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3.
+constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3; the other
+baseline, ratio and clip are RLOO (2402.14740), GSPO (2507.18071) and CISPO (2506.13585).
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch
 STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
 
 
-def group_advantages(rewards, scale="std", chosen=None):
+def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
     """How much better each completion did than the others that answered the same question.
 
     rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
@@ -20,6 +21,10 @@ def group_advantages(rewards, scale="std", chosen=None):
     (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
     never solved). A group whose rewards are all equal gets exactly 0: rounding in the mean would
     otherwise be blown up by the division.
+
+    baseline: what is subtracted, the group's "mean", or that of its other completions,
+    "leave_one_out", which does not contain r itself and so leaves the gradient unbiased (RLOO,
+    section 3). It is the same times G / (G - 1): what changes is its weight against KL and entropy.
 
     chosen: (Q, G), the completions to train on, all by default. Mean and deviation are those of the
     chosen ones (PODS, Algorithm 1); the others get 0.
@@ -31,6 +36,8 @@ def group_advantages(rewards, scale="std", chosen=None):
     if scale == "std":
         variance = advantages.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + STD_EPSILON)
+    if baseline == "leave_one_out":
+        advantages = advantages * count / (count - 1).clamp(min=1)
     highest = rewards.where(chosen, -torch.inf).amax(-1, keepdim=True)
     lowest = rewards.where(chosen, torch.inf).amin(-1, keepdim=True)
     return advantages.masked_fill(highest <= lowest, 0.0)
@@ -59,6 +66,15 @@ def max_variance_subset(rewards, size):
 def has_signal(rewards):
     """Which groups have unequal rewards, without which there is no advantage: (Q, G) -> (Q,)."""
     return rewards.amax(-1) > rewards.amin(-1)
+
+
+def overlong_penalty(lengths, max_completion_length, buffer):
+    """A reward for being short enough, in [-1, 0] (DAPO, eq. 13: soft overlong punishment).
+
+    lengths: completions' tokens, of any shape. 0 up to max_completion_length - buffer, then falling
+    in a straight line, to -1 at max_completion_length, where a completion is cut off.
+    """
+    return ((max_completion_length - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator="k3"):
@@ -112,33 +128,67 @@ def grpo_loss(
     clip_epsilon_high=0.2,
     kl_beta=0.0,
     kl_estimator="k3",
+    ratio="token",
+    clip="ppo",
+    tis_cap=0.0,
+    first_logprobs=None,
+    entropy_bonus=0.0,
+    entropy=None,
 ):
-    """This micro-batch's share of the GRPO loss (DeepSeekMath, eq. 3), to be minimised.
+    """This micro-batch's share of the loss, to be minimised (DeepSeekMath, eq. 3, by default).
 
-        J = sum_t w_t [ min(r_t A, clip(r_t, 1 - low, 1 + high) A) - beta KL_t ],   loss = -J
+        J = sum_t w_t [ c_t S_t - beta KL_t + entropy_bonus H_t ],   loss = -J
 
-    with r_t = exp(logprobs - old_logprobs). logprobs, old_logprobs and weights have any shape
-    (..., C), advantages the same without C; ref_logprobs is None where no reference is kept.
+    S_t is what `clip` makes of the ratio r_t and its bounded self, b_t = clip(r_t, 1-low, 1+high):
+
+    * "ppo": min(r_t A, b_t A), no gradient where a token went far enough (PPO, eq. 7);
+    * "cispo": stop_gradient(b_t) A log pi_t, a gradient for every token (MiniMax-M1, eq. 4 and 5).
+
+    r_t is pi_t / old_t where `ratio` is "token"; where it is "sequence", all tokens of a completion
+    have their geometric mean, and are clipped together (GSPO, eq. 5, with weights "grpo").
+
+    c_t is 1, and old_logprobs are both what sampled and what the ratio compares with, unless
+    tis_cap > 0. Then the ratio compares with first_logprobs, the trainer's own before the step's
+    first update, and c_t = min(first_t / old_t, tis_cap) corrects for the sampler, as a constant
+    (truncated importance sampling: Yao et al. 2025, fengyao.notion.site/off-policy-rl).
+
+    logprobs, old_logprobs, first_logprobs, weights and entropy, H_t in nats over the vocabulary,
+    are (..., C), advantages the same without C; ref_logprobs is None where no reference is kept.
 
     Returns (loss, sums): the loss keeps its gradient; `sums` holds detached token *sums* over this
     micro-batch, which the caller divides by the step's number of tokens: `clip_fraction` (tokens
-    whose gradient the clip removed), `mismatch` (|logprobs - old_logprobs|) and `kl`.
+    whose gradient, or with "cispo" whose ratio, the clip bounded), `mismatch` (|logprobs -
+    old_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
     """
     advantages = advantages.unsqueeze(-1)  # (..., 1)
     # Weight 0 alone would not do: what stands at padded places may be infinite, and 0 x inf is NaN.
     padding = weights == 0
     logprobs = logprobs.masked_fill(padding, 0.0)
     old_logprobs = old_logprobs.masked_fill(padding, 0.0)
-    log_ratio = logprobs - old_logprobs  # (..., C)
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip_epsilon_low, 1 + clip_epsilon_high)
-    objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)  # (..., C)
+    compared = first_logprobs.masked_fill(padding, 0.0) if tis_cap > 0 else old_logprobs
+    log_ratio = logprobs - compared  # (..., C)
+    if ratio == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True).clamp(min=1)
+    ratios = log_ratio.exp()  # (..., C), of a sequence (..., 1)
+    bounded = ratios.clamp(1 - clip_epsilon_low, 1 + clip_epsilon_high)
+    if clip == "ppo":
+        objective = torch.minimum(ratios * advantages, bounded * advantages)
+        clipped = bounded * advantages < ratios * advantages
+    else:
+        objective = bounded.detach() * advantages * logprobs  # (..., C)
+        clipped = bounded != ratios
     sums = {
-        "clip_fraction": (clipped_ratio * advantages < ratio * advantages).sum(),
-        "mismatch": log_ratio.abs().sum(),
+        "clip_fraction": (clipped & ~padding).sum(),
+        "mismatch": (logprobs - old_logprobs).abs().sum(),
     }
+    if tis_cap > 0:
+        correction = (compared - old_logprobs).exp()  # (..., C)
+        objective = correction.clamp(max=tis_cap) * objective
+        sums["tis_capped"] = ((correction > tis_cap) & ~padding).sum()
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, ref_logprobs.masked_fill(padding, 0.0), kl_estimator)
         objective = objective - kl_beta * kl
         sums["kl"] = kl.sum()
+    if entropy_bonus > 0:
+        objective = objective + entropy_bonus * entropy.masked_fill(padding, 0.0)
     return -(weights * objective).sum(), {name: value.detach() for name, value in sums.items()}

@@ -143,6 +143,7 @@ def log_softmax_(logits):
 
 class TokenLogprobs(torch.autograd.Function):
     """log p(token) from the hidden state before it: h / temperature times the head, log-softmax.
+    Beside it, where asked for, the entropy of the whole distribution, H = -sum_v p_v log p_v.
 
     Written out because nothing but this needs V numbers per token: here they exist for
     LOGPROB_CHUNK tokens at once, in a tensor that the backward pass overwrites, and for more
@@ -152,20 +153,28 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_ids):
-        """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,). Returns (T,)."""
-        logprobs, kept = [], None
+    def forward(ctx, hidden, weight, token_ids, with_entropy=False):
+        """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,).
+
+        Returns (log-probs (T,), entropies (T,) in nats or None).
+        """
+        logprobs, entropies, kept = [], [], None
         for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
             kept = None  # the last chunk's, before this one takes its own
             kept = log_softmax_(h @ weight.T)  # (N, V)
             logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
-        ctx.save_for_backward(hidden, weight, token_ids)
+            if with_entropy:
+                entropies += [
+                    -torch.linalg.vecdot(rows.exp(), rows) for rows in kept.split(SOFTMAX_ROWS)
+                ]
+        entropy = torch.cat(entropies) if with_entropy else None
+        ctx.save_for_backward(hidden, weight, token_ids, entropy)
         ctx.kept = kept if len(logprobs) == 1 else None
-        return torch.cat(logprobs)
+        return torch.cat(logprobs), entropy
 
     @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight, token_ids = ctx.saved_tensors
+    def backward(ctx, gradient, to_entropy):
+        hidden, weight, token_ids, entropy = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOGPROB_CHUNK):
@@ -173,34 +182,53 @@ class TokenLogprobs(torch.autograd.Function):
             logprobs, ctx.kept = ctx.kept, None
             if logprobs is None:
                 logprobs = log_softmax_(hidden[part] @ weight.T)
-            # d log p(token) / d logits = one-hot(token) - p
-            to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
+            # d log p(token) / d logits = one-hot(token) - p,   d H / d logits = -p (log p + H)
+            if entropy is None:
+                to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
+            else:
+                factors = (
+                    x[part, None].split(SOFTMAX_ROWS) for x in (entropy, to_entropy, gradient)
+                )
+                for rows, h, to_h, to_logprob in zip(logprobs.split(SOFTMAX_ROWS), *factors):
+                    probs = rows.exp()
+                    rows.add_(h).mul_(to_h).add_(to_logprob).mul_(probs).neg_()
+                to_logits = logprobs  # (N, V)
             to_logits.scatter_add_(-1, token_ids[part, None], gradient[part, None])
             torch.mm(to_logits, weight, out=to_hidden[part])
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
             del logprobs, to_logits
-        return to_hidden, to_weight, None
+        return to_hidden, to_weight, None, None
 
 
-def token_logprobs(model, hidden, token_ids, temperature):
+def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):
     """log p(token_ids) from the hidden states before them, at the sampling temperature, in fp32 or
-    finer. hidden: (T, D), token_ids: (T,). Returns (T,).
+    finer. hidden: (T, D), token_ids: (T,). Returns (T,); with_entropy the pair of these and the
+    entropies (T,) of the distributions that they come from.
     """
     weight = model.get_output_embeddings().weight
     with torch.autocast(hidden.device.type, enabled=False):
-        return TokenLogprobs.apply(hidden.to(weight.dtype) / temperature, weight, token_ids)
+        hidden = hidden.to(weight.dtype) / temperature
+        logprobs, entropy = TokenLogprobs.apply(hidden, weight, token_ids, with_entropy)
+    return (logprobs, entropy) if with_entropy else logprobs
 
 
-def completion_logprobs(model, batch, completion_ids, temperature):
+def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=False):
     """log p(completion | prompt) per token, for the completions of a MicroBatch.
 
-    completion_ids: (R, C), padded on the right with any token. Returns (R, C), 0 at padded places.
+    completion_ids: (R, C), padded on the right with any token. Returns (R, C), 0 at padded places;
+    with_entropy the pair of these and the entropies (R, C), in nats.
     Every prompt runs through the model once, and the gradient flows back through it: result and
     gradient are those of R full sequences.
     """
     hidden, scored = hidden_before_completions(model, batch, completion_ids)  # (T, D), (T,)
     token_ids = completion_ids.flatten().index_select(0, scored)
-    logprobs = token_logprobs(model, hidden, token_ids, temperature)  # (T,)
-    padded = logprobs.new_zeros(completion_ids.numel()).index_copy(0, scored, logprobs)
-    return padded.view(completion_ids.shape)
+
+    def padded(values):
+        values = values.new_zeros(completion_ids.numel()).index_copy(0, scored, values)
+        return values.view(completion_ids.shape)
+
+    if with_entropy:
+        pair = token_logprobs(model, hidden, token_ids, temperature, with_entropy)  # (T,), (T,)
+        return tuple(map(padded, pair))
+    return padded(token_logprobs(model, hidden, token_ids, temperature))  # (T,)

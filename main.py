@@ -36,7 +36,13 @@ from tqdm import tqdm
 
 from cold_start import cold_start
 from evaluation import check_room, evaluate_policy
-from evaluator import REWARD_FUNCTIONS, check_weights, joined_rewards, score
+from evaluator import (
+    REWARD_FUNCTIONS,
+    check_weights,
+    joined_rewards,
+    score,
+    with_overlong_penalty,
+)
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
 from llms import chat_prompt, completion_logprobs, kl_reference, load_model, mix_into
 from optimizer import apply_gradients, make_optimizer
@@ -48,6 +54,7 @@ from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
+from weight_meter import WeightMeter
 
 
 def train(args):
@@ -63,8 +70,9 @@ def train(args):
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
     cold_start(policy, tokenizer, train_problems, args, accelerator)
-    reference = kl_reference(policy, args)
     optimizer, scheduler = make_optimizer(policy, args)
+    meter = WeightMeter(optimizer)
+    reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
 
     def evaluation(step):
         summary, records = evaluate_policy(
@@ -80,12 +88,17 @@ def train(args):
                 policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
             )
             chosen = choose(rewards.total, args)  # (Q, G)
-            advantages = group_advantages(rewards.total, args.advantage_scale, chosen)  # (Q, G)
+            advantages = group_advantages(
+                rewards.total, args.advantage_scale, chosen, args.baseline
+            )  # (Q, G)
             run.save_step(step, problems, rollouts, rewards, advantages)
+            if args.save_rollouts:
+                run.save_rollouts(step, rollouts, rewards, advantages, chosen)
             update = update_policy(
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
                 chosen,
             )  # fmt: skip
+            update |= meter.shares()
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             done = step + 1
@@ -165,7 +178,8 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
             parts.append(fresh)
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
-            scores.append(score(fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file))
+            earned = score(fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file)
+            scores.append(with_overlong_penalty(earned, fresh, args))
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:
             break
@@ -211,8 +225,8 @@ def update_policy(
 
     The loss is a weighted sum over tokens whose weights come from the whole step, so micro-batches
     simply add up (see grpo.token_weights). A group whose completions all earned the same has no
-    advantage and, without a KL term, no gradient: it is left out. An update whose loss or gradient
-    is not finite changes nothing.
+    advantage and, without a KL term or entropy bonus, no gradient: it is left out. An update whose
+    loss or gradient is not finite changes nothing.
     """
     chosen = torch.ones_like(advantages, dtype=torch.bool) if chosen is None else chosen
     chosen, advantages = (x.to(policy.device) for x in (chosen, advantages))
@@ -221,17 +235,18 @@ def update_policy(
         mask = mask & rollouts.finished[:, :, None]
     sequences = chosen.sum().clamp(min=1)
     weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
-    learnable = (advantages != 0).any(-1, keepdim=True) | (reference is not None)  # (Q, 1)
-    mask = mask & learnable[:, :, None]
+    learnable = (advantages != 0).any(-1, keepdim=True)  # (Q, 1)
+    if reference is None and args.entropy_bonus == 0:
+        mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
     lengths = mask.sum(-1).tolist()
     batches = micro_batches(rollouts.prompt_ids, lengths, args.micro_batch_tokens)
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 
-    def logprobs_of(model, batch):
+    def logprobs_of(model, batch, **more):
         with accelerator.autocast():
-            return completion_logprobs(model, batch, ids[batch.rows], args.temperature)  # (R, C)
+            return completion_logprobs(model, batch, ids[batch.rows], args.temperature, **more)
 
     ref_logprobs = None
     if reference is not None:
@@ -242,13 +257,20 @@ def update_policy(
                 ref_logprobs[batch.rows] = logprobs_of(reference, batch)
         release_freed_memory()
 
-    epochs = []
+    epochs, first_logprobs = [], torch.zeros_like(ids, dtype=policy.dtype)  # (B, C)
     for _ in range(args.num_inner_epochs):
         with stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
             for batch in batches:
+                entropy = None
+                if args.entropy_bonus > 0:
+                    logprobs, entropy = logprobs_of(policy, batch, with_entropy=True)  # (R, C)
+                else:
+                    logprobs = logprobs_of(policy, batch)  # (R, C)
+                if not epochs:
+                    first_logprobs[batch.rows] = logprobs.detach()
                 loss, sums = grpo_loss(
-                    logprobs_of(policy, batch),
+                    logprobs,
                     old_logprobs[batch.rows],
                     None if ref_logprobs is None else ref_logprobs[batch.rows],
                     advantages[batch.rows],
@@ -257,6 +279,12 @@ def update_policy(
                     args.clip_epsilon_high,
                     args.kl_beta,
                     args.kl_estimator,
+                    args.ratio,
+                    args.clip,
+                    args.tis_cap,
+                    first_logprobs[batch.rows],
+                    args.entropy_bonus,
+                    entropy,
                 )
                 loss.backward()
                 metrics["loss"] += loss.detach()

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from weight_meter import keep_in_bfloat16
+
 
 def apply_gradients(optimizer, loss, max_grad_norm):
     """Clip, update and clear. Returns (gradient norm before clipping, 1 if the update was skipped).
@@ -32,6 +34,8 @@ def make_optimizer(policy, args):
         betas=(args.adam_beta1, args.adam_beta2),
         fused=True,  # foreach would hold a second copy of the moments for an instant
     )
+    if args.weights_dtype == "bfloat16":
+        keep_in_bfloat16(optimizer)
     warmup = math.ceil(args.warmup_percent * args.num_train_iters)
 
     def factor(step):

@@ -456,14 +456,19 @@ class Step:
         read = sum(map(tokens_read, batches))
         return largest, read, read / sum(map(tokens_read, largest))
 
-    def logprobs(self, model, batch):
+    def logprobs(self, model, batch, **more):
+        ids, temperature = self.ids[batch.rows], self.args.temperature
         with self.autocast:
-            return completion_logprobs(model, batch, self.ids[batch.rows], self.args.temperature)
+            return completion_logprobs(model, batch, ids, temperature, **more)
 
     def backward(self, batch, with_reference):
-        args, rows = self.args, batch.rows
+        args, rows, entropy = self.args, batch.rows, None
+        if args.entropy_bonus > 0:
+            logprobs, entropy = self.logprobs(self.policy, batch, with_entropy=True)
+        else:
+            logprobs = self.logprobs(self.policy, batch)
         loss, _ = grpo_loss(
-            self.logprobs(self.policy, batch),
+            logprobs,
             self.old_logprobs[rows],
             self.old_logprobs[rows] if with_reference else None,
             self.advantages[rows],
@@ -472,5 +477,11 @@ class Step:
             args.clip_epsilon_high,
             args.kl_beta,
             args.kl_estimator,
+            args.ratio,
+            args.clip,
+            args.tis_cap,
+            logprobs.detach(),
+            args.entropy_bonus,
+            entropy,
         )
         loss.backward()

@@ -35,12 +35,15 @@ LABELS = {
     "flat_groups": "groups whose rewards are all equal",
     "tokens_per_second": "sampled tokens per second",
     "skipped": "updates skipped as not finite",
+    "tis_capped": "tokens whose importance weight is capped",
+    "weights_changed": "weights that an update changes",
+    "weights_changed_bf16": "weights that it would change, were they stored in bf16",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",
     "format_rate": "held-out format rate (95 % interval)",
 }
 SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
-          "clip_fraction"}  # fmt: skip
+          "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
 
 
 class Series:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from comparison import interval, p_against
 from grpo import has_signal
+from rollout_file import save_rollouts
 from utils import finite, read_jsonl, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
@@ -23,6 +24,7 @@ class Run:
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer
+    rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
     checkpoints/       step_00100/: the model in Hugging Face format
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
@@ -83,6 +85,11 @@ class Run:
         path = self.completions / f"step_{step:05d}.jsonl"
         write_jsonl(path, rows)
         return path
+
+    def save_rollouts(self, step, rollouts, rewards, advantages, chosen):
+        """Write a step's rollouts, token by token. rewards: Rewards; the others are (Q, G)."""
+        path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
+        save_rollouts(path, rollouts, rewards, advantages, chosen)
 
     def save_model(self, model, tokenizer, name):
         """Save model and tokenizer as Hugging Face files under `name`, never half written."""

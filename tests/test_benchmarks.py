@@ -13,6 +13,7 @@ import common
 import gpu_check
 import limit
 import memory
+import replay
 import vs_trl
 
 TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
@@ -78,6 +79,85 @@ def test_the_memory_benchmark_has_a_process_for_each_size(saved_models, capfd):
     assert [size["completions"] for size in result["sizes"]] == [4]
     assert result["sizes"][0]["peak_gib"] > 0
     assert result["growth"] == 1
+
+
+@pytest.fixture(scope="module")
+def replayable(saved_models, tmp_path_factory):
+    """A run of four steps from a saved model, its rollouts, and checkpoints after 2 and 4."""
+    import main
+
+    def spread(completion, problem):
+        return float(sum(map(ord, completion)) % 7)
+
+    run = tmp_path_factory.mktemp("replay") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "REWARD_FUNCTIONS", [spread])
+        main.train(main.parse_args([
+            "--preset", "cpu", "--questions_per_step", "2", "--group_size", "4", "--eval_problems",
+            "2", "--max_completion_length", "8", "--cold_start_steps", "0", "--num_train_iters",
+            "4", "--save_steps", "2", "--learning_rate", "0.0003", "--lr_schedule", "constant",
+            "--warmup_percent", "0", "--max_prompt_length", "400", "--save_rollouts",
+            "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run),
+        ]))  # fmt: skip
+    return run
+
+
+def replayed(run, capfd, *flags):
+    replay.main([str(run), *flags])
+    return json.loads(capfd.readouterr().out.splitlines()[-1])["points"]
+
+
+@pytest.mark.benchmark
+def test_replay_tells_objectives_apart_only_where_the_model_has_moved(replayable, capfd):
+    points = replayed(replayable, capfd)
+    seen = [(point["step"], point["model"].rsplit("/")[-1]) for point in points]
+    assert seen[1:] == [(2, "step_00002"), (0, "model"), (2, "model"), (3, "model")]
+    here, old, recent = points[0], points[2], points[4]
+    assert here["mismatch"] < 1e-5 < recent["mismatch"] < old["mismatch"]
+    for point in points[:2]:  # the models that sampled
+        for name in ("gspo", "tis"):
+            assert point["objectives"]["grpo"]["cosine"][name] == pytest.approx(1, abs=1e-5)
+            assert point["objectives"][name]["clip_fraction"] == 0
+        assert point["objectives"]["dapo"]["cosine"]["cispo"] == pytest.approx(1, abs=1e-5)
+        norms = [point["objectives"][name]["norm"] for name in ("grpo", "gspo", "tis")]
+        assert max(norms) == pytest.approx(min(norms), rel=1e-4)
+    grpo = old["objectives"]["grpo"]
+    assert grpo["cosine"]["grpo"] == pytest.approx(1)
+    assert old["objectives"]["dapo"]["cosine"]["cispo"] < 0.999
+    assert old["objectives"]["gspo"]["clip_fraction"] > grpo["clip_fraction"]
+
+
+@pytest.mark.benchmark
+def test_replay_at_the_sampler_has_the_run_s_own_gradient(replayable, capfd):
+    [point, _] = replayed(replayable, capfd, "--step", "0", "--objective", "grpo")
+    logged = json.loads((replayable / "metrics.jsonl").read_text().splitlines()[0])
+    assert point["objectives"]["grpo"]["norm"] == pytest.approx(logged["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--objective", "ppo"], "--objective ppo: not one of"),
+        (["--step", "9"], "--step 9: not saved; there are 0 to 3"),
+        (["--model", "no/such"], "--model no/such: no such directory"),
+    ],
+)
+def test_replay_answers_a_mistake_in_one_line(replayable, flags, reason, capfd):
+    with pytest.raises(SystemExit) as ended:
+        replay.main([str(replayable), *flags])
+    assert ended.value.code == 2
+    err = capfd.readouterr().err
+    assert reason in err and err.count("\n") == 1
+
+
+def test_replay_needs_saved_rollouts(tmp_path, capfd):
+    for written in ({}, {"flags": {"preset": "cpu", "dataset_name": "arithmetic"}}):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        with pytest.raises(SystemExit) as ended:
+            replay.main([str(tmp_path)])
+        assert ended.value.code == 2
+    assert "train with --save_rollouts" in capfd.readouterr().err
 
 
 @pytest.fixture

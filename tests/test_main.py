@@ -30,6 +30,7 @@ from main import update_policy
 from optimizer import apply_gradients, make_optimizer
 from plotter import Series
 from rldatasets import Problem, Problems
+from rollout_file import load_rollouts
 from runlog import show_progress
 from sampler import sample_rollouts
 from shared_prefix import micro_batches
@@ -532,7 +533,8 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
             [*TINY, "--model_name", str(saved_models[family]), "--output_dir", str(run), "--seed",
              "5", "--kl_beta", "0.04", "--update_ref_model", "--update_ref_model_freq", "1",
              "--eval_iterations", "1", "--save_steps", "2", "--num_inner_epochs", "2",
-             "--warmup_percent", "0", "--learning_rate", "0.001", "--eval_samples", "2"]
+             "--warmup_percent", "0", "--learning_rate", "0.001", "--eval_samples", "2",
+             "--save_rollouts", "--overlong_buffer", "6", "--weights_dtype", "bfloat16"]
         )
     )  # fmt: skip
     config = json.loads((run / "config.json").read_text())
@@ -542,6 +544,7 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert [row["step"] for row in metrics] == [0, 1]
     for key in ("reward", "rewards/correctness", "loss", "kl", "entropy", "grad_norm", "mismatch",
                 "clip_fraction", "completion_length", "learning_rate", "tokens_per_second",
+                "rewards/overlong", "weights_changed", "weights_changed_bf16",
                 "seconds/sampling", "seconds/reference", "seconds/policy"):  # fmt: skip
         assert math.isfinite(metrics[1][key]), key
     rates = [row["learning_rate"] for row in metrics]
@@ -555,6 +558,18 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     rows = lines(run / "completions" / "step_00001.jsonl")
     assert len(rows) == 6
     assert {"question", "answer", "completion", "rewards", "reward", "advantage"} <= rows[0].keys()
+    rollouts, rewards, advantages, chosen = load_rollouts(run / "rollouts/step_00001.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    completions = rollouts.completion_ids.flatten(0, 1), rollouts.completion_mask.flatten(0, 1)
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*completions)
+    ]
+    assert texts == [row["completion"] for row in rows]
+    assert "assistant" in tokenizer.decode(rollouts.prompt_ids[1]) and len(rollouts.prompt_ids) == 2
+    assert (rollouts.logprobs[rollouts.completion_mask] < 0).all() and chosen.all()
+    assert rewards.total.flatten().tolist() == [row["reward"] for row in rows]
+    assert rewards.per_function.flatten(0, 1).tolist() == [[*r["rewards"].values()] for r in rows]
+    assert advantages.flatten().tolist() == [row["advantage"] for row in rows]
     plots = {path.name for path in (run / "plots").iterdir()}
     assert {"overview.png", "reward.png", "rewards_correctness.png", "eval_accuracy.png"} <= plots
     for folder in ("model", "checkpoints/step_00002"):

@@ -61,7 +61,7 @@ def four_layers(tmp_path_factory):
     [
         ("no", []),
         ("no", ["--gradient_checkpointing"]),
-        ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0"]),
+        ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"]),
         ("bf16", ["--kl_beta", "0.04"]),
     ],
 )
