@@ -13,7 +13,7 @@ import signal
 import sys
 
 from flags import parse_args
-from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed
+from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed, one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     try:
         plan(ARGS) if ARGS.plan else train(ARGS)
     except UserError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print(one_line(f"main.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training), "
