@@ -7,20 +7,24 @@ bug is a text that stands exactly once in the modules, and what replaces it.
 
 import argparse
 import ast
+import importlib
+import multiprocessing
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = os.environ.get("GSM8K_DIR", str(ROOT.parent / "shared" / "gsm8k"))
-LIMIT = 1800  # seconds for the tests of one bug; one that never ends has been noticed
+# What takes seconds to import, imported once and shared by all forks. Nothing of the repository.
+LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "transformers.generation",
+             "transformers.models.qwen2.modeling_qwen2", "accelerate", "datasets", "hypothesis",
+             "matplotlib.figure")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,28 +261,42 @@ def check(mutants=MUTANTS):
                 yield f"{mutant.name}: no tests/{test}"
 
 
+class FirstFailure:
+    """A pytest plugin that remembers what failed first."""
+
+    name = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.name = self.name or report.nodeid.removeprefix("tests/")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
 def run(mutant):
-    """(mutant, file, the test that noticed, None if none did, seconds)."""
-    started = time.monotonic()
+    """(mutant, file, the test that noticed, None if none did, seconds).
+
+    Ends this process's use for anything else: it is a fork made for one bug.
+    """
+    started, first = time.monotonic(), FirstFailure()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder) / "repository"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         path, text = apply(mutant, copy)
         path.write_text(text)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        try:
-            done = subprocess.run(
-                [*command, *(f"tests/{test}" for test in mutant.tests.split())],
-                cwd=copy, capture_output=True, text=True, timeout=LIMIT,
-                env={**os.environ, "GSM8K_DIR": GSM8K, "PYTHONDONTWRITEBYTECODE": "1"},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return mutant, path.name, f"no end within {LIMIT} s", time.monotonic() - started
-    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode not in (0, 1) or (done.returncode == 1 and not found):
-        raise RuntimeError(f"{mutant.name}: pytest failed of itself\n{done.stdout[-3000:]}")
-    killer = found[1] if done.returncode else None
-    return mutant, path.name, killer, time.monotonic() - started
+        os.chdir(copy)
+        sys.path.remove(str(Path(__file__).parent))
+        with open(Path(folder) / "output", "w+") as output:
+            for number in (1, 2):
+                os.dup2(output.fileno(), number)
+            tests = [f"tests/{test}" for test in mutant.tests.split()]
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+            sys.stdout.flush()
+            if status not in (0, 1):
+                output.seek(0)
+                raise RuntimeError(f"{mutant.name}: pytest failed of itself\n{output.read()}")
+        os.chdir("/")
+    return mutant, path.name, first.name, time.monotonic() - started
 
 
 def main():
@@ -290,10 +308,14 @@ def main():
     if problems := [f"no bug is called {args.only}"] if not mutants else list(check(mutants)):
         print("\n".join(problems), file=sys.stderr)
         return 2
+    os.environ.update(GSM8K_DIR=GSM8K, PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    for library in LIBRARIES:
+        importlib.import_module(library)
     width = max(len(mutant.name) for mutant in mutants)
     survivors, started = [], time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, file, killer, seconds in pool.map(run, mutants):
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for mutant, file, killer, seconds in pool.imap(run, mutants):
             noticed = killer or f"SURVIVES {mutant.tests}"
             print(f"{mutant.name:{width}}  {file:16}  {seconds:5.0f} s  {noticed}", flush=True)
             survivors += [] if killer else [mutant.name]
