@@ -30,7 +30,7 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 NUMBER = re.compile(
     r"(?P<sign>[-\u2212+]?[$€£]?|[$€£][-\u2212])(?=\.?[0-9])"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?P<fraction>\.[0-9]+)?"
-    r"(?!\s*(?:k|dozen|hundred|thousand|million|billion)\b)\.?\s*%?[a-z\s]*\.?",
+    r"(?!\s*(?:k|(?:dozen|hundred|thousand|million|billion|trillion)s?)\b)\.?\s*%?[a-z\s]*\.?",
     re.IGNORECASE | re.ASCII,
 )
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")

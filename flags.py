@@ -11,13 +11,15 @@ import math
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from importlib import util
+from operator import index
 from pathlib import Path
 
 from known_models import KNOWN_MODELS
-from utils import UserError, hub_token
+from utils import UserError, hub_token, one_line
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_CONTEXT = 8192
@@ -92,7 +94,7 @@ def _number(kind, low, high=math.inf, low_open=False):
         inside = (low < value if low_open else low <= value) and value <= high
         if not inside or value in (math.inf, -math.inf):
             name = "a whole number" if kind is int else "a finite number"
-            bound = f" above {low:g}" if low_open else f" of at least {low:g}"
+            bound = f" above {low:g}" if low_open else f" of at least {low:.10g}"
             bound = "" if low == -math.inf else bound
             limit = "" if high == math.inf else f" and at most {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}{bound}{limit}")
@@ -101,11 +103,13 @@ def _number(kind, low, high=math.inf, low_open=False):
     return parse
 
 
-COUNT = _number(int, 0)
-POSITIVE_COUNT = _number(int, 1)
+MOST = 10**9  # of anything that is counted
+COUNT = _number(int, 0, MOST)
+POSITIVE_COUNT = _number(int, 1, MOST)
 POSITIVE = _number(float, 0, low_open=True)
 NOT_NEGATIVE = _number(float, 0)
 SHARE = _number(float, 0, 1)
+RATE = _number(float, 0, 1, low_open=True)
 BETA = _number(float, 0, math.nextafter(1, 0))
 
 
@@ -113,12 +117,12 @@ def _weight(text):
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, e.g. correctness=2")
-    return name, _number(float, -math.inf)(value)
+    return name, _number(float, -1e6, 1e6)(value)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
@@ -167,15 +171,16 @@ def build_parser(preset, dataset_name=None):
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
          help="questions per step")
-    flag("--group_size", "--num_chains", type=_number(int, 2), metavar="G",
+    flag("--group_size", "--num_chains", type=_number(int, 2, MOST), metavar="G",
          help="completions per question; at least 2, since each is compared with the others")
     flag("--max_prompt_length", type=POSITIVE_COUNT, metavar="TOKENS",
          help="training questions with a longer prompt are left out, and counted")
     flag("--max_completion_length", type=POSITIVE_COUNT, metavar="TOKENS",
          help="longer completions are cut off")
-    flag("--temperature", type=POSITIVE, help="of sampling, and of the log-probs in the loss")
+    flag("--temperature", type=_number(float, 0.01, 100),
+         help="of sampling, and of the log-probs in the loss")
     flag("--top_k", type=COUNT, default=0, help="sample from the k likeliest tokens; 0: off")
-    flag("--top_p", type=_number(float, 0, 1, low_open=True), default=1.0,
+    flag("--top_p", type=RATE, default=1.0,
          help="sample from the likeliest tokens that hold this share of probability; 1: off")
     flag("--min_p", type=SHARE, default=0.0,
          help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
@@ -232,7 +237,7 @@ def build_parser(preset, dataset_name=None):
 
     flag = group("optimizer").add_argument
     flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: none")
-    flag("--learning_rate", type=POSITIVE, help="peak learning rate of AdamW")
+    flag("--learning_rate", type=RATE, help="peak learning rate of AdamW")
     flag("--lr_schedule", choices=("constant", "cosine"), help="after warm-up; cosine falls to 0")
     flag("--warmup_percent", type=SHARE, help="share of the steps that warm up; 0: none")
     flag("--adam_beta1", type=BETA, default=0.9, help="decay of AdamW's first moment")
@@ -248,7 +253,7 @@ def build_parser(preset, dataset_name=None):
          "again in the backward pass instead of keeping them: less memory, a third more work")
     flag("--cold_start_steps", type=COUNT, metavar="STEPS",
          help="supervised steps on worked solutions before GRPO; 0: none")
-    flag("--cold_start_learning_rate", type=POSITIVE, metavar="RATE", help="constant; AdamW")
+    flag("--cold_start_learning_rate", type=RATE, metavar="RATE", help="constant; AdamW")
 
     flag = group("evaluation and saving").add_argument
     flag("--eval_iterations", type=COUNT, metavar="STEPS",
@@ -317,7 +322,13 @@ def parse_args(argv=None):
 
 
 def check_flags(args):
-    """Raise UserError for flags that are fine one by one but not together."""
+    """Raise UserError for names that no file has, and for flags that do not go together."""
+    for flag in ("model_name", "dataset_path", "output_dir"):
+        # Control characters, and bytes that are not UTF-8, as Python holds them.
+        if re.search("[\x00-\x1f\x7f\ud800-\udfff]", getattr(args, flag) or ""):
+            raise UserError(f"--{flag} {getattr(args, flag)}: holds characters that are not text; "
+                            "rename it")  # fmt: skip
+    hub_token()
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
     if 0 < args.sampling_batch_size < args.group_size:
@@ -354,9 +365,9 @@ def check_dataset(args):
         hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
         return
     path = Path(args.dataset_path)
-    files = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
+    files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(f"--dataset_path {path}: no file {file}; expected a directory with "
                             "train.jsonl and test.jsonl, or a .jsonl file")  # fmt: skip
 
@@ -373,22 +384,24 @@ def check_model(args):
         check_context(args, EMBEDDED_CONTEXT)
         return
     local = Path(name)
-    if local.is_dir():
+    if os.path.isdir(local):
         config_file = local / "config.json"
         if not config_file.is_file():
             raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
         if not (args.plan or any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
             raise UserError(f"{flag}: no weights there (*.safetensors)")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
         config_file = hub_file(name, "config.json", "model", flag)
     else:
         raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, or "
                         f"{EMBEDDED_MODEL}")  # fmt: skip
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        family, context = config["model_type"], config["max_position_embeddings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{flag}: its config.json is damaged or not a language model's") from None
+        family, context = config["model_type"], index(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{flag}: its config.json is damaged or not a language model's; fetch it again"
+        ) from None
     if family not in MODEL_TYPES:
         raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
     if config.get("use_sliding_window"):
@@ -407,11 +420,17 @@ def check_context(args, context):
 def check_output_dir(args):
     """Raise UserError where a run would mix with other files, or could not write."""
     path = Path(args.output_dir)
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--output_dir {path}: is not empty; name another directory")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {path}: {existing} is not a directory one may write to")
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    try:
+        if existing == path and path.is_dir() and any(path.iterdir()):
+            raise UserError(f"--output_dir {path}: is not empty; name another directory")
+        tempfile.TemporaryFile(dir=existing).close()
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: {existing} cannot be written to ("
+                        f"{error.strerror}); name another directory") from None  # fmt: skip
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise UserError(f"--output_dir {path}: longer than {longest} bytes; shorten it")
 
 
 def hub_file(repo_id, filename, repo_type, flag):
@@ -443,6 +462,8 @@ def hub_file(repo_id, filename, repo_type, flag):
     if "path" in found:
         return found["path"]
     error = found.get("error")
+    if isinstance(error, errors.HFValidationError):
+        raise UserError(f"{flag}: neither a directory nor a name that the hub allows")
     if isinstance(error, errors.GatedRepoError):
         raise UserError(f"{flag}: access is gated; accept its licence on the hub and set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):

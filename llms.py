@@ -11,8 +11,6 @@ from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -37,24 +35,54 @@ def load_model(model_name, device, token=None):
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")
     transformers_logging.disable_progress_bar()
-    if model_name == EMBEDDED_MODEL:
-        model, tokenizer = _load_embedded()
-    else:
-        try:
+    flag = f"--model_name {model_name}"
+    with refusing(f"{flag}: cannot be loaded, fetch its files again"):
+        if model_name == EMBEDDED_MODEL:
+            model, tokenizer = _load_embedded()
+        else:
             tokenizer = AutoTokenizer.from_pretrained(model_name, token=token)
-            model = AutoModelForCausalLM.from_pretrained(
-                model_name, dtype=torch.float32, attn_implementation="sdpa", token=token
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"--model_name {model_name}: cannot be loaded: {reason}") from None
+            model, report = AutoModelForCausalLM.from_pretrained(
+                model_name, dtype=torch.float32, attn_implementation="sdpa", token=token,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+            misfits = [*report["missing_keys"], *report["unexpected_keys"]]
+            misfits += [name for name, *_ in report["mismatched_keys"]]
+            if misfits:  # transformers would fill them at random, or leave them out
+                raise UserError(f"{flag}: weights and config.json disagree on {misfits[0]}; they "
+                                "are of two models, or damaged")  # fmt: skip
+        stops = stop_token_ids(model, tokenizer)
+    if not stops:
+        raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
+                        "eos_token")  # fmt: skip
+    known, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if tokens > known:
+        raise UserError(f"{flag}: its tokenizer has {tokens} tokens, the model {known}; use the "
+                        "tokenizer that it was trained with")  # fmt: skip
     if tokenizer.chat_template is None:
-        raise UserError(f"--model_name {model_name}: has no chat template; use an -Instruct model")
-    try:
-        chat_prompt(tokenizer, "system", "question")
-    except TemplateError:
-        raise UserError(f"--model_name {model_name}: its chat takes no system message") from None
+        raise UserError(f"{flag}: has no chat template; use an -Instruct model")
+    with refusing(f"{flag}: its chat takes no system message, use an -Instruct model"):
+        prompt = tokenizer.decode(chat_prompt(tokenizer, "Speak softly", "Which colour"))
+    if not ("Speak softly" in prompt and "Which colour" in prompt):
+        raise UserError(f"{flag}: its tokenizer or chat template loses the question; add the files "
+                        "that are missing (tokenizer.json, chat_template.jinja)")  # fmt: skip
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def refusing(message):
+    """Whatever transformers, a library of many layers, raises about a model's files becomes a
+    UserError `message: reason`, and it prints none of its reports. A UserError passes."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise UserError(f"{message}: {reason}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _load_embedded():

@@ -19,6 +19,7 @@ from utils import (
     hub_token,
     keep_freed_memory,
     mixed_seed,
+    one_line,
     release_freed_memory,
 )
 
@@ -287,6 +288,7 @@ def update_policy(
                     entropy,
                 )
                 loss.backward()
+                release_freed_memory()
                 metrics["loss"] += loss.detach()
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens
@@ -304,7 +306,7 @@ if __name__ == "__main__":
     try:
         plan(ARGS) if ARGS.plan else train(ARGS)
     except UserError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print(one_line(f"main.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training), "

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from decoder import Decoder
 from grpo import grpo_loss
 from known_models import KNOWN_MODELS
-from llms import completion_logprobs, frozen_copy
+from llms import completion_logprobs, frozen_copy, refusing
 from optimizer import make_optimizer
 from sampler import sample_tokens
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
@@ -96,12 +96,15 @@ def planned(args, on_gpu, machine=None, layers=None):
 
     machine: for the work, else there is none. layers: of the model, if not as many as it has.
     """
-    config = config_of(args.model_name)
-    config.num_hidden_layers = layers or config.num_hidden_layers
     with as_if(on_gpu):
-        policy = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        with refusing(
+            f"--model_name {args.model_name}: cannot be planned, its config.json is damaged"
+        ):
+            config = config_of(args.model_name)
+            config.num_hidden_layers = layers or config.num_hidden_layers
+            policy = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            )
         return step_plan(policy.eval(), args, on_gpu, machine)
 
 

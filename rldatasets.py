@@ -13,6 +13,7 @@ dataset.py: the number after `####`, commas removed, must match.
 """
 
 import hashlib
+import math
 import operator
 import random
 import re
@@ -105,7 +106,8 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
         problems = _problems_from_file(Path(dataset_path))
         problems = [problem for problem in problems if is_held_out(problem.question) == wanted]
     if not problems:
-        raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split")
+        raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split; add "
+                        "lines (of one file, one in five is held out)")  # fmt: skip
     return Problems(problems, seed)
 
 
@@ -119,15 +121,30 @@ def _problems_from_file(path):
 
 
 def _problem_from_row(row, where):
-    for field in ("question", "answer"):
-        if row.get(field) is None or not str(row[field]).strip():
-            raise UserError(f"{where}: `{field}` is missing or empty")
-    solution, mark, answer = str(row["answer"]).rpartition("####")
+    question, whole = _field(row, "question", where), _field(row, "answer", where)
+    if not question or not whole:
+        missing = "answer" if question else "question"
+        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one")
+    solution, mark, answer = whole.rpartition("####")
     if mark and not answer.strip():
-        raise UserError(f"{where}: nothing after #### in `answer`")
+        raise UserError(f"{where}: nothing after #### in `answer`; the answer belongs there")
     # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
-    solution = re.sub(r"<<[^<>]*>>", "", str(row.get("solution") or solution))
-    return Problem(str(row["question"]).strip(), answer.strip(), solution.strip())
+    solution = re.sub(r"<<[^<>]*>>", "", _field(row, "solution", where) or solution)
+    return Problem(question, answer.strip(), solution.strip())
+
+
+def _field(row, name, where):
+    """A field's text, "" where it is missing. Only an answer may be a number instead."""
+    value = row.get(name)
+    if name == "answer" and type(value) in (int, float) and math.isfinite(value):
+        value = str(value)
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: `{name}` is {str(value)[:40]}; expected text"
+                        + (" or a finite number" if name == "answer" else ""))  # fmt: skip
+    text = (value or "").strip()
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: `{name}` holds half a character (\\ud800 to \\udfff); remove it")
+    return text
 
 
 # --- arithmetic: generated word problems -------------------------------------------------------

@@ -12,6 +12,16 @@ class UserError(Exception):
     """A mistake the user can mend: shown as one line, exit status 2, no traceback."""
 
 
+def one_line(text, limit=200):
+    """`text` as one printable line; of a longer one than `limit` characters the middle goes.
+
+    A mistake is named at the start of its message and mended at the end.
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    tail = limit // 2 - 5
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-tail:]}"
+
+
 def keep_freed_memory():
     """Have the C allocator reuse large blocks, in huge pages. Call it before torch is imported.
 
@@ -40,7 +50,10 @@ def release_freed_memory():
 
 def hub_token():
     """The user's Hugging Face token, if any; it is passed on to the hub and written nowhere."""
-    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or None
+    token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
+    if not token.isascii() or not token.isprintable():  # what refuses it would show it
+        raise UserError("HF_TOKEN: no token looks like that; unset it, or copy it again")
+    return token or None
 
 
 def mixed_seed(*parts):
@@ -61,22 +74,24 @@ def read_jsonl(path, torn_end=False):
     """
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    if torn_end and not line.endswith("\n"):
+                    row = json.loads(line.decode("utf-8-sig"))  # Windows likes to start with a mark
+                except (ValueError, RecursionError) as error:
+                    if torn_end and not line.endswith(b"\n"):
                         break
-                    raise UserError(f"{path}:{number}: not JSON: {error}") from None
+                    if isinstance(error, UnicodeDecodeError):
+                        raise UserError(f"{path}:{number}: not UTF-8; save it as that") from None
+                    raise UserError(f"{path}:{number}: not JSON: {error}; expected an object like "
+                                    "{...} per line") from None  # fmt: skip
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected an object like {{...}}")
                 rows.append((number, row))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     return rows
 
 

@@ -1,6 +1,9 @@
 """Tiny models and tokenizers, built in memory: the suite needs no network."""
 
 import os
+import runpy
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +23,11 @@ from transformers import (
 )
 
 import reward_lint
+import utils
 from lean_layers import make_lean
 
 ROOT = Path(__file__).resolve().parent.parent
+CANARY = "hf_canary1234567890"  # an access token, which no output may hold
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -154,6 +159,28 @@ def lint_without_its_megabytes(request, monkeypatch):
 @pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs main.py in this process as `python main.py FLAGS` would, less the seconds of its
+    imports. Returns (exit status, stdout, stderr)."""
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setattr(utils, "keep_freed_memory", lambda: None)  # it would hold for all tests
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, argv)])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,11 @@
-"""Reward functions and answer parsing: tables, fuzzing, adversarial text, and the scores."""
+"""Reward functions, answers and scores; test_reward_parser.py has the tables and the fuzzing."""
 
 import ast
 import math
-import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from evaluator import (
     REWARD_FUNCTIONS,
@@ -224,41 +221,6 @@ def test_a_wrong_answer_never_outranks_the_right_one_of_the_same_form():
         assert total(form("72")) == total(form("73")) + 2.0
 
 
-TEXTS = st.lists(
-    st.sampled_from(["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", "7", ",", "-"])
-    | st.text(max_size=8)
-).map("".join)
-
-
-@settings(max_examples=400, deadline=None)
-@given(TEXTS, st.text(max_size=20))
-def test_no_text_makes_a_reward_function_raise_or_leave_its_range(completion, gold):
-    for function in REWARD_FUNCTIONS:
-        value = function(completion, Problem("?", gold, ""))
-        assert 0.0 <= value <= PERFECT[function.__name__]
-    problem = Problem("?", gold, "")
-    assert is_correct_leniently(completion, problem) >= is_correct(completion, problem)
-
-
-@pytest.mark.parametrize(
-    "unit",
-    ["<reasoning>\n", "</reasoning>", "<answer>", "</answer>\n<answer>", "<", "9", "9,", "-",
-     "\n", " a", "<reasoning>\nr\n</reasoning>\n<answer>\n7\n</answer>\n"],
-)  # fmt: skip
-@pytest.mark.parametrize("wrap", [False, True])
-def test_a_megabyte_of_adversarial_text_takes_no_time(unit, wrap):
-    text = unit * (1_000_000 // len(unit))
-    if wrap:
-        text = written(answer=text)
-    for function in REWARD_FUNCTIONS:
-        fastest = math.inf
-        for _ in range(3):
-            started = time.perf_counter()
-            function(text, GOLD)
-            fastest = min(fastest, time.perf_counter() - started)
-        assert fastest < 0.05, function.__name__
-
-
 # --- scoring -----------------------------------------------------------------------------------
 
 
@@ -296,23 +258,6 @@ def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
 
 
 # --- safety ------------------------------------------------------------------------------------
-
-
-def test_no_module_evaluates_text_or_trusts_remote_code():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name = getattr(node.func, "id", None)
-            assert name not in ("eval", "exec", "compile", "__import__"), (path, node.lineno)
-            attribute = getattr(node.func, "attr", None)
-            assert attribute not in ("system", "popen"), (path, node.lineno)
-            for keyword in node.keywords:
-                assert keyword.arg != "trust_remote_code", (path, node.lineno)
-                value = getattr(keyword.value, "value", None)
-                assert (keyword.arg, value) not in (
-                    ("shell", True), ("weights_only", False),
-                ), (path, node.lineno)  # fmt: skip
 
 
 def test_reward_functions_need_the_standard_library_alone():

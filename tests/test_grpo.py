@@ -106,6 +106,12 @@ def test_advantages_compare_within_the_group_only():
     assert torch.allclose(group_advantages(rewards, "std"), centred / std, atol=1e-3)
 
 
+def test_rewards_that_differ_by_rounding_alone_get_next_to_no_advantage():
+    rewards = torch.tensor([[0.7, 0.7, 0.7, 0.7 + 6e-8]])  # one step of fp32
+    assert rewards.unique().numel() == 2
+    assert group_advantages(rewards, "std").abs().max() < 1e-2
+
+
 def test_advantages_of_chosen_completions_compare_with_the_chosen_only():
     rewards = torch.tensor([[1.0, 9.0, 3.0, 2.0], [4.0, 4.0, 0.0, 7.0]])
     chosen = torch.tensor([[True, False, True, False], [True, True, False, False]])

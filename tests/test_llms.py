@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
+from conftest import FAMILIES, make_args, make_model, make_tokenizer
 
 import llms
 from llms import (
     chat_prompt,
     completion_logprobs,
     frozen_copy,
+    kl_reference,
     load_model,
     mix_into,
     stop_token_ids,
@@ -226,6 +227,16 @@ def test_the_reference_does_not_move_with_the_policy_and_mixes_by_alpha():
     mix_into(reference, policy, alpha=0.25)
     for mixed, old in zip(reference.parameters(), start):
         assert torch.allclose(mixed, old + 0.25, atol=1e-6)
+
+
+def test_the_kl_compares_with_a_copy_unless_its_weight_is_zero():
+    policy = make_model()
+    assert kl_reference(policy, make_args(kl_beta=0.0)) is None
+    reference = kl_reference(policy, make_args(kl_beta=0.1, update_ref_model=False))
+    ours, theirs = (dict(model.named_parameters()) for model in (policy, reference))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert not {p.data_ptr() for p in ours.values()} & {p.data_ptr() for p in theirs.values()}
+    assert all(p.requires_grad for p in ours.values())
 
 
 def test_dropout_in_the_config_does_not_reach_scoring():

@@ -29,7 +29,7 @@ from llms import frozen_copy
 from main import update_policy
 from optimizer import apply_gradients, make_optimizer
 from plotter import Series
-from rldatasets import Problem, Problems
+from rldatasets import Problem, Problems, arithmetic_problems
 from rollout_file import load_rollouts
 from runlog import show_progress
 from sampler import sample_rollouts
@@ -155,6 +155,13 @@ def test_the_gradient_is_clipped_and_its_norm_logged_from_before(accelerator):
     assert norm_of(clipped) == pytest.approx(norm_of(whole) / 10, rel=1e-4)
     untouched, _ = gradients(model, rollouts, accelerator, max_grad_norm=norm_of(whole) * 10)
     assert distance(untouched, whole) < 1e-5
+    for tokens in (1, 30):  # it is the whole step's gradient that is clipped
+        parts, part_metrics = gradients(
+            model, rollouts, accelerator, max_grad_norm=norm_of(whole) / 10,
+            micro_batch_tokens=tokens,
+        )  # fmt: skip
+        assert distance(parts, clipped) < 1e-5
+        assert part_metrics["grad_norm"] == pytest.approx(norm_of(whole), rel=1e-5)
 
 
 def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
@@ -553,8 +560,10 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert [row["step"] for row in evaluations] == [0, 1, 2]
     assert all(row["problems"] == 5 and 0 <= row["pass@2"] <= 1 for row in evaluations)
     assert [row.get("mcnemar_p", "none yet") for row in evaluations] == ["none yet", 1.0, 1.0]
+    held_out = [problem.question for problem in arithmetic_problems("test", 5)[:5]]
     for step in (0, 1, 2):
-        assert len(lines(run / "completions" / f"eval_{step:05d}.jsonl")) == 5
+        answers = lines(run / "completions" / f"eval_{step:05d}.jsonl")
+        assert [row["question"] for row in answers] == held_out
     rows = lines(run / "completions" / "step_00001.jsonl")
     assert len(rows) == 6
     assert {"question", "answer", "completion", "rewards", "reward", "advantage"} <= rows[0].keys()

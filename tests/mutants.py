@@ -1,0 +1,331 @@
+"""Does the suite notice? `python tests/mutants.py [--only NAME ...] [--jobs N]`.
+
+One bug at a time goes into a copy of the repository; the tests of the changed module then have to
+fail. Bugs of the kind that GRPO code has had: none of them raises, all of them train something. A
+bug is a text that stands exactly once in the modules, and what replaces it.
+"""
+
+import argparse
+import ast
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GSM8K = os.environ.get("GSM8K_DIR", str(ROOT.parent / "shared" / "gsm8k"))
+# What takes seconds to import, imported once and shared by all forks. Nothing of the repository.
+LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "transformers.generation",
+             "transformers.models.qwen2.modeling_qwen2", "accelerate", "datasets", "hypothesis",
+             "matplotlib.figure")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: `old`, found once in the repository's modules, becomes `new`; these tests see it."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+
+
+GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION = (
+    "test_grpo.py", "test_main.py", "test_rldatasets.py", "test_llms.py", "test_sampler.py",
+    "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
+    "test_evaluation.py",
+)  # fmt: skip
+
+MUTANTS = [
+    # --- advantages
+    Mutant(
+        "population standard deviation",
+        "variance = advantages.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)",
+        "variance = advantages.square().sum(-1, keepdim=True) / count",
+        GRPO,
+    ),
+    Mutant("no epsilon in the advantage", "(variance.sqrt() + STD_EPSILON)",
+           "(variance.sqrt() + 1e-8)", GRPO),
+    Mutant("equal rewards get what rounding leaves",
+           "return advantages.masked_fill(highest <= lowest, 0.0)", "return advantages", GRPO),
+    Mutant("mean over the batch, not the group",
+           "mean = rewards.where(chosen, 0).sum(-1, keepdim=True) / count",
+           "mean = rewards.where(chosen, 0).sum() / chosen.sum()", GRPO),
+    Mutant("PODS keeps the best alone",
+           "(ranks < size - k) | (ranks >= group_size - k)", "ranks >= group_size - size", GRPO),
+    # --- objective
+    Mutant("KL the other way round", "log_ratio = ref_logprobs - logprobs  #",
+           "log_ratio = logprobs - ref_logprobs  #", GRPO),
+    Mutant("k1 for k3", "return log_ratio.exp() - 1 - log_ratio", "return -log_ratio", GRPO),
+    Mutant("k2 without its half", "return 0.5 * log_ratio.square()",
+           "return log_ratio.square()", GRPO),
+    Mutant("KL rewarded", "objective - kl_beta * kl", "objective + kl_beta * kl", GRPO),
+    Mutant("max of ratio and clipped ratio", "torch.minimum(", "torch.maximum(", GRPO),
+    Mutant("ratio always 1", "old_logprobs = old_logprobs.masked_fill(padding, 0.0)",
+           "old_logprobs = logprobs.detach()", GRPO),
+    Mutant("one clip bound for both sides", "1 + clip_epsilon_high)", "1 + clip_epsilon_low)",
+           GRPO),
+    Mutant("ascent", "return -(weights * objective).sum()", "return (weights * objective).sum()",
+           GRPO),
+    Mutant("padding counts in a sequence's mean",
+           "(sequences * mask.sum(-1, keepdim=True).clamp(min=1))", "(sequences * mask.shape[-1])",
+           GRPO),
+    Mutant("dapo averages each sequence", "return mask / mask.sum().clamp(min=1)",
+           "return mask / (len(mask) * mask.sum(-1, keepdim=True).clamp(min=1))", GRPO),
+    Mutant("dr_grpo divides by the longest", "return mask / (sequences * max_completion_length)",
+           "return mask / (sequences * mask.shape[-1])", GRPO),
+    # --- update
+    Mutant("micro-batches each averaged", "weights[batch.rows],",
+           "weights[batch.rows] * len(batches),", RUNS),
+    Mutant("the last micro-batch's gradient alone", "                loss.backward()\n",
+           "                optimizer.zero_grad()\n                loss.backward()\n", RUNS),
+    Mutant(
+        "gradients clipped per micro-batch",
+        "                loss.backward()\n",
+        "                loss.backward()\n"
+        "                torch.nn.utils.clip_grad_norm_(\n"
+        "                    policy.parameters(), args.max_grad_norm or float('inf')\n"
+        "                )\n",
+        RUNS,
+    ),
+    Mutant("flat groups left out of the mean", "sequences = chosen.sum().clamp(min=1)",
+           "sequences = (chosen & (advantages != 0)).sum().clamp(min=1)", RUNS),
+    Mutant("one inner epoch whatever is asked", "for _ in range(args.num_inner_epochs):",
+           "for _ in range(1):", RUNS),
+    Mutant("truncated completions trained on anyway", "mask = mask & rollouts.finished[:, :, None]",
+           "mask = mask.clone()", RUNS),
+    Mutant("the reference is the policy", "logprobs_of(reference, batch)",
+           "logprobs_of(policy, batch)", RUNS),
+    Mutant("mismatch includes what was learnt", 'epochs[0].get("mismatch", 0.0)',
+           'means.get("mismatch", 0.0)', RUNS),
+    Mutant("a step that is not finite is taken",
+           "    if finite:\n        optimizer.step()\n", "    optimizer.step()\n", RUNS),
+    Mutant("a gradient that is not finite is taken",
+           "torch.isfinite(grad_norm) & torch.isfinite(loss)", "torch.isfinite(loss)", RUNS),
+    Mutant("gradients never cleared", "    optimizer.zero_grad()\n    return grad_norm",
+           "    return grad_norm", RUNS),
+    Mutant("the norm is logged after clipping",
+           "clip_grad_norm_(parameters, max_grad_norm or math.inf)",
+           "clip_grad_norm_(parameters, max_grad_norm or math.inf).clamp(\n"
+           "        max=max_grad_norm or math.inf)", RUNS),
+    Mutant("weight decay on norms and biases", '{"params": vectors, "weight_decay": 0.0}',
+           '{"params": vectors, "weight_decay": args.weight_decay}', RUNS),
+    Mutant("warm-up starts at 0", "return (step + 1) / warmup", "return step / warmup", RUNS),
+    # --- the run
+    Mutant("the schedule steps before its rate is logged and used",
+           '            update["learning_rate"] = scheduler.get_last_lr()[0]\n'
+           "            scheduler.step()\n",
+           "            scheduler.step()\n"
+           '            update["learning_rate"] = scheduler.get_last_lr()[0]\n', RUNS),
+    Mutant("evaluation on training problems",
+           "test_problems = test_problems[: args.eval_problems or None]",
+           "test_problems = train_problems[: args.eval_problems or None]", RUNS),
+    Mutant("over-long questions stay in",
+           "if prompt_length(p) <= args.max_prompt_length]", "if p]", RUNS),
+    Mutant("dynamic sampling draws once",
+           "if has_signal(rewards.total).sum() >= args.questions_per_step:", "if True:", RUNS),
+    Mutant("every step samples with the same numbers",
+           "manual_seed(mixed_seed(args.seed, draw))", "manual_seed(args.seed)",
+           "test_paged_sampler.py"),
+    Mutant("the cold start averages each solution", "share = -logprobs.sum() / tokens",
+           "share = -logprobs.sum() / logprobs.numel()", RUNS),
+    Mutant("the cold start teaches no end", "return prompt, [*ids, tokenizer.eos_token_id]",
+           "return prompt, ids", RUNS),
+    # --- data
+    Mutant("the seed does not shuffle", "mixed_seed(self.seed, epoch)", "mixed_seed(0, epoch)",
+           DATA),
+    Mutant("every step has the same batch",
+           "positions = range(step * size, (step + 1) * size)", "positions = range(size)", DATA),
+    Mutant("generated test problems in training",
+           'if is_held_out(calculation) == (split == "test"):', "if calculation:", DATA),
+    Mutant("a file's test problems in training", "if is_held_out(problem.question) == wanted]",
+           "if problem.question]", DATA),
+    # --- prompts, log-probs, reference
+    Mutant("no generation prompt", "add_generation_prompt=True", "add_generation_prompt=False",
+           LLMS),
+    Mutant("two BOS",
+           "return tokenizer.apply_chat_template(messages, add_generation_prompt=True, "
+           "return_dict=False)",
+           "return tokenizer(tokenizer.apply_chat_template(\n"
+           "        messages, add_generation_prompt=True, tokenize=False)).input_ids", LLMS),
+    Mutant("one stop token of several",
+           "stops.update(declared if isinstance(declared, list) else [declared])", "pass", LLMS),
+    Mutant("log-probs without the temperature", "hidden.to(weight.dtype) / temperature",
+           "hidden.to(weight.dtype)", LLMS),
+    Mutant("weights in the file's precision",
+           'dtype=torch.float32, attn_implementation="sdpa", token=token',
+           'dtype="auto", attn_implementation="sdpa", token=token', LLMS),
+    Mutant("a reference that learns", "copy.deepcopy(model).requires_grad_(False).eval()",
+           "copy.deepcopy(model).eval()", LLMS),
+    Mutant("a reference that is the policy",
+           "return frozen_copy(policy, torch.bfloat16 if rounded else None)",
+           "return policy", LLMS),
+    Mutant("the reference moves by 1 - alpha", "old.lerp_(new, alpha)", "old.lerp_(new, 1 - alpha)",
+           LLMS),
+    # --- the shared prefix
+    Mutant("positions start anew after the prompt",
+           "position = prompt_lengths[question, None] + c", "position = 0 * question[:, None] + c",
+           PREFIX),
+    Mutant("off by one in the logits", "last = (starts + prompt_lengths - 1)[question, None]",
+           "last = (starts + np.maximum(prompt_lengths - 2, 0))[question, None]", PREFIX),
+    Mutant("a completion sees what comes after", "np.broadcast_to(c <= c[:, None]",
+           "np.broadcast_to(c <= c[:, None] + 1", PREFIX),
+    Mutant("a completion sees its prompt's padding", "in_prompt[question, None], (len(rows)",
+           "np.ones_like(in_prompt)[question, None], (len(rows)", PREFIX),
+    Mutant("the last token is not scored", "np.flatnonzero(in_ids < lengths[:, None])",
+           "np.flatnonzero(in_ids < np.maximum(lengths[:, None] - 1, 1))", PREFIX),
+    Mutant("dropout while scoring",
+           "F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)",
+           "F.scaled_dot_product_attention(\n            q, k, v, attn_mask=bias, scale=scaling, "
+           "dropout_p=0.5 * module.training)", PREFIX),
+    # --- sampling
+    Mutant("padding on the right", "padded = [[0] * (longest - len(ids)) + list(ids) for",
+           "padded = [list(ids) + [0] * (longest - len(ids)) for", DECODER),
+    Mutant("padding counts as position", "(mask.cumsum(-1) - 1).clamp(min=0)",
+           "torch.arange(mask.shape[1], device=mask.device)", DECODER),
+    Mutant("positions stay with the row that has gone", "self.position = self.position[order]",
+           "self.position = self.position[: len(order)]", DECODER),
+    Mutant("rows change places when others finish",
+           "live, tokens = live[order], tokens[order]",
+           "live, tokens = live[: len(order)], tokens[order]", SAMPLER),
+    Mutant("the stop token is masked", "mask[live, t] = writing",
+           "mask[live, t] = writing & ~(tokens[:, None] == stops).any(-1)", SAMPLER),
+    Mutant("what follows the stop token is not", "writing = ~finished[live]",
+           "writing = torch.ones_like(finished[live])", SAMPLER),
+    Mutant("cut off counts as finished", "finished=finished.view(shape[:2])",
+           "finished=torch.ones_like(finished).view(shape[:2])", SAMPLER),
+    Mutant("sampled log-probs without the temperature",
+           "return tokens, probs.gather(-1, tokens[:, None])",
+           "return tokens, logits.softmax(-1).gather(-1, tokens[:, None])", SAMPLER),
+    Mutant("log-probs of the filtered distribution",
+           "tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms)",
+           "probs = _filtered(probs, top_k, top_p, min_p)\n"
+           "        probs = probs / probs.sum(-1, keepdim=True)\n"
+           "        tokens = _draw(probs, uniforms)", SAMPLER),
+    # --- rewards and evaluation
+    Mutant("the first number anywhere", "match = NUMBER.fullmatch(text)",
+           "match = NUMBER.search(text)", REWARDS),
+    Mutant("no tags, so all of it is the answer",
+           'if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:\n'
+           "        return None",
+           'if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:\n'
+           "        return completion", REWARDS),
+    Mutant("a tax on length where the answer is not closed",
+           "excess = len(after.strip()) if closing else 0", "excess = len(after.strip())", REWARDS),
+    Mutant("a format of one line",
+           "return 0.5 if tags and reasoning.strip() and answer.strip() else 0.0",
+           'return 0.5 if tags and reasoning.strip() and "\\n" not in inside[:-30] else 0.0',
+           REWARDS),
+    Mutant("reward weights without effect", "(per_function * factors).sum(-1)",
+           "per_function.sum(-1)", REWARDS),
+    Mutant("a gold answer anywhere in the answer", "return parse_number(answer) == number",
+           "return gold in answer", REWARDS),
+    Mutant("evaluation at a temperature", "group_size=1, temperature=0)",
+           "group_size=1, temperature=1)", EVALUATION),
+    Mutant("accuracy is the reward's", "**verdicts(text, problems[i]),\n                \"format",
+           '**verdicts(text, problems[i]), "correct": row[0] >= 2,\n                "format',
+           EVALUATION),
+]  # fmt: skip
+
+
+def modules(root=ROOT):
+    return sorted(root.glob("*.py"))
+
+
+def apply(mutant, root=ROOT):
+    """(file, its text with the bug in). Raises ValueError unless the text stands there once."""
+    holds = [
+        (path, count) for path in modules(root) if (count := path.read_text().count(mutant.old))
+    ]
+    if sum(count for _, count in holds) != 1:
+        places = ", ".join(f"{path.name} ({count})" for path, count in holds) or "nowhere"
+        raise ValueError(f"{mutant.name}: not exactly once, but {places}: {mutant.old!r}")
+    path = holds[0][0]
+    return path, path.read_text().replace(mutant.old, mutant.new)
+
+
+def check(mutants=MUTANTS):
+    """What is wrong with the list itself, as lines: it must fit the code as it is."""
+    for mutant in mutants:
+        try:
+            path, text = apply(mutant)
+            ast.parse(text, path.name)
+        except (ValueError, SyntaxError) as error:
+            yield str(error)
+        for test in mutant.tests.split():
+            if not (ROOT / "tests" / test).is_file():
+                yield f"{mutant.name}: no tests/{test}"
+
+
+class FirstFailure:
+    """A pytest plugin that remembers what failed first."""
+
+    name = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.name = self.name or report.nodeid.removeprefix("tests/")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run(mutant):
+    """(mutant, file, the test that noticed, None if none did, seconds).
+
+    Ends this process's use for anything else: it is a fork made for one bug.
+    """
+    started, first = time.monotonic(), FirstFailure()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder) / "repository"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+        path, text = apply(mutant, copy)
+        path.write_text(text)
+        os.chdir(copy)
+        sys.path.remove(str(Path(__file__).parent))
+        with open(Path(folder) / "output", "w+") as output:
+            for number in (1, 2):
+                os.dup2(output.fileno(), number)
+            tests = [f"tests/{test}" for test in mutant.tests.split()]
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+            sys.stdout.flush()
+            if status not in (0, 1):
+                output.seek(0)
+                raise RuntimeError(f"{mutant.name}: pytest failed of itself\n{output.read()}")
+        os.chdir("/")
+    return mutant, path.name, first.name, time.monotonic() - started
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or parts of them")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at once")
+    args = parser.parse_args()
+    mutants = [m for m in MUTANTS if not args.only or any(part in m.name for part in args.only)]
+    if problems := [f"no bug is called {args.only}"] if not mutants else list(check(mutants)):
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    os.environ.update(GSM8K_DIR=GSM8K, PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    width = max(len(mutant.name) for mutant in mutants)
+    survivors, started = [], time.monotonic()
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for mutant, file, killer, seconds in pool.imap(run, mutants):
+            noticed = killer or f"SURVIVES {mutant.tests}"
+            print(f"{mutant.name:{width}}  {file:16}  {seconds:5.0f} s  {noticed}", flush=True)
+            survivors += [] if killer else [mutant.name]
+    noticed, seconds = len(mutants) - len(survivors), time.monotonic() - started
+    print(f"{noticed} of {len(mutants)} noticed in {seconds:.0f} s; surviving: {survivors}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
