@@ -17,7 +17,7 @@ import torch
 from llms import chat_prompt
 from rldatasets import SYSTEM_PROMPT
 from sampler import sample_rollouts
-from utils import UserError
+from utils import TimedOut, UserError, time_limit
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -132,15 +132,16 @@ class Rewards:
     total: torch.Tensor  # (Q, G), the weighted sum over functions
 
 
-def score(rollouts, problems, reward_functions, weights=None, file=None):
+def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):
     """Every reward function on every completion. weights: {function name: weight}, 1 by default.
 
     Raises UserError naming function, question and completion (and the `file` that holds it whole)
-    where a reward function raises or returns something other than a finite number.
+    where a reward function raises, takes more than `timeout` seconds or returns something other
+    than a finite number.
     """
     scores = [
         [
-            [_reward(function, text, problem, file) for function in reward_functions]
+            [_reward(function, text, problem, file, timeout) for function in reward_functions]
             for text in texts
         ]
         for texts, problem in zip(rollouts.texts, problems)
@@ -160,10 +161,13 @@ def joined_rewards(parts):
     )
 
 
-def _reward(function, completion, problem, file):
+def _reward(function, completion, problem, file, timeout):
     complaint = None
     try:
-        value = function(completion, problem)
+        with time_limit(timeout):
+            value = function(completion, problem)
+    except TimedOut:
+        complaint = f"took more than --reward_timeout {timeout:g} seconds"
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         complaint = f"raised {type(error).__name__}: {error} (line {line})"
@@ -191,7 +195,10 @@ def wilson_interval(successes, trials, z=1.959964):
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def evaluate(model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None):
+def evaluate(
+    model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None,
+    reward_timeout=None,
+):  # fmt: skip
     """Answer every problem greedily. Returns (summary, records), one record per problem.
 
     Accuracy is computed here by `is_correct`, not from a reward, so that editing the rewards cannot
@@ -207,7 +214,7 @@ def evaluate(model, tokenizer, problems, max_new_tokens, batch_size, reward_func
         rollouts = sample_rollouts(
             model, tokenizer, [prompts[i] for i in chosen], 1, max_new_tokens, temperature=0
         )
-        rewards = score(rollouts, asked, reward_functions)
+        rewards = score(rollouts, asked, reward_functions, timeout=reward_timeout)
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
         for i, problem, [text], length, [finished], row in zip(

@@ -9,14 +9,14 @@ trainer class to look behind.
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
-import signal
 import sys
 
 from flags import parse_args
-from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed
+from interrupts import Stopped, exit_on_signals, only_process_in
+from utils import Stopwatch, UserError, hub_token, keep_freed_memory, mixed_seed, phase
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    exit_on_signals()
     ARGS = parse_args()
     keep_freed_memory()
 
@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
@@ -35,41 +36,50 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
-from rldatasets import SYSTEM_PROMPT, Problems, load_problems
+from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import micro_batches
 
 
 def train(args):
-    """One run, from the loaded model to the saved one."""
+    """One run, from the loaded model, or where it stopped (--resume), to the last step's."""
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
-    policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
+    start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
+    first = start.step if start else 0
+    with phase("loading"):
+        policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
     run = Run(args.output_dir)
-    run.save_config(args, str(accelerator.device), **facts)
+    run.cut_back(first)
+    run.save_config(args, str(accelerator.device), **data)
 
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
-    cold_start(policy, tokenizer, train_problems, args, accelerator)
+    if not start:
+        with phase("cold start"):
+            cold_start(policy, tokenizer, train_problems, args, accelerator)
     reference = kl_reference(policy, args)
-    optimizer, scheduler = make_optimizer(policy, args)
+    optimizer, scheduler = make_optimizer(policy, args, first)
+    saver = Saver(args, data, policy, tokenizer, reference, optimizer, start)
 
-    def evaluation(step):
-        with tqdm(total=len(test_problems), desc="evaluating", leave=False) as bar:
-            with accelerator.autocast():
+    def evaluate_if_due(done):
+        due = done == args.num_train_iters or is_due(done, args.eval_iterations)
+        if done in run.evaluations or (run.evaluations and not due):
+            return
+        with phase("evaluation"), accelerator.autocast():
+            with tqdm(total=len(test_problems), desc="evaluating", leave=False) as bar:
                 summary, records = evaluate(
                     policy, tokenizer, test_problems, args.max_completion_length,
-                    args.eval_batch_size, REWARD_FUNCTIONS, bar.update,
+                    args.eval_batch_size, REWARD_FUNCTIONS, bar.update, args.reward_timeout,
                 )  # fmt: skip
-        run.log_evaluation(step, summary, records)
-        return summary
+        run.log_evaluation(done, summary, records)
 
-    before = after = evaluation(step=0)
-    with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
-        for step in range(args.num_train_iters):
+    with saver, tqdm(total=args.num_train_iters, initial=first, desc="GRPO", unit="step") as bar:
+        evaluate_if_due(first)
+        for step in range(first, args.num_train_iters):
             stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
             problems, rollouts, rewards = draw_groups(
                 policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
@@ -81,27 +91,28 @@ def train(args):
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
                 chosen,
             )  # fmt: skip
+            saver.hold()  # until the step is complete, see Saver
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             done = step + 1
             if args.update_ref_model and is_due(done, args.update_ref_model_freq):
                 mix_into(reference, policy, args.ref_model_mixup_alpha)
-            if is_due(done, args.eval_iterations) or done == args.num_train_iters:
-                with stopwatch("evaluation"):
-                    after = evaluation(done)
             metrics = step_metrics(step, rollouts, rewards, update, stopwatch.seconds)
             run.log_step(metrics)
+            saver.completed(done, metrics["skipped"])
+            evaluate_if_due(done)
             if is_due(done, args.save_steps):
-                run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
+                saver.save()
                 plot_run(run.path)
-            show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
-    run.save_model(policy, tokenizer, "model")
-    plot_run(run.path)
-    print(summary_table(run.path, before, after))
+            sample = rollouts.texts[0][0] if args.verbose else None
+            show_progress(bar, metrics, run.last_evaluation, sample)
+        saver.publish()
+        plot_run(run.path)
+    print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 
-def load(args, accelerator):
-    """Data, then model: (policy, tokenizer, train problems, test problems, facts for config.json).
+def load(args, accelerator, start=None):
+    """Data, then model: (policy, tokenizer, train problems, test problems, facts of the data).
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
@@ -137,12 +148,15 @@ def load(args, accelerator):
         raise UserError(f"--max_completion_length {args.max_completion_length}: with the longest "
                         f"test prompt of {longest} tokens it exceeds the model's context of "
                         f"{policy.config.max_position_embeddings}")  # fmt: skip
-    facts = {
+    data = {
         "train_problems": len(fitting),
         "left_out": left_out,
         "test_problems": len(test_problems),
+        "problems_sha256": fingerprint([*fitting, *test_problems]),
     }
-    return policy, tokenizer, Problems(fitting, args.seed), test_problems, facts
+    if start and start.data != data:
+        raise UserError(f"--resume: {start.path} was trained on other problems than these")
+    return policy, tokenizer, Problems(fitting, args.seed), test_problems, data
 
 
 def is_due(done, every):
@@ -166,7 +180,9 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
             parts.append(fresh)
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
-            scores.append(score(fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file))
+            scores.append(score(
+                fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
+            ))  # fmt: skip
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:
             break
@@ -260,18 +276,23 @@ def update_policy(
     return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def command(args):
+    """What `python main.py` does with its flags. Returns the exit status."""
     try:
-        plan(ARGS) if ARGS.plan else train(ARGS)
+        if args.plan:
+            plan(args)
+        else:
+            with only_process_in(args.output_dir):
+                train(args)
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training), "
-              "--eval_batch_size (evaluation) or --questions_per_step (sampling), or see --plan",
+        return 2
+    except Stopped as stop:
+        print(f"main.py: interrupted by {stop}; to go on: --resume --output_dir {args.output_dir}",
               file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nmain.py: interrupted; what was written is in {ARGS.output_dir}", file=sys.stderr)
-        sys.exit(130)
+        return 128 + stop.number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(ARGS))
