@@ -219,8 +219,8 @@ class Saver:
         self.skips = self.skips + 1 if skipped else 0
         self._release()
         if self.skips == SKIPS:
-            raise UserError(f"loss or gradient not finite in {SKIPS} steps in a row, all of "
-                            f"them skipped{self._whole()}; lower --learning_rate in a new run")  # fmt: skip
+            raise UserError(f"loss or gradient not finite in {SKIPS} steps in a row, all skipped"
+                            f"{self._whole()}; lower --learning_rate in a new run")  # fmt: skip
 
     def _whole(self):
         """What a message says of the newest checkpoint."""
@@ -232,7 +232,7 @@ class Saver:
         worth = (self.done or self.args.cold_start_steps) and not (self.held or full)
         if error is not None and worth:
             try:
-                self.save(prune=False)  # of an ending that is out of order, all is kept
+                self.save(prune=isinstance(error, Stopped))  # after an error, all are kept
             except Stopped:
                 pass
             except UserError as failure:
@@ -254,8 +254,8 @@ class Saver:
         written; the earlier ones are left as they are.
         """
         target = self.folder / f"step_{self.done:05d}"
+        self.hold()
         if not (self.on_disk == self.done and target.exists()):
-            self.hold()
             try:
                 self._write(target)
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -264,10 +264,10 @@ class Saver:
                 raise UserError(f"{target} not written: {reason[:70]}{self._whole()}; mend that, "
                                 "then go on by --resume") from None  # fmt: skip
             self.on_disk = self.done
-            self._release()
         if prune:
             for _, path in checkpoints_in(self.folder)[self.args.keep_checkpoints :]:
                 _discard(path)
+        self._release()
 
     def _write(self, target):
         new = _new(target)

@@ -157,12 +157,16 @@ class TimedOut(BaseException):
 
 @contextmanager
 def time_limit(seconds):
-    """Raise TimedOut inside after so many seconds, and again every second where it is swallowed.
+    """Raise TimedOut where what is inside takes more than so many seconds; None is no limit.
 
-    None is no limit. In the main thread only, where signals are handled.
+    It is raised inside, again every second where it is swallowed, and at the end. In the main
+    thread only, where signals are handled.
     """
+    expired = False
 
     def expire(number, frame):
+        nonlocal expired
+        expired = True
         raise TimedOut
 
     if seconds is None or threading.current_thread() is not threading.main_thread():
@@ -175,3 +179,5 @@ def time_limit(seconds):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if expired:
+        raise TimedOut
