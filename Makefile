@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo train test test-benchmarks gpu-check lint clean
+.PHONY: demo train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -16,6 +16,9 @@ train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 
 test: $(READY)  ## a process for each of two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 $(ARGS)
+
+test-faults: $(READY)  ## runs that are killed, stopped, damaged and broken in every way we know
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m faults $(ARGS)
 
 test-benchmarks: $(READY)  ## the benchmarks themselves, on toy models
 	$(RUN) -m pytest -q -m benchmark $(ARGS)

@@ -17,6 +17,7 @@ from utils import UserError, keep_freed_memory
 EVALUATION_FLAGS = (
     "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
     "max_completion_length", "temperature", "eval_problems", "eval_batch_size", "eval_samples",
+    "reward_timeout",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from utils import UserError, hub_token, mixed_seed
 
 def evaluate(
     model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None,
-    samples=0, temperature=1.0, seed=0,
+    samples=0, temperature=1.0, seed=0, reward_timeout=None,
 ):  # fmt: skip
     """Answer every problem greedily. Returns (summary, records), one record per problem.
 
@@ -49,7 +49,9 @@ def evaluate(
                 tick(len(chosen))
 
     for chosen, rollouts in batches(batch_size, group_size=1, temperature=0):
-        rewards = score(rollouts, [problems[i] for i in chosen], reward_functions)
+        rewards = score(
+            rollouts, [problems[i] for i in chosen], reward_functions, timeout=reward_timeout
+        )
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
         for i, [text], length, [finished], row in zip(
@@ -99,7 +101,7 @@ def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_funct
         return evaluate(
             policy, tokenizer, problems, args.max_completion_length, args.eval_batch_size,
             reward_functions, bar.update, args.eval_samples, args.temperature,
-            mixed_seed(args.seed, step, "evaluation"),
+            mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING
 
-from utils import UserError
+from utils import TimedOut, UserError, time_limit
 
 if TYPE_CHECKING:
     import torch  # `lint` and `compare` answer at once; only who scores tensors waits for it
@@ -162,17 +162,18 @@ class Rewards:
     total: "torch.Tensor"  # (Q, G), the weighted sum over functions
 
 
-def score(rollouts, problems, reward_functions, weights=None, file=None):
+def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):
     """Every reward function on every completion. weights: {function name: weight}, 1 by default.
 
     Raises UserError naming function, question and completion (and the `file` that holds it whole)
-    where a reward function raises or returns something other than a finite number.
+    where a reward function raises, takes more than `timeout` seconds or returns something other
+    than a finite number.
     """
     import torch
 
     scores = [
         [
-            [_reward(function, text, problem, file) for function in reward_functions]
+            [_reward(function, text, problem, file, timeout) for function in reward_functions]
             for text in texts
         ]
         for texts, problem in zip(rollouts.texts, problems)
@@ -211,10 +212,13 @@ def with_overlong_penalty(rewards, rollouts, args):
     )
 
 
-def _reward(function, completion, problem, file):
+def _reward(function, completion, problem, file, timeout):
     complaint = None
     try:
-        value = function(completion, problem)
+        with time_limit(timeout):
+            value = function(completion, problem)
+    except TimedOut:
+        complaint = f"took more than --reward_timeout {timeout:g} seconds"
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         complaint = f"raised {type(error).__name__}: {error} (line {line})"

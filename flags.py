@@ -18,6 +18,7 @@ from importlib import util
 from operator import index
 from pathlib import Path
 
+from interrupts import LOCK
 from known_models import KNOWN_MODELS
 from utils import UserError, hub_token, one_line
 
@@ -26,6 +27,14 @@ EMBEDDED_CONTEXT = 8192
 GSM8K_HUB_NAME = "openai/gsm8k"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
+LATEST = "latest"  # --resume without a path
+# Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
+# those for memory, which leave the result as it is.
+MAY_CHANGE = {
+    "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
+    "keep_checkpoints", "reward_timeout", "micro_batch_tokens", "eval_batch_size",
+    "gradient_checkpointing",
+}  # fmt: skip
 
 # A preset is a set of defaults; a flag on the command line wins over it.
 PRESETS = {
@@ -149,6 +158,9 @@ def build_parser(preset, dataset_name=None):
          "on GSM8K on one H100, cpu the demo that needs no GPU and no download")
     flag("--output_dir", metavar="DIR", help="where the run is written; None: "
          "runs/DATASET-MODEL-TIME")
+    flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
+         "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
+         "from that checkpoint, or that run's latest")
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
@@ -167,6 +179,8 @@ def build_parser(preset, dataset_name=None):
     flag("--evaluator", choices=("gsm8k",), default="gsm8k", help="the set of reward functions")
     flag("--reward_weights", type=_weight, nargs="+", default=[], metavar="NAME=WEIGHT",
          help="weights in the total reward; 1 where not named")
+    flag("--reward_timeout", type=POSITIVE, default=10.0, metavar="SECONDS",
+         help="the run ends where one call of a reward function takes longer")
 
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
@@ -263,8 +277,10 @@ def build_parser(preset, dataset_name=None):
     flag("--eval_samples", type=COUNT, default=0, metavar="N", help="besides the greedy answer, "
          "sample N answers to every held-out problem at --temperature, for pass@k; 0: none")
     flag("--save_steps", type=COUNT, metavar="STEPS",
-         help="steps between saved models, each the whole model in fp32 (6 GB at 1.5B); "
-         "0: only the final one")
+         help="steps between checkpoints, each model, AdamW's moments and reference (21 GB at "
+         "1.5B); 0: only after the last step, or when the run is interrupted")
+    flag("--keep_checkpoints", type=_number(int, 2), default=2, metavar="N",
+         help="older checkpoints than the last N are removed; at least 2")
     flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
          "and advantages, for benchmarks/replay.py")
     # fmt: on
@@ -286,6 +302,24 @@ def preset_and_dataset(argv, prog="main.py"):
     return chosen.preset, chosen.dataset_name
 
 
+def take_up_saved_flags(parser, argv):
+    """Where the command says --resume, make the run's flags the parser's defaults. Returns them,
+    {} for a new run."""
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--output_dir")
+    first.add_argument("--resume", nargs="?", const=LATEST)
+    chosen = first.parse_known_args(argv)[0]
+    if chosen.resume is None:
+        return {}
+    try:
+        output_dir = run_to_resume(chosen.resume, chosen.output_dir)
+        saved = saved_flags(output_dir)
+    except UserError as error:
+        parser.error(str(error))
+    parser.set_defaults(**{**saved, "output_dir": output_dir, "resume": None})
+    return saved
+
+
 def parse_known(parser, argv):
     """The parser's namespace; an unknown argument is an error that names the closest flag."""
     args, unknown = parser.parse_known_args(argv)
@@ -302,6 +336,7 @@ def parse_args(argv=None):
     Exits with status 2 and one line for every mistake that can be found before torch is imported.
     """
     parser = build_parser(*preset_and_dataset(argv))
+    saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
@@ -310,6 +345,7 @@ def parse_args(argv=None):
         model = Path(args.model_name).name.lower()
         args.output_dir = f"runs/{args.dataset_name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        check_same_flags(args, saved)
         check_flags(args)
         if not args.plan:  # which reads no data
             check_dataset(args)
@@ -319,6 +355,56 @@ def parse_args(argv=None):
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def run_to_resume(resume, output_dir):
+    """The directory of the run that `--resume` or `--resume PATH` means.
+
+    Raises UserError where there is none, or another one than --output_dir names.
+    """
+    if resume == LATEST:
+        if output_dir is None:
+            raise UserError("--resume: which run? Name it with --output_dir DIR, or a checkpoint")
+        return output_dir
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such directory; expected a checkpoint or a run")
+    run = path if checkpoint_step(path) is None else path.resolve().parent.parent
+    if output_dir is not None and Path(output_dir).resolve() != run.resolve():
+        raise UserError(
+            f"--output_dir {output_dir}: --resume {path} is of another run; leave it out"
+        )
+    return str(run)
+
+
+def checkpoint_step(path):
+    """The step that a checkpoint's name tells, e.g. 100 for step_00100; None for other names."""
+    match = re.fullmatch(r"step_(\d{5,})", Path(path).name)
+    return int(match[1]) if match else None
+
+
+def saved_flags(output_dir):
+    """The flags of the run in a directory, {} where it has no config.json yet."""
+    file = Path(output_dir) / "config.json"
+    try:
+        flags = json.loads(file.read_text(encoding="utf-8"))["flags"]
+        return {name: flags[name] for name in flags}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; remove it and give --resume the run's flags") from None
+
+
+def check_same_flags(args, saved):
+    """Raise UserError for flags that differ from the `saved` ones and may not."""
+    differing = [
+        f"--{name} (was {value})"
+        for name, value in saved.items()
+        if name not in MAY_CHANGE and hasattr(args, name) and getattr(args, name) != value
+    ]
+    if differing:
+        raise UserError(f"--resume: the run has other flags: {', '.join(differing)[:85]}; leave "
+                        "them out, or name another --output_dir")  # fmt: skip
 
 
 def check_flags(args):
@@ -422,8 +508,12 @@ def check_output_dir(args):
     path = Path(args.output_dir)
     existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
-        if existing == path and path.is_dir() and any(path.iterdir()):
-            raise UserError(f"--output_dir {path}: is not empty; name another directory")
+        found = set(os.listdir(path)) - {LOCK} if existing == path and path.is_dir() else set()
+        if found and args.resume is None:
+            raise UserError(f"--output_dir {path}: is not empty; go on with the run in it by "
+                            "--resume, or name another directory")  # fmt: skip
+        if found and not found & {"config.json", "completions", "checkpoints"}:
+            raise UserError(f"--output_dir {path}: holds other files and no run to --resume")
         tempfile.TemporaryFile(dir=existing).close()
         longest = os.pathconf(existing, "PC_NAME_MAX")
     except OSError as error:

@@ -9,10 +9,10 @@ trainer class to look behind.
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
-import signal
 import sys
 
 from flags import parse_args
+from interrupts import Stopped, exit_on_signals, only_process_in
 from utils import (
     Stopwatch,
     UserError,
@@ -20,11 +20,12 @@ from utils import (
     keep_freed_memory,
     mixed_seed,
     one_line,
+    phase,
     release_freed_memory,
 )
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    exit_on_signals()
     ARGS = parse_args()
     keep_freed_memory()
 
@@ -35,6 +36,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluation import check_room, evaluate_policy
 from evaluator import (
@@ -51,7 +53,7 @@ from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
 from reward_lint import warn
-from rldatasets import SYSTEM_PROMPT, Problems, load_problems
+from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
@@ -59,31 +61,41 @@ from weight_meter import WeightMeter
 
 
 def train(args):
-    """One run, from the loaded model to the saved one."""
+    """One run, from the loaded model, or where it stopped (--resume), to the last step's."""
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
-    policy, tokenizer, train_problems, test_problems, facts = load(args, accelerator)
+    start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
+    first = start.step if start else 0
+    with phase("loading"):
+        policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
     run = Run(args.output_dir)
-    run.save_config(args, str(accelerator.device), **facts)
+    run.cut_back(first)
+    run.save_config(args, str(accelerator.device), **data)
 
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
-    cold_start(policy, tokenizer, train_problems, args, accelerator)
-    optimizer, scheduler = make_optimizer(policy, args)
+    if not start:
+        with phase("cold start"):
+            cold_start(policy, tokenizer, train_problems, args, accelerator)
+    optimizer, scheduler = make_optimizer(policy, args, first)
     meter = WeightMeter(optimizer)
     reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
+    saver = Saver(args, data, policy, tokenizer, reference, optimizer, start)
 
-    def evaluation(step):
-        summary, records = evaluate_policy(
-            policy, tokenizer, test_problems, args, accelerator, REWARD_FUNCTIONS, step
-        )
-        return run.log_evaluation(step, summary, records)
+    def evaluate_if_due(done):
+        due = done == args.num_train_iters or is_due(done, args.eval_iterations)
+        if done in run.evaluations or (run.evaluations and not due):
+            return
+        with phase("evaluation"):
+            run.log_evaluation(done, *evaluate_policy(
+                policy, tokenizer, test_problems, args, accelerator, REWARD_FUNCTIONS, done
+            ))  # fmt: skip
 
-    before = after = evaluation(step=0)
-    with tqdm(total=args.num_train_iters, desc="GRPO", unit="step") as bar:
-        for step in range(args.num_train_iters):
+    with saver, tqdm(total=args.num_train_iters, initial=first, desc="GRPO", unit="step") as bar:
+        evaluate_if_due(first)
+        for step in range(first, args.num_train_iters):
             stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
             problems, rollouts, rewards = draw_groups(
                 policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
@@ -99,28 +111,29 @@ def train(args):
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
                 chosen,
             )  # fmt: skip
+            saver.hold()  # until the step is complete, see Saver
             update |= meter.shares()
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             done = step + 1
             if args.update_ref_model and is_due(done, args.update_ref_model_freq):
                 mix_into(reference, policy, args.ref_model_mixup_alpha)
-            if is_due(done, args.eval_iterations) or done == args.num_train_iters:
-                with stopwatch("evaluation"):
-                    after = evaluation(done)
             metrics = step_metrics(step, rollouts, rewards, update, stopwatch.seconds)
             run.log_step(metrics)
+            saver.completed(done, metrics["skipped"])
+            evaluate_if_due(done)
             if is_due(done, args.save_steps):
-                run.save_model(policy, tokenizer, f"checkpoints/step_{done:05d}")
+                saver.save()
                 plot_run(run.path)
-            show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
-    run.save_model(policy, tokenizer, "model")
-    plot_run(run.path)
-    print(summary_table(run.path, before, after))
+            sample = rollouts.texts[0][0] if args.verbose else None
+            show_progress(bar, metrics, run.last_evaluation, sample)
+        saver.publish()
+        plot_run(run.path)
+    print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 
-def load(args, accelerator):
-    """Data, then model: (policy, tokenizer, train problems, test problems, facts for config.json).
+def load(args, accelerator, start=None):
+    """Data, then model: (policy, tokenizer, train problems, test problems, facts of the data).
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
@@ -150,12 +163,15 @@ def load(args, accelerator):
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
                         "short; raise it")  # fmt: skip
     check_room(policy, tokenizer, test_problems, args.max_completion_length)
-    facts = {
+    data = {
         "train_problems": len(fitting),
         "left_out": left_out,
         "test_problems": len(test_problems),
+        "problems_sha256": fingerprint([*fitting, *test_problems]),
     }
-    return policy, tokenizer, Problems(fitting, args.seed), test_problems, facts
+    if start and start.data != data:
+        raise UserError(f"--resume: {start.path} was trained on other problems than these")
+    return policy, tokenizer, Problems(fitting, args.seed), test_problems, data
 
 
 def is_due(done, every):
@@ -179,7 +195,9 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
             parts.append(fresh)
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
-            earned = score(fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file)
+            earned = score(
+                fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
+            )
             scores.append(with_overlong_penalty(earned, fresh, args))
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:
@@ -301,18 +319,23 @@ def update_policy(
     return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def command(args):
+    """What `python main.py` does with its flags. Returns the exit status."""
     try:
-        plan(ARGS) if ARGS.plan else train(ARGS)
+        if args.plan:
+            plan(args)
+        else:
+            with only_process_in(args.output_dir):
+                train(args)
     except UserError as error:
         print(one_line(f"main.py: error: {error}"), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("main.py: error: the GPU's memory is full; lower --micro_batch_tokens (training), "
-              "--eval_batch_size (evaluation) or --questions_per_step (sampling), or see --plan",
+        return 2
+    except Stopped as stop:
+        print(f"main.py: interrupted by {stop}; to go on: --resume --output_dir {args.output_dir}",
               file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nmain.py: interrupted; what was written is in {ARGS.output_dir}", file=sys.stderr)
-        sys.exit(130)
+        return 128 + stop.number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(ARGS))

@@ -21,8 +21,11 @@ def apply_gradients(optimizer, loss, max_grad_norm):
     return grad_norm, int(not finite)
 
 
-def make_optimizer(policy, args):
-    """AdamW with weight decay on matrices only, and its schedule, one step of it per GRPO step."""
+def make_optimizer(policy, args, done=0):
+    """AdamW with weight decay on matrices only, and its schedule, one step of it per GRPO step.
+
+    The learning rate is a function of the steps `done` so far, so that no state of it is saved.
+    """
     matrices = [p for p in policy.parameters() if p.ndim >= 2]
     vectors = [p for p in policy.parameters() if p.ndim < 2]  # norms and biases
     optimizer = torch.optim.AdamW(
@@ -46,4 +49,6 @@ def make_optimizer(policy, args):
         progress = (step - warmup) / max(1, args.num_train_iters - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.learning_rate  # what a schedule that starts later multiplies
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)

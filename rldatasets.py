@@ -73,6 +73,11 @@ class Problems:
         return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(len(self))
 
 
+def fingerprint(problems):
+    """The SHA-256 of a list of problems."""
+    return hashlib.sha256(repr(problems).encode()).hexdigest()
+
+
 def worked_answer(problem):
     """The completion a perfect student would write: the worked solution in the answer format."""
     return f"<reasoning>\n{problem.solution}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>\n"

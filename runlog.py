@@ -1,9 +1,7 @@
 """A run's directory: its configuration, metrics, completions and models, and its summary."""
 
 import json
-import os
 import platform
-import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -12,7 +10,7 @@ from pathlib import Path
 from comparison import interval, p_against
 from grpo import has_signal
 from rollout_file import save_rollouts
-from utils import finite, read_jsonl, table, write_jsonl
+from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
@@ -25,7 +23,7 @@ class Run:
     eval.jsonl         one line per evaluation
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer
     rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
-    checkpoints/       step_00100/: the model in Hugging Face format
+    checkpoints/       step_00100/: what --resume goes on from, see checkpoints.py
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
     """
@@ -34,6 +32,30 @@ class Run:
         self.path = Path(path)
         self.completions = self.path / "completions"
         self.completions.mkdir(parents=True, exist_ok=True)
+        self.evaluations = {}  # step: summary
+
+    def cut_back(self, done):
+        """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
+        kept = {}
+        for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
+            path = self.path / name
+            rows = read_jsonl(path, torn_end=True) if path.exists() else []
+            kept[name] = [row for _, row in rows if row["step"] <= last]
+            if rows:
+                replace_text(path, jsonl(kept[name]))
+        for path in self.completions.glob("*.jsonl"):
+            kind, _, step = path.stem.partition("_")
+            if int(step) > (done if kind == "eval" else done - 1):
+                path.unlink()
+        self.evaluations = {row.pop("step"): row for row in kept["eval.jsonl"]}
+
+    @property
+    def first_evaluation(self):
+        return self.evaluations[min(self.evaluations)]
+
+    @property
+    def last_evaluation(self):
+        return self.evaluations[max(self.evaluations)]
 
     def save_config(self, args, device, **facts):
         config = {
@@ -46,7 +68,7 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         text = json.dumps(finite(config), indent=2, ensure_ascii=False)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+        replace_text(self.path / "config.json", text + "\n")
 
     def log_step(self, metrics):
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
@@ -59,6 +81,7 @@ class Run:
             summary = {**summary, "mcnemar_p": p}
         write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
         write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
+        self.evaluations[step] = summary
         return summary
 
     def save_step(self, step, problems, rollouts, rewards=None, advantages=None):
@@ -90,14 +113,6 @@ class Run:
         """Write a step's rollouts, token by token. rewards: Rewards; the others are (Q, G)."""
         path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
         save_rollouts(path, rollouts, rewards, advantages, chosen)
-
-    def save_model(self, model, tokenizer, name):
-        """Save model and tokenizer as Hugging Face files under `name`, never half written."""
-        target, partial = self.path / name, self.path / (name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, target)  # a run writes no name twice
 
 
 def _commit():

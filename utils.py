@@ -1,9 +1,12 @@
-"""What every module may need: user errors, seeds, JSON lines, a stopwatch, the allocator."""
+"""What every module may need: user errors, seeds, files, a stopwatch, limits, the allocator."""
 
 import ctypes
 import json
 import os
 import random
+import re
+import signal
+import threading
 import time
 from contextlib import contextmanager
 
@@ -98,8 +101,21 @@ def read_jsonl(path, torn_end=False):
 def write_jsonl(path, rows, mode="w"):
     """Write one JSON object per line. A NaN becomes null, so that every line is standard JSON."""
     with open(path, mode, encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+        file.write(jsonl(rows))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def replace_text(path, text):
+    """Write a text file of which a reader, or a run that dies, leaves the old or the new whole."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def finite(value):
@@ -134,8 +150,67 @@ class Stopwatch:
     def __call__(self, stage):
         started = time.perf_counter()
         try:
-            yield
-            self.synchronize()
+            with phase(stage):
+                yield
+                self.synchronize()
         finally:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+# Which flags to lower where a phase of the run does not fit in memory.
+LOWER = {
+    "cold start": "--micro_batch_tokens",
+    "sampling": "--questions_per_step, --group_size or --max_completion_length",
+    "reference": "--micro_batch_tokens",
+    "policy": "--micro_batch_tokens",
+    "evaluation": "--eval_batch_size",
+}
+
+
+@contextmanager
+def phase(name):
+    """A phase of the run. Where memory runs out in it, the UserError names it and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error)
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (full or re.search("allocate memory|not enough memory|ALLOC_FAILED", text)):
+            raise
+        lower = f"lower {LOWER[name]}, or " if name in LOWER else ""
+        raise UserError(f"out of memory ({name}): {lower}see --plan") from error
+
+
+class TimedOut(BaseException):
+    """Raised by `time_limit`. Not an Exception, which the code inside may well handle."""
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise TimedOut where what is inside takes more than so many seconds; None is no limit.
+
+    It is raised inside, again every second where it is swallowed, and at the end. In the main
+    thread only, where signals are handled.
+    """
+    expired = False
+
+    def expire(number, frame):
+        nonlocal expired
+        expired = True
+        raise TimedOut
+
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if expired:
+        raise TimedOut

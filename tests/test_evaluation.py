@@ -121,7 +121,12 @@ def test_pass_at_k_is_the_share_of_questions_with_a_right_sample_among_k(judged)
 
 def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_step(toy, accelerator):
     args = SimpleNamespace(
-        max_completion_length=8, eval_batch_size=4, eval_samples=2, temperature=0.7, seed=3
+        max_completion_length=8,
+        eval_batch_size=4,
+        eval_samples=2,
+        temperature=0.7,
+        seed=3,
+        reward_timeout=None,
     )
 
     def answers(step, **flags):

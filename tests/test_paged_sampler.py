@@ -137,8 +137,12 @@ def test_the_flags_choose_the_engine_of_a_training_step(
 ):
     called = []
     monkeypatch.setattr(main, engine, lambda *arguments: called.append(arguments) or "rollouts")
+    monkeypatch.setattr(main, "joined_rollouts", lambda parts: "".join(parts))
     tokenizer = make_tokenizer()
-    args = make_args(group_size=4, seed=0, top_k=5, top_p=1, min_p=0, temperature=0.8, **flags)
+    args = make_args(
+        group_size=4, sampling_batch_size=0, seed=0, top_k=5, top_p=1, min_p=0, temperature=0.8,
+        **flags,
+    )  # fmt: skip
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     assert main.sample_groups(None, tokenizer, [problem], 3, args, accelerator) == "rollouts"
     [(model, _, prompts, group_size, tokens, temperature, source, *rest)] = called

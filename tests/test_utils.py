@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 
 from runlog import Run, step_metrics, summary_table
 from utils import Stopwatch, mixed_seed, read_jsonl, write_jsonl
@@ -60,21 +59,6 @@ def test_step_metrics_match_hand_computed_values():
         "rewards/brevity": 0.5, "loss": 0.25, "entropy": 2.0, "completion_length": 1.5,
         "truncated": 0.5, "flat_groups": 0.0, "tokens_per_second": 2.0, "seconds/sampling": 1.5,
     })  # fmt: skip
-
-
-def test_a_model_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
-    run = Run(tmp_path / "run")
-    model, tokenizer = make_model(), make_tokenizer()
-    run.save_model(model, tokenizer, "model")
-    before = (run.path / "model" / "model.safetensors").read_bytes()
-
-    def dies(path):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(tokenizer, "save_pretrained", dies)
-    with pytest.raises(OSError, match="disk full"):
-        run.save_model(make_model(seed=1), tokenizer, "model")
-    assert (run.path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_the_configuration_records_flags_versions_and_commit_but_no_token(tmp_path, monkeypatch):

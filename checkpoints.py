@@ -1,0 +1,327 @@
+"""Checkpoints: written whole or not at all, found again, and one of the last step however it ends.
+
+A checkpoint is a directory, e.g. runs/demo/checkpoints/step_00100:
+
+    model.safetensors, config.json, tokenizer.json, ...   the policy, in Hugging Face format
+    optimizer.pt             AdamW's moments
+    reference.safetensors    what the KL term compares with, where there is one
+    manifest.json            step, flags and data, and the size and SHA-256 of every other file
+
+Nothing else is needed to go on: questions, samples and learning rate are functions of the seed and
+the step. The reference is in every checkpoint, moving or not, so that each is complete by itself.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+
+from flags import check_same_flags, checkpoint_step
+from interrupts import SIGNALS, Stopped
+from utils import UserError
+
+OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SKIPS = 3  # updates in a row that are not finite, after which a run ends
+SMALL_FILES = 2**25  # bytes: an allowance for tokenizer and configuration
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written."""
+
+    step: int  # steps done
+    path: Path
+    data: dict  # what the run's problems are, see main.load
+
+
+def checkpoints_in(folder):
+    """The checkpoints in a directory as (step, path), newest first, whole or not."""
+    found = [(checkpoint_step(path), path) for path in Path(folder).glob("step_*")]
+    return sorted((pair for pair in found if pair[0] is not None), reverse=True)
+
+
+def checkpoint_to_resume(args):
+    """The newest whole Checkpoint of the run, from --resume PATH on backwards. None for a new run
+    and for one that has no checkpoint yet. A damaged one is named and passed over.
+
+    Raises UserError where all are damaged, the flags are not the run's, or it has done more than
+    --num_train_iters steps.
+    """
+    if args.resume is None:
+        return None
+    folder = Path(args.output_dir) / "checkpoints"
+    last = checkpoint_step(args.resume)
+    found = [pair for pair in checkpoints_in(folder) if last is None or pair[0] <= last]
+    for step, path in found:
+        problem = damage(path)
+        if problem:
+            print(f"main.py: warning: checkpoint {path} is passed over: {problem}", file=sys.stderr)
+            continue
+        if step > args.num_train_iters:
+            raise UserError(f"--num_train_iters {args.num_train_iters}: {path} has done more steps")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        check_same_flags(args, manifest["flags"])
+        print(f"going on from {path}")
+        return Checkpoint(step, path, manifest["data"])
+    if found:
+        raise UserError(f"--resume: no whole checkpoint is left in {folder}; start anew with "
+                        "another --output_dir")  # fmt: skip
+    print(f"no checkpoint in {folder} yet: starting from the beginning")
+    return None
+
+
+def damage(path):
+    """What is wrong with a checkpoint, in a few words; None where nothing is."""
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        del manifest["sha256"]
+        if _manifest_text(manifest) != text:
+            return f"{MANIFEST} was changed"
+        if manifest["step"] != checkpoint_step(path):
+            return f"it is of step {manifest['step']}"
+        for name, written in manifest["files"].items():
+            if _fingerprint(path / name) != written:
+                return f"{name} was changed"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} was changed"
+    return None
+
+
+def _manifest_text(manifest):
+    """A manifest's file: the same fields give the same bytes, and a checksum of themselves."""
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": checksum}, indent=1, sort_keys=True) + "\n"
+
+
+def _fingerprint(path):
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": checksum}
+
+
+def _flush(path):
+    """Have a file or a directory on the disk itself, and later reads come from there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _new(path):
+    """The name under which a directory is written before it gets its own."""
+    return path.with_name(path.name + ".new")
+
+
+def _discard(path):
+    """Remove a directory, which first loses its name: no half of it is ever taken for whole."""
+    if path.exists():
+        dying = path.with_name(path.name + ".old")
+        shutil.rmtree(dying, ignore_errors=True)
+        os.replace(path, dying)
+        shutil.rmtree(dying)
+
+
+class Saver:
+    """Writes the run's checkpoints, and sees to it that the last completed step is not lost.
+
+    `with saver:` turns SIGINT and SIGTERM into Stopped, raised wherever the run is at that moment,
+    and whatever leaves the block early, a signal or an error, has the last completed step saved. A
+    second signal ends the process at once.
+
+    Weights change in place, so there is one time at which those in memory are of no step: from an
+    optimizer's first change (`hold`, which the optimizer itself calls) over further inner epochs
+    and the reference to the step's line in the log (`completed`). A signal waits until then, and
+    after an error in between nothing is saved. At any other time, sampling, rewards, the backward
+    pass and evaluation included, they are those of the last completed step: what is under way can
+    be dropped, because the step is computed again from its number.
+    """
+
+    def __init__(self, args, data, policy, tokenizer, reference, optimizer, start=None):
+        """`start`: the Checkpoint that policy, reference and optimizer are set to, if any.
+
+        Later ones are removed.
+        """
+        self.args, self.data, self.policy, self.tokenizer = args, data, policy, tokenizer
+        self.reference, self.optimizer = reference, optimizer
+        self.run_path = Path(args.output_dir)
+        self.folder = self.run_path / "checkpoints"
+        self.done = self.on_disk = 0  # steps: completed, and in the newest checkpoint
+        self.held, self.signal, self.handlers = False, None, {}
+        self.skips = 0  # in a row
+        if start is not None:
+            self._restore(start)
+        for step, path in checkpoints_in(self.folder):
+            if step > self.done:
+                _discard(path)
+        for path in (*self.folder.glob("*.new"), *self.folder.glob("*.old")):
+            shutil.rmtree(path)  # what a process that died left
+        optimizer.register_step_pre_hook(lambda *_: self.hold())
+
+    def _restore(self, start):
+        device = self.policy.device
+        try:
+            load_model(self.policy, start.path / "model.safetensors", device=str(device))
+            if self.reference is not None:
+                load_model(self.reference, start.path / REFERENCE, device=str(device))
+            moments = torch.load(start.path / OPTIMIZER, map_location=device, weights_only=True)
+            groups = self.optimizer.state_dict()["param_groups"]  # rates are those of the flags
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--resume: {start.path} does not fit --model_name "
+                            f"{self.args.model_name}: {str(error)[:80]!r}") from None  # fmt: skip
+        self.done = self.on_disk = start.step
+
+    # --- signals and errors
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def _on_signal(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.held:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # of a reward function's time limit
+            raise Stopped(number)
+
+    def hold(self):
+        """From here on the weights are of no step, or files are being written: signals wait."""
+        self.held = True
+
+    def _release(self):
+        self.held = False
+        if self.signal is not None:  # it waited, or something has swallowed its exception
+            raise Stopped(self.signal)
+
+    def completed(self, done, skipped=0):
+        """The weights, the reference and the log are now those of `done` steps.
+
+        Raises UserError where this is one of several steps in a row whose update was `skipped`.
+        """
+        self.done = done
+        self.skips = self.skips + 1 if skipped else 0
+        self._release()
+        if self.skips == SKIPS:
+            raise UserError(f"loss or gradient not finite in {SKIPS} steps in a row, all skipped"
+                            f"{self._whole()}; lower --learning_rate in a new run")  # fmt: skip
+
+    def _whole(self):
+        """What a message says of the newest checkpoint."""
+        return f"; step_{self.on_disk:05d} is whole" if self.on_disk else ""
+
+    def __exit__(self, kind, error, trace):
+        stopped = self.signal
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        worth = (self.done or self.args.cold_start_steps) and not (self.held or full)
+        if error is not None and worth:
+            try:
+                self.save(prune=isinstance(error, Stopped))  # after an error, all are kept
+            except Stopped:
+                pass
+            except UserError as failure:
+                print(f"main.py: error: {failure}", file=sys.stderr)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if full:
+            raise UserError(f"{error.filename or self.run_path}: {error.strerror}{self._whole()}; "
+                            "make room, then go on by --resume") from None  # fmt: skip
+        if error is not None and stopped is not None and not isinstance(error, Stopped):
+            raise Stopped(stopped) from error  # something on the way made another error of it
+
+    # --- writing
+
+    def save(self, prune=True):
+        """Write the last completed step as a checkpoint, where it is not one yet.
+
+        Then the oldest but --keep_checkpoints are removed. Raises UserError where it could not be
+        written; the earlier ones are left as they are.
+        """
+        target = self.folder / f"step_{self.done:05d}"
+        self.hold()
+        if not (self.on_disk == self.done and target.exists()):
+            try:
+                self._write(target)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                shutil.rmtree(_new(target), ignore_errors=True)
+                reason = getattr(error, "strerror", None) or str(error)
+                raise UserError(f"{target} not written: {reason[:70]}{self._whole()}; mend that, "
+                                "then go on by --resume") from None  # fmt: skip
+            self.on_disk = self.done
+        if prune:
+            for _, path in checkpoints_in(self.folder)[self.args.keep_checkpoints :]:
+                _discard(path)
+        self._release()
+
+    def _write(self, target):
+        new = _new(target)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        moments = self.optimizer.state_dict()["state"]
+        reference = [] if self.reference is None else self.reference.parameters()
+        tensors = [*self.policy.parameters(), *reference]
+        tensors += [tensor for state in moments.values() for tensor in state.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) + SMALL_FILES
+        free = shutil.disk_usage(new).free
+        if free < needed:
+            raise OSError(f"it needs {needed:,} bytes of disk, {free:,} are free")
+        self.policy.save_pretrained(new, max_shard_size="1TB")  # one file
+        self.tokenizer.save_pretrained(new)
+        if self.reference is not None:
+            save_model(self.reference, new / REFERENCE)
+        with open(new / OPTIMIZER, "wb") as file:
+            torch.save(moments, file)
+        manifest = {
+            "step": self.done,
+            "flags": vars(self.args),
+            "data": self.data,
+            "files": {path.name: _fingerprint(path) for path in sorted(new.iterdir())},
+        }
+        (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        for path in (*new.iterdir(), new, *self.run_path.glob("*.jsonl")):
+            _flush(path)
+        _discard(target)  # a damaged one of this step
+        os.replace(new, target)
+        for path in (self.folder, self.run_path):
+            _flush(path)
+        problem = damage(target)
+        if problem:
+            raise OSError(f"read back, {problem}")
+
+    def publish(self):
+        """The newest checkpoint's model alone as `model/`, sharing its files on the disk."""
+        self.save()
+        target = self.run_path / "model"
+        new = _new(target)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(
+            self.folder / f"step_{self.done:05d}", new, copy_function=_link,
+            ignore=shutil.ignore_patterns(OPTIMIZER, REFERENCE, MANIFEST),
+        )  # fmt: skip
+        _flush(new)
+        _discard(target)
+        os.replace(new, target)
+        _flush(self.run_path)
+
+
+def _link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy(source, target)

@@ -1,0 +1,63 @@
+"""What reaches a run from outside: signals, and another process in its directory.
+
+Only the standard library is imported here: a signal may come before torch is loaded.
+"""
+
+import fcntl
+import os
+import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from utils import UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOCK = ".lock"
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, whose `number` it has. Not an Exception, so that nothing that handles
+    errors, in a reward function say, takes it for one."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def exit_now(number, frame=None):
+    """A signal handler that ends the process at once, with status 130 or 143."""
+    os.write(2, f"\nmain.py: interrupted by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def exit_on_signals():
+    """Until there is something to save, a signal simply ends the process."""
+    for number in SIGNALS:
+        signal.signal(number, exit_now)
+
+
+@contextmanager
+def only_process_in(path):
+    """Lock a run's directory. Raises UserError where another process has it.
+
+    A directory that nothing else was written to is gone afterwards.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    taken = UserError(f"--output_dir {path}: another process is running in it")
+    lock = path / LOCK
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+        except (BlockingIOError, FileNotFoundError):
+            raise taken from None
+        if not ours:  # its owner has removed it meanwhile
+            raise taken
+        try:
+            yield
+        finally:
+            if os.listdir(path) == [LOCK]:
+                with suppress(OSError):
+                    lock.unlink()
+                    path.rmdir()
