@@ -166,7 +166,8 @@ def show_progress(bar, metrics, evaluation, completion):
 
 def summary_table(path, before, after):
     """What a run ends with: the held-out figures before and after, and where to look."""
-    keys = [key for key in before if key not in ("problems", "accuracy_low", "accuracy_high")]
+    hidden = ("problems", "accuracy_low", "accuracy_high")
+    keys = [key for key in before if key in after and key not in hidden]  # rewards may be edited
     rows = [("held-out, greedy", "before GRPO", "after")]
     for key in keys:
         rows.append((key, *(_cell(key, evaluation) for evaluation in (before, after))))
