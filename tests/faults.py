@@ -65,7 +65,7 @@ class Process:
     """`python main.py ARGV`, forked; `log` gets what it writes."""
 
     def __init__(self, argv, log, plant=None):
-        self.log, self.started = Path(log), time.monotonic()
+        self.log = Path(log)
         self.pid = os.fork()
         if self.pid == 0:
             code = 70
@@ -90,18 +90,23 @@ class Process:
             finally:
                 os._exit(code)
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=1000):
         """The exit status, negative for the signal that killed it."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
-                self.seconds = time.monotonic() - self.started
+                self.cpu = usage.ru_utime + usage.ru_stime
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         raise TimeoutError(f"still running after {seconds} s: {self.text()}")
+
+    def cpu_so_far(self):
+        """Seconds of the processor that it has had."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def text(self):
         return self.log.read_text()
@@ -254,8 +259,8 @@ PHASES = {  # the function of each, and how the weights stand in it
 
 def signal_in(toy, name, phase, number, call=1, pause=0.1, delay=0.0, more=(), twice=False):
     """Start a run, send it a signal `delay` seconds after the call of a phase's function began,
-    which lasts `pause` seconds longer than it would. Returns (exit status, seconds it took,
-    Process)."""
+    which lasts `pause` seconds longer than it would. Returns (exit status, seconds of the processor
+    that it went on for, Process): other processes on the machine do not count."""
     reading, writing = os.pipe()
     function = PHASES[phase][0]
 
@@ -277,10 +282,10 @@ def signal_in(toy, name, phase, number, call=1, pause=0.1, delay=0.0, more=(), t
     assert os.read(reading, 1) == b"x", process.text()
     os.close(reading)
     time.sleep(delay)
-    sent = time.monotonic()
+    before = process.cpu_so_far()
     os.kill(process.pid, number)
     if twice:
         time.sleep(0.1)
         os.kill(process.pid, number)
     status = process.wait()
-    return status, time.monotonic() - sent, process
+    return status, process.cpu - before, process
