@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from budget import trained_tokens
 from cold_start import cold_start
 from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
@@ -35,10 +36,12 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
+from report import write_report
 from rldatasets import SYSTEM_PROMPT, Problems, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import micro_batches
+from token_log import watch_tokens
 
 
 def train(args):
@@ -77,10 +80,15 @@ def train(args):
             chosen = choose(rewards.total, args)  # (Q, G)
             advantages = group_advantages(rewards.total, args.advantage_scale, chosen)  # (Q, G)
             run.save_step(step, problems, rollouts, rewards, advantages)
+            save_tokens = watch_tokens(
+                run, step, policy, reference, tokenizer, rollouts, advantages, args, accelerator,
+                stopwatch,
+            )  # fmt: skip
             update = update_policy(
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
                 chosen,
             )  # fmt: skip
+            save_tokens()
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             done = step + 1
@@ -97,6 +105,7 @@ def train(args):
             show_progress(bar, metrics, after, rollouts.texts[0][0] if args.verbose else None)
     run.save_model(policy, tokenizer, "model")
     plot_run(run.path)
+    write_report(run.path)
     print(summary_table(run.path, before, after))
 
 
@@ -261,7 +270,8 @@ def update_policy(
         epochs.append({name: float(value) for name, value in metrics.items()})
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
     # Later epochs differ from the sampler because they have learnt, which is no mismatch.
-    return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
+    means["mismatch"] = epochs[0].get("mismatch", 0.0)
+    return means | trained_tokens(batches, advantages.tolist(), reference is not None)
 
 
 if __name__ == "__main__":

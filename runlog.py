@@ -3,13 +3,18 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
+from alarms import new_alarms
+from budget import budget_lines, sampled_tokens
 from grpo import has_signal
+from runfiles import read_rows
 from utils import finite, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
@@ -18,13 +23,15 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 class Run:
     """A run's directory, and the only writer of what is in it.
 
-    config.json        every flag, versions, device, commit
+    config.json        the command, every flag, versions, device, commit
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
-    completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer
+    completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
+                       tokens_00012.jsonl: one group, token by token
     checkpoints/       step_00100/: the model in Hugging Face format
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
+    report.html        the same as one page
     """
 
     def __init__(self, path):
@@ -34,6 +41,7 @@ class Run:
 
     def save_config(self, args, device, **facts):
         config = {
+            "command": shlex.join(["python", *sys.argv]),
             "flags": vars(args),
             **facts,
             "device": device,
@@ -46,6 +54,9 @@ class Run:
         (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def log_step(self, metrics):
+        """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
+        history = [*read_rows(self.path / "metrics.jsonl"), finite(metrics)]
+        metrics["alarms"] = new_alarms(history, read_rows(self.path / "eval.jsonl"))
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
 
     def log_evaluation(self, step, summary, records):
@@ -76,6 +87,9 @@ class Run:
         path = self.completions / f"step_{step:05d}.jsonl"
         write_jsonl(path, rows)
         return path
+
+    def save_tokens(self, step, records):
+        write_jsonl(self.completions / f"tokens_{step:05d}.jsonl", records)
 
     def save_model(self, model, tokenizer, name):
         """Save model and tokenizer as Hugging Face files under `name`, never half written."""
@@ -123,23 +137,18 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "truncated": (~rollouts.finished).float().mean().item(),
         "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
+        **sampled_tokens(rollouts, total),
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
     }
 
 
 def show_progress(bar, metrics, evaluation, completion):
-    """Advance the bar by one step; print a completion where one is given, and any warning."""
+    """Advance the bar by one step; print a completion where one is given, and any alarm."""
     step = metrics["step"]
     if completion is not None:
         bar.write(f"--- step {step}, reward {metrics['reward']:.2f}\n{completion}")
-    if metrics["truncated"] == 1:
-        bar.write(f"step {step}: warning: every completion was cut off; raise "
-                  "--max_completion_length")  # fmt: skip
-    if metrics["flat_groups"] == 1:
-        bar.write(f"step {step}: warning: in every group all completions earned the same; there is "
-                  "nothing to learn from that")  # fmt: skip
-    if metrics["skipped"]:
-        bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
+    for alarm in metrics["alarms"]:
+        bar.write(f"step {step}: alarm: {alarm}")
     shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
     if "kl" in metrics:
         shown["kl"] = f"{metrics['kl']:.4f}"
@@ -150,7 +159,7 @@ def show_progress(bar, metrics, evaluation, completion):
 
 
 def summary_table(path, before, after):
-    """What a run ends with: the held-out figures before and after, and where to look."""
+    """What a run ends with: the held-out figures before and after, its budget, where to look."""
     keys = [key for key in before if key not in ("problems", "accuracy_low", "accuracy_high")]
     rows = [("held-out, greedy", "before GRPO", "after")]
     for key in keys:
@@ -161,8 +170,10 @@ def summary_table(path, before, after):
     return "\n".join([
         "", lines[0], rule, *(line.rstrip() for line in lines[1:]), rule,
         f"{before['problems']} problems; in brackets the 95 % interval.",
-        f"Everything is in {path}; open {path}/plots/overview.png first.",
+        *budget_lines(read_rows(path / "metrics.jsonl")),
+        f"Everything is in {path}; {path}/plots/overview.png shows it at a glance.",
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
+        f"The report, to open in a browser: {path}/report.html",
     ])  # fmt: skip
 
 
