@@ -10,7 +10,7 @@ from grpo import has_signal
 STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "watching")
 
 
-def sampled_tokens(rollouts, rewards):
+def sampled_counts(rollouts, rewards):
     """What a step sampled, from its Rollouts and total rewards (Q, G), as metrics.
 
     tokens/flat: in groups whose rewards are all equal. tokens/truncated: in completions that were
@@ -25,7 +25,7 @@ def sampled_tokens(rollouts, rewards):
     }
 
 
-def trained_tokens(batches, advantages, kl):
+def trained_counts(batches, advantages, kl):
     """What an update trained on, from its MicroBatches and all B advantages, as metrics.
 
     kl: whether there is a KL term. tokens/trained: those that carry gradient. tokens/padded: places

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from budget import trained_tokens
+from budget import trained_counts
 from cold_start import cold_start
 from evaluator import REWARD_FUNCTIONS, evaluate, joined_rewards, score
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
@@ -271,7 +271,7 @@ def update_policy(
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
     # Later epochs differ from the sampler because they have learnt, which is no mismatch.
     means["mismatch"] = epochs[0].get("mismatch", 0.0)
-    return means | trained_tokens(batches, advantages.tolist(), reference is not None)
+    return means | trained_counts(batches, advantages.tolist(), reference is not None)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from budget import budget
 from runfiles import LABELS, SHARES, Series, read_rows, smooth
 
 PAGE = Path(__file__).parent / "report_page.html"
-FIRST_CHARTS = ("reward", "accuracy", "kl", "grad_norm", "entropy", "completion_length")
+FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
 
 # What keeps a page below 5 MB, whatever the run. The run's files hold everything.
 POINTS = 400  # of a curve
@@ -178,11 +178,13 @@ def _charts(run):
     for key, series in run.evaluations.items():
         if not key.startswith(("accuracy", "problems")):
             figures[f"held-out {key}"] = {key: series}
+    # As in overview.png: without a reference there is no KL to draw.
+    charts = ["grad_norm" if key == "kl" and key not in figures else key for key in FIRST_CHARTS]
     data, first, more = [], [], []
-    for title in sorted(figures, key=lambda t: (*FIRST_CHARTS, t).index(t)):
+    for title in sorted(figures, key=lambda t: [*charts, t].index(t)):
         share = title.removeprefix("held-out ") in SHARES
         markup = _chart(run, title, figures[title], share, len(data))
-        (first if title in FIRST_CHARTS else more).append(markup)
+        (first if title in charts else more).append(markup)
         data.append({
             "share": share,
             "left": _limits(_steps(figures[title]))[0],

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from alarms import new_alarms
-from budget import budget_lines, sampled_tokens
+from budget import budget_lines, sampled_counts
 from grpo import has_signal
 from runfiles import read_rows
 from utils import finite, write_jsonl
@@ -137,7 +137,7 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "truncated": (~rollouts.finished).float().mean().item(),
         "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
-        **sampled_tokens(rollouts, total),
+        **sampled_counts(rollouts, total),
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
     }
 
