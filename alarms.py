@@ -47,7 +47,9 @@ def reward_hacking(history, evaluations):
         return None
     best, last = pair
     before = _values([row for row in history if row["step"] < max(best["step"], WINDOW)], "reward")
-    after = _values([row for row in history if best["step"] <= row["step"] < last["step"]], "reward")
+    after = _values(
+        [row for row in history if best["step"] <= row["step"] < last["step"]], "reward"
+    )
     before, after = before[-WINDOW:], after[-WINDOW:]
     if len(before) < WINDOW or len(after) < WINDOW or last["step"] < best["step"] + 2 * WINDOW:
         return None

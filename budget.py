@@ -49,7 +49,7 @@ def trained_counts(batches, advantages, kl):
 
 
 def budget(rows):
-    """The sums over lines of metrics.jsonl: ({stage: seconds}, {kind: tokens}, {kind: completions}).
+    """Sums over lines of metrics.jsonl: ({stage: seconds}, {kind: tokens}, {kind: completions}).
 
     A run that kept no such count has empty dicts.
     """

@@ -98,9 +98,11 @@ def _tokens(axes, runs):
     trained = metrics["tokens/trained"][1]
     rest = [all_of - part for all_of, part in zip(sampled, trained)]
     _stack(axes, {"carried gradient": (steps, trained), "did not": (steps, rest)})
-    for key, name, colour in (("flat", "in flat groups", "black"), ("truncated", "cut off", "red")):
-        axes.plot(*metrics[f"tokens/{key}"], "o--", color=colour, markersize=3, label=name)
-    _finish(axes, runs, "tokens/sampled", legend=True)
+    for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:")):
+        axes.plot(*metrics[f"tokens/{key}"], line, label=name)
+    _finish(axes, runs, "tokens/sampled", legend=False)
+    axes.margins(y=0.3)  # for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
 
 
 def _alarms(axes, runs):
@@ -114,6 +116,7 @@ def _alarms(axes, runs):
             axes.annotate(
                 ", ".join(lines), (step, 1), xycoords=("data", "axes fraction"), rotation=90,
                 fontsize=7, color="#dc2626", ha="right", va="top",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )  # fmt: skip
 
 

@@ -19,11 +19,11 @@ from runfiles import LABELS, SHARES, Series, read_rows, smooth
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
 
-# What keeps a page below 5 MB, whatever the run. The run's files hold everything.
+# What keeps a page below 5 MB. The run's files hold everything.
 POINTS = 400  # of a curve
 EVALUATIONS = 4  # side by side
 ANSWERS = 30  # questions of each kind (gained, lost, right, wrong)
-CHARACTERS = 3000  # of an answer
+CHARACTERS = 2000  # of an answer
 TOKENS = 4000  # of a group
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 46, 8, 8, 22  # of a chart, in its own units
@@ -44,19 +44,20 @@ def write_report(path):
         _section("Configuration", _configuration(run)),
     ]
     # Without "<" the JSON cannot end the element that holds it.
-    data = json.dumps({"charts": chart_data, "answers": answers, "groups": groups})
+    data = {"charts": chart_data, "answers": answers, "groups": groups}
+    data = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     page = PAGE.read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     for place, value in {
         "<!--SCRIPT-HASH-->": f"sha256-{digest}",
         "<!--TITLE-->": html.escape(f"GRPO: {run.name}"),
-        "<!--DATA-->": data.replace("<", "\\u003c"),
+        "<!--DATA-->": data,
         "<!--BODY-->": "\n".join(sections),
     }.items():
         page = page.replace(place, value)
     target = run.path / "report.html"
-    target.write_text(page, encoding="utf-8")
+    target.write_text(page, encoding="utf-8", errors="replace")
     return target
 
 

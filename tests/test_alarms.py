@@ -83,7 +83,9 @@ def test_what_goes_wrong_is_told_once_when_it_happens(key, planted, step, says):
     assert line.endswith(f"; see completions/step_{step:05d}.jsonl")
 
 
-@pytest.mark.parametrize(("end", "hacked"), [(0.5, True), (0.45, True), (0.505, True), (0.6, False)])
+@pytest.mark.parametrize(
+    ("end", "hacked"), [(0.5, True), (0.45, True), (0.505, True), (0.6, False)]
+)
 def test_a_reward_that_rises_without_held_out_accuracy_is_hacking(end, hacked):
     rows = history(reward=lambda s: 2.5 + s / 40 + 0.1 * (s % 2))
     lines = told(rows, [evaluated(0, 0.5), evaluated(40, end)])
@@ -122,7 +124,7 @@ def test_what_comes_back_after_a_quiet_time_is_told_again():
         return 5.0 if step in (10, 12, 15, 60) else 0.0
 
     steps = [step for step, _ in told(history(80, kl=lambda s: planted(s) * WINDOW))]
-    assert steps == [10, 60] and 60 - 15 > QUIET
+    assert steps == [10, 60] and QUIET < 60 - 15
 
 
 def test_values_that_are_missing_prove_nothing(tmp_path):

@@ -546,7 +546,13 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert len(tokens) == 3 and "".join(tokens[0]["tokens"]).startswith(text)
     assert "Held-out accuracy" in (run / "report.html").read_text()
     plots = {path.name for path in (run / "plots").iterdir()}
-    assert {"overview.png", "budget.png", "reward.png", "rewards_correctness.png", "eval_accuracy.png"} <= plots
+    assert {
+        "overview.png",
+        "budget.png",
+        "reward.png",
+        "rewards_correctness.png",
+        "eval_accuracy.png",
+    } <= plots
     for folder in ("model", "checkpoints/step_00002"):
         model = AutoModelForCausalLM.from_pretrained(run / folder)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
