@@ -1,5 +1,7 @@
 """Answering held-out problems: greedily, and by sampling where pass@k is asked for."""
 
+import time
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -92,17 +94,22 @@ def verdicts(completion, problem):
 
 
 def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_functions, step):
-    """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone."""
+    """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone.
+
+    The summary also says how many seconds it took.
+    """
+    started = time.perf_counter()
     passes = 2 if args.eval_samples else 1
     with (
         tqdm(total=passes * len(problems), desc="evaluating", leave=False) as bar,
         accelerator.autocast(),
     ):
-        return evaluate(
+        summary, records = evaluate(
             policy, tokenizer, problems, args.max_completion_length, args.eval_batch_size,
             reward_functions, bar.update, args.eval_samples, args.temperature,
             mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
         )  # fmt: skip
+    return {**summary, "seconds/evaluation": time.perf_counter() - started}, records
 
 
 def check_room(policy, tokenizer, problems, max_completion_length):

@@ -36,6 +36,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from budget import trained_counts
 from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluation import check_room, evaluate_policy
@@ -52,11 +53,13 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
+from report import write_report
 from reward_lint import warn
 from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
+from token_log import watch_tokens
 from weight_meter import WeightMeter
 
 
@@ -107,11 +110,16 @@ def train(args):
             run.save_step(step, problems, rollouts, rewards, advantages)
             if args.save_rollouts:
                 run.save_rollouts(step, rollouts, rewards, advantages, chosen)
+            save_tokens = watch_tokens(
+                run, step, policy, reference, tokenizer, rollouts, advantages, args, accelerator,
+                stopwatch,
+            )  # fmt: skip
             update = update_policy(
                 policy, reference, optimizer, rollouts, advantages, args, accelerator, stopwatch,
                 chosen,
             )  # fmt: skip
             saver.hold()  # until the step is complete, see Saver
+            save_tokens()
             update |= meter.shares()
             update["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -129,6 +137,7 @@ def train(args):
             show_progress(bar, metrics, run.last_evaluation, sample)
         saver.publish()
         plot_run(run.path)
+        write_report(run.path)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 
@@ -316,7 +325,10 @@ def update_policy(
         epochs.append({name: float(value) for name, value in metrics.items()})
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
     # Later epochs differ from the sampler because they have learnt, which is no mismatch.
-    return {**means, "mismatch": epochs[0].get("mismatch", 0.0)}
+    means["mismatch"] = epochs[0].get("mismatch", 0.0)
+    return means | trained_counts(
+        batches, advantages.tolist(), reference is not None or args.entropy_bonus > 0
+    )
 
 
 def command(args):

@@ -1,4 +1,4 @@
-"""A run's files in, PNGs out: `python plotter.py RUN [RUN ...]`.
+"""A run's files in, PNGs out: `python plotter.py RUN [RUN ...]`, with --report a page as well.
 
 Draws from config.json, metrics.jsonl and eval.jsonl alone, so a run can be plotted while it goes
 on, after it died, or beside others. Whatever is in metrics.jsonl gets a figure: a new reward
@@ -6,86 +6,20 @@ function or metric needs no change here.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from utils import UserError, read_jsonl
+from report import write_report
+from runfiles import LABELS, SHARES, Series, smooth
+from utils import UserError
 
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "font.size": 10, "axes.titleweight": "bold",
          "axes.titlelocation": "left", "figure.facecolor": "white"}  # fmt: skip
-
-LABELS = {
-    "reward": "reward (mean over completions)",
-    "reward_std": "reward std within a group",
-    "kl": "KL to the reference (nats per token)",
-    "entropy": "entropy (nats per token)",
-    "completion_length": "completion length (tokens)",
-    "loss": "loss",
-    "grad_norm": "gradient norm before clipping",
-    "learning_rate": "learning rate",
-    "clip_fraction": "clip fraction (of tokens)",
-    "mismatch": "sampler-trainer mismatch (nats per token)",
-    "truncated": "truncated completions",
-    "flat_groups": "groups whose rewards are all equal",
-    "tokens_per_second": "sampled tokens per second",
-    "skipped": "updates skipped as not finite",
-    "tis_capped": "tokens whose importance weight is capped",
-    "weights_changed": "weights that an update changes",
-    "weights_changed_bf16": "weights that it would change, were they stored in bf16",
-    "accuracy": "held-out accuracy (greedy, 95 % interval)",
-    "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",
-    "format_rate": "held-out format rate (95 % interval)",
-}
-SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
-          "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
-
-
-class Series:
-    """One run's records: `metrics` and `evaluations` map a key to (steps, values)."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not (self.path / "metrics.jsonl").exists() and not (self.path / "eval.jsonl").exists():
-            raise UserError(f"{path}: no run here, or nothing logged yet (no metrics.jsonl)")
-        self.name = self.path.resolve().name
-        config = self.path / "config.json"
-        self.flags = _flags(config) if config.exists() else {}
-        self.metrics = _columns(self.path / "metrics.jsonl")
-        self.evaluations = _columns(self.path / "eval.jsonl")
-
-
-def _flags(config):
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["flags"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{config}: damaged") from None
-
-
-def _columns(path):
-    columns = {}
-    for _, row in read_jsonl(path, torn_end=True) if path.exists() else []:
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                steps, values = columns.setdefault(key, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return columns
-
-
-def smooth(values, window=None):
-    """Moving average over the last `window` values, by default a tenth of them, at least 3."""
-    window = window or max(3, len(values) // 10)
-    averages = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        averages.append(sum(recent) / len(recent))
-    return averages
 
 
 def _line(axes, steps, values, colour, label=None):
@@ -99,7 +33,7 @@ def _metric(axes, runs, key):
     for run, colour in zip(runs, COLOURS * len(runs)):
         if key in run.metrics:
             _line(axes, *run.metrics[key], colour, run.name)
-    _finish(axes, key, legend=len(runs) > 1)
+    _finish(axes, runs, key, legend=len(runs) > 1)
 
 
 def _evaluation(axes, runs, key):
@@ -114,7 +48,7 @@ def _evaluation(axes, runs, key):
             below = [value - bound for value, bound in zip(values, low)]
             above = [bound - value for value, bound in zip(values, high)]
             axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
-    _finish(axes, key, legend=len(runs) > 1)
+    _finish(axes, runs, key, legend=len(runs) > 1)
 
 
 def _rewards(axes, runs):
@@ -127,7 +61,7 @@ def _rewards(axes, runs):
         if key in metrics:
             label = "total" if key == "reward" else key.removeprefix("rewards/")
             _line(axes, *metrics[key], colour, label)
-    _finish(axes, "reward", legend=True)
+    _finish(axes, runs, "reward", legend=True)
 
 
 def _seconds(axes, runs):
@@ -141,24 +75,59 @@ def _seconds(axes, runs):
                         totals[step] = totals.get(step, 0) + value
             if totals:
                 _line(axes, list(totals), list(totals.values()), colour, run.name)
-        return _finish(axes, "seconds per step", legend=True)
+        return _finish(axes, runs, "seconds per step", legend=True)
+    metrics = runs[0].metrics
+    stages = {key.split("/")[1]: metrics[key] for key in metrics if key.startswith("seconds/")}
+    _stack(axes, stages)
+    _finish(axes, runs, "seconds per step", legend=True)
+
+
+def _stack(axes, parts):
+    """Bars over steps, each of {name: (steps, values)} on top of those before it."""
     below = {}
-    stages = [key for key in runs[0].metrics if key.startswith("seconds/")]
-    for key, colour in zip(stages, COLOURS * len(stages)):
-        steps, values = runs[0].metrics[key]
+    for (name, (steps, values)), colour in zip(parts.items(), COLOURS * len(parts)):
         base = [below.get(step, 0) for step in steps]
-        axes.bar(steps, values, 0.9, bottom=base, color=colour, label=key.split("/")[1])
+        axes.bar(steps, values, 0.9, bottom=base, color=colour, label=name)
         below.update({step: low + value for step, low, value in zip(steps, base, values)})
-    _finish(axes, "seconds per step", legend=True)
 
 
-def _finish(axes, key, legend):
+def _tokens(axes, runs):
+    """Every step's sampled tokens, by whether they carried gradient, and why they may not have."""
+    metrics = runs[0].metrics
+    steps, sampled = metrics["tokens/sampled"]
+    trained = metrics["tokens/trained"][1]
+    rest = [all_of - part for all_of, part in zip(sampled, trained)]
+    _stack(axes, {"carried gradient": (steps, trained), "did not": (steps, rest)})
+    for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:")):
+        axes.plot(*metrics[f"tokens/{key}"], line, label=name)
+    _finish(axes, runs, "tokens/sampled", legend=False)
+    axes.margins(y=0.3)  # for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
+
+
+def _alarms(axes, runs):
+    """A dotted line at every step with an alarm, with the alarms' names along it."""
+    for run in runs:
+        names = {}
+        for step, line in run.alarms:
+            names.setdefault(step, []).append(line.partition(":")[0])
+        for step, lines in names.items():
+            axes.axvline(step, color="#dc2626", linestyle=":", linewidth=1.2)
+            axes.annotate(
+                ", ".join(lines), (step, 1), xycoords=("data", "axes fraction"), rotation=90,
+                fontsize=7, color="#dc2626", ha="right", va="top",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )  # fmt: skip
+
+
+def _finish(axes, runs, key, legend):
     axes.set_title(LABELS.get(key, key.replace("rewards/", "reward: ")))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
+    _alarms(axes, runs)
     if key in SHARES or "pass@" in key:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
@@ -171,7 +140,8 @@ def _figure(rows=1, columns=1, size=(7, 4.2)):
 
 
 def plot_runs(runs, folder):
-    """Write overview.png and one PNG per metric of these `Series` into `folder`; returns it."""
+    """Write overview.png and one PNG per metric of these `Series` into `folder`, for a single run
+    also budget.png; returns it."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,12 +158,19 @@ def plot_runs(runs, folder):
         _metric(panels[4], runs, "entropy")
         _seconds(panels[5], runs)
         figure.savefig(folder / "overview.png")
+        if len(runs) == 1:
+            kept = "tokens/sampled" in metric_keys  # not by runs of before there was such a count
+            figure, panels = _figure(1, 1 + kept, size=(7 + 7 * kept, 4.2))
+            _seconds(panels[0], runs)
+            if kept:
+                _tokens(panels[1], runs)
+            figure.savefig(folder / "budget.png")
         for key in metric_keys:
             figure, [axes] = _figure()
             _metric(axes, runs, key)
             figure.savefig(folder / f"{key.replace('/', '_')}.png")
         for key in eval_keys:
-            if key not in ("problems", "mcnemar_p") and not key.endswith(("_low", "_high")):
+            if not key.endswith(("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")):
                 figure, [axes] = _figure()
                 _evaluation(axes, runs, key)
                 axes.set_title(LABELS.get(key, f"held-out {key}".replace("rewards/", "")))
@@ -223,6 +200,7 @@ def main(argv=None):
     parser.add_argument(
         "--output_dir", metavar="DIR", help="default: RUN/plots; for several runs: comparison"
     )
+    parser.add_argument("--report", action="store_true", help="write every RUN/report.html too")
     args = parser.parse_args(argv)
     paths = [*args.runs, *([args.log_dir] if args.log_dir else [])]
     if not paths:
@@ -232,6 +210,8 @@ def main(argv=None):
         runs = [Series(path) for path in paths]
         default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
         print(plot_runs(runs, Path(args.output_dir or default)))
+        for path in paths if args.report else []:
+            print(write_report(path))
     except (UserError, OSError) as error:
         print(f"plotter.py: error: {error}", file=sys.stderr)
         return 2

@@ -2,14 +2,19 @@
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
+from alarms import new_alarms
+from budget import budget_lines, sampled_counts
 from comparison import interval, p_against
 from grpo import has_signal
 from rollout_file import save_rollouts
+from runfiles import read_rows
 from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
@@ -18,14 +23,16 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 class Run:
     """A run's directory, and the only writer of what is in it.
 
-    config.json        every flag, versions, device, commit
+    config.json        the command, every flag, versions, device, commit
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
-    completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer
+    completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
+                       tokens_00012.jsonl: one group, token by token
     rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
     checkpoints/       step_00100/: what --resume goes on from, see checkpoints.py
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
+    report.html        the same as one page
     """
 
     def __init__(self, path):
@@ -59,6 +66,7 @@ class Run:
 
     def save_config(self, args, device, **facts):
         config = {
+            "command": shlex.join(["python", *sys.argv]),
             "flags": vars(args),
             **facts,
             "device": device,
@@ -71,6 +79,9 @@ class Run:
         replace_text(self.path / "config.json", text + "\n")
 
     def log_step(self, metrics):
+        """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
+        history = [*read_rows(self.path / "metrics.jsonl"), finite(metrics)]
+        metrics["alarms"] = new_alarms(history, read_rows(self.path / "eval.jsonl"))
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
 
     def log_evaluation(self, step, summary, records):
@@ -114,6 +125,9 @@ class Run:
         path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
         save_rollouts(path, rollouts, rewards, advantages, chosen)
 
+    def save_tokens(self, step, records):
+        write_jsonl(self.completions / f"tokens_{step:05d}.jsonl", records)
+
 
 def _commit():
     """The checkout's commit, with `+changes` where files differ from it; None outside git."""
@@ -152,23 +166,18 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "truncated": (~rollouts.finished).float().mean().item(),
         "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
+        **sampled_counts(rollouts, total),
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
     }
 
 
 def show_progress(bar, metrics, evaluation, completion):
-    """Advance the bar by one step; print a completion where one is given, and any warning."""
+    """Advance the bar by one step; print a completion where one is given, and any alarm."""
     step = metrics["step"]
     if completion is not None:
         bar.write(f"--- step {step}, reward {metrics['reward']:.2f}\n{completion}")
-    if metrics["truncated"] == 1:
-        bar.write(f"step {step}: warning: every completion was cut off; raise "
-                  "--max_completion_length")  # fmt: skip
-    if metrics["flat_groups"] == 1:
-        bar.write(f"step {step}: warning: in every group all completions earned the same; there is "
-                  "nothing to learn from that")  # fmt: skip
-    if metrics["skipped"]:
-        bar.write(f"step {step}: warning: update skipped, its loss or gradient was not finite")
+    for alarm in metrics["alarms"]:
+        bar.write(f"step {step}: alarm: {alarm}")
     shown = {"reward": f"{metrics['reward']:.2f}", "accuracy": f"{evaluation['accuracy']:.1%}"}
     if "kl" in metrics:
         shown["kl"] = f"{metrics['kl']:.4f}"
@@ -179,11 +188,13 @@ def show_progress(bar, metrics, evaluation, completion):
 
 
 def summary_table(path, before, after):
-    """What a run ends with: the held-out figures before and after, and where to look."""
+    """What a run ends with: the held-out figures before and after, its budget, where to look."""
+    rows = [row for name in ("metrics.jsonl", "eval.jsonl") for row in read_rows(path / name)]
     return "\n".join([
-        "", *evaluation_table({"before GRPO": before, "after": after}),
-        f"Everything is in {path}; open {path}/plots/overview.png first.",
+        "", *evaluation_table({"before GRPO": before, "after": after}), *budget_lines(rows),
+        f"Everything is in {path}; {path}/plots/overview.png shows it at a glance.",
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
+        f"The report, to open in a browser: {path}/report.html",
     ])  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_what_is_later_than_the_checkpoint_is_cut_off(tmp_path):
     run = Run(tmp_path)
     for done in range(5):
         (run.completions / f"step_{done:05d}.jsonl").write_text("{}")
-        run.log_evaluation(done, {"accuracy": done / 10}, [])
+        run.log_evaluation(done, {"accuracy": done / 10, "accuracy_low": 0, "accuracy_high": 1}, [])
         run.log_step({"step": done, "reward": 0.1 + 0.2})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "rew')  # it died here

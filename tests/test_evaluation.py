@@ -133,6 +133,7 @@ def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_ste
         args.__dict__.update(flags)
         summary, records = evaluate_policy(*toy, PROBLEMS, args, accelerator, [], step)
         samples = [[s["completion"] for s in record.get("samples", [])] for record in records]
+        assert summary.pop("seconds/evaluation") > 0
         return samples, [record["completion"] for record in records], summary
 
     samples, greedy, summary = answers(step=5)

@@ -1,6 +1,7 @@
 """Plots are drawn from the files alone."""
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import plotter
@@ -32,7 +33,7 @@ def test_a_run_gets_an_overview_and_a_figure_per_metric(runs):
     names = {path.stem for path in folder.iterdir()}
     assert names == {
         "overview", "reward", "rewards_correctness", "grad_norm", "entropy", "completion_length",
-        "seconds_sampling", "seconds_policy", "eval_accuracy",
+        "seconds_sampling", "seconds_policy", "eval_accuracy", "budget",
     }  # fmt: skip
     height, width, _ = imread(folder / "overview.png").shape
     assert width > 1500 and height > 800
@@ -77,6 +78,32 @@ def test_missing_values_leave_gaps_and_do_not_become_points(runs):
     series = Series(runs[0])
     assert "kl" not in series.metrics
     assert series.metrics["reward"][0] == list(range(12))
+
+
+def test_alarms_are_marked_in_every_figure_at_their_step(runs):
+    write_jsonl(runs[0] / "metrics.jsonl", [
+        {"step": 12, "reward": 1.0, "alarms": []},
+        {"step": 13, "reward": 1.0, "alarms": ["kl: far", "entropy: low"]},
+    ], mode="a")  # fmt: skip
+    series = Series(runs[0])
+    assert series.alarms == [(13, "kl: far"), (13, "entropy: low")]
+    assert "alarms" not in series.metrics
+    axes = Figure().subplots()
+    plotter._metric(axes, [series], "reward")
+    assert [text.get_text() for text in axes.texts] == ["kl, entropy"]
+    assert list(axes.lines[-1].get_xdata()) == [13, 13]
+
+
+def test_the_budget_s_bars_add_up_to_what_was_sampled(runs):
+    rows = [{"step": step, "seconds/policy": 1.0, "tokens/sampled": 90, "tokens/trained": 60,
+             "tokens/flat": 20, "tokens/truncated": 5} for step in range(3)]  # fmt: skip
+    write_jsonl(runs[0] / "metrics.jsonl", rows)
+    axes = Figure().subplots()
+    plotter._tokens(axes, [Series(runs[0])])
+    trained, rest = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
+    assert trained == [60] * 3 and rest == [30] * 3
+    plot_run(runs[0])
+    assert imread(runs[0] / "plots" / "budget.png").shape[1] > 1500
 
 
 def test_the_smooth_line_is_a_moving_average():

@@ -1,0 +1,82 @@
+"""Where a run's seconds and tokens went, and how many of them moved the policy.
+
+Tokens are completion tokens, counted once however many inner epochs they are trained for. A token
+carries gradient where its completion is in the loss and has an advantage, or, with a KL term, is in
+the loss at all.
+"""
+
+from grpo import has_signal
+
+STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "watching")
+
+
+def sampled_counts(rollouts, rewards):
+    """What a step sampled, from its Rollouts and total rewards (Q, G), as metrics.
+
+    tokens/flat: in groups whose rewards are all equal. tokens/truncated: in completions that were
+    cut off.
+    """
+    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    return {
+        "tokens/sampled": int(lengths.sum()),
+        "tokens/flat": int(lengths[~has_signal(rewards.cpu())].sum()),
+        "tokens/truncated": int(lengths[~rollouts.finished.cpu()].sum()),
+        "completions/sampled": lengths.numel(),
+    }
+
+
+def trained_counts(batches, advantages, kl):
+    """What an update trained on, from its MicroBatches and all B advantages, as metrics.
+
+    kl: whether there is a KL term. tokens/trained: those that carry gradient. tokens/padded: places
+    in the passes' attention that hold no token, in prompts and completions.
+    """
+    trained, padded = [], 0
+    for batch in batches:
+        prompts = [len(prompt) for prompt in batch.prompts]
+        for rows in (prompts, batch.lengths):
+            padded += len(rows) * max(rows) - sum(rows)
+        trained += [
+            length
+            for row, length in zip(batch.rows.tolist(), batch.lengths)
+            if kl or advantages[row] != 0
+        ]
+    return {
+        "tokens/trained": sum(trained),
+        "tokens/padded": padded,
+        "completions/trained": len(trained),
+    }
+
+
+def budget(rows):
+    """Sums over lines of metrics.jsonl and eval.jsonl: ({stage: seconds}, {kind: tokens},
+    {kind: completions}).
+
+    A run that kept no such count has empty dicts.
+    """
+    sums = {"seconds": {}, "tokens": {}, "completions": {}}
+    for row in rows:
+        for key, value in row.items():
+            family, _, name = key.partition("/")
+            if name and family in sums:
+                sums[family][name] = sums[family].get(name, 0) + (value or 0)
+    seconds = sums["seconds"]
+    order = sorted(seconds, key=lambda s: STAGES.index(s) if s in STAGES else len(STAGES))
+    return {stage: seconds[stage] for stage in order}, sums["tokens"], sums["completions"]
+
+
+def budget_lines(rows):
+    """The budget as a few lines of text; none without rows."""
+    seconds, tokens, completions = budget(rows)
+    lines, total = [], sum(seconds.values())
+    if total:
+        shares = [f"{stage} {spent / total:.0%}" for stage, spent in seconds.items()]
+        lines.append(f"{total:.0f} s: {', '.join(shares)}")
+    if tokens.get("sampled"):
+        share = {kind: f"{count / tokens['sampled']:.0%}" for kind, count in tokens.items()}
+        lines.append(
+            f"{tokens['sampled']} tokens sampled: {share['trained']} carried gradient "
+            f"({completions['trained']} of {completions['sampled']} completions), {share['flat']} "
+            f"in flat groups, {share['truncated']} cut off; padding {share['padded']} on top"
+        )
+    return lines

@@ -1,0 +1,94 @@
+"""A run's files read back, and what its figures are called; plots and reports are made from this.
+
+Nothing here needs torch or a model: config.json, metrics.jsonl and eval.jsonl are all there is.
+"""
+
+import json
+from pathlib import Path
+
+from utils import UserError, read_jsonl
+
+LABELS = {
+    "reward": "reward (mean over completions)",
+    "reward_std": "reward std within a group",
+    "kl": "KL to the reference (nats per token)",
+    "entropy": "entropy (nats per token)",
+    "completion_length": "completion length (tokens)",
+    "loss": "loss",
+    "grad_norm": "gradient norm before clipping",
+    "learning_rate": "learning rate",
+    "clip_fraction": "clip fraction (of tokens)",
+    "mismatch": "sampler-trainer mismatch (nats per token)",
+    "truncated": "truncated completions",
+    "flat_groups": "groups whose rewards are all equal",
+    "tokens_per_second": "sampled tokens per second",
+    "skipped": "updates skipped as not finite",
+    "tis_capped": "tokens whose importance weight is capped",
+    "weights_changed": "weights that an update changes",
+    "weights_changed_bf16": "weights that it would change, were they stored in bf16",
+    "tokens/sampled": "tokens sampled",
+    "tokens/trained": "tokens that carried gradient",
+    "tokens/flat": "tokens in groups whose rewards are all equal",
+    "tokens/truncated": "tokens in truncated completions",
+    "tokens/padded": "padding in the attention of training passes (tokens)",
+    "completions/sampled": "completions sampled",
+    "completions/trained": "completions that carried gradient",
+    "accuracy": "held-out accuracy (greedy, 95 % interval)",
+    "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",
+    "format_rate": "held-out format rate (95 % interval)",
+}
+SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
+          "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
+
+
+class Series:
+    """One run's records: `metrics` and `evaluations` map a key to (steps, values), `rows` are the
+    lines of metrics.jsonl, `alarms` are (step, line of text)."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not (self.path / "metrics.jsonl").exists() and not (self.path / "eval.jsonl").exists():
+            raise UserError(f"{path}: no run here, or nothing logged yet (no metrics.jsonl)")
+        self.name = self.path.resolve().name
+        config = self.path / "config.json"
+        self.config = _config(config) if config.exists() else {"flags": {}}
+        self.flags = self.config["flags"]
+        self.rows = read_rows(self.path / "metrics.jsonl")
+        self.metrics = _columns(self.rows)
+        self.evaluation_rows = read_rows(self.path / "eval.jsonl")
+        self.evaluations = _columns(self.evaluation_rows)
+        self.alarms = [(row["step"], line) for row in self.rows for line in row.get("alarms", [])]
+
+
+def read_rows(path):
+    """The objects in a .jsonl file; none where there is no file, all but a torn last line."""
+    return [row for _, row in read_jsonl(path, torn_end=True)] if path.exists() else []
+
+
+def _config(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {**config, "flags": dict(config["flags"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged") from None
+
+
+def _columns(rows):
+    columns = {}
+    for row in rows:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)):
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return columns
+
+
+def smooth(values, window=None):
+    """Moving average over the last `window` values, by default a tenth of them, at least 3."""
+    window = window or max(3, len(values) // 10)
+    averages = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        averages.append(sum(recent) / len(recent))
+    return averages

@@ -1,0 +1,74 @@
+"""What an update did to every token of one group: completions/tokens_00012.jsonl.
+
+Kept for three steps of a run, its first, middle and last. It costs two more forward passes over one
+group, three with a reference.
+"""
+
+import torch
+
+from llms import completion_logprobs
+from shared_prefix import micro_batches
+
+
+def is_watched(step, steps):
+    return step in (0, (steps - 1) // 2, steps - 1)
+
+
+def watch_tokens(
+    run, step, policy, reference, tokenizer, rollouts, advantages, args, accelerator, stopwatch
+):
+    """Call this before an update, and what it returns after it; at a watched step, that writes the
+    group with the largest advantages, and at any other does nothing.
+
+    advantages: (Q, G). Before and after are both the trainer's log-probs, so that their difference
+    is the update's work alone and not the sampler's rounding, which old_logprobs have.
+    """
+    if not is_watched(step, args.num_train_iters):
+        return lambda: None
+    q = int(advantages.abs().sum(-1).argmax())
+
+    def logprobs_of(model):
+        with stopwatch("watching"):
+            return group_logprobs(model, rollouts, q, args, accelerator)
+
+    before = logprobs_of(policy)
+
+    def save():
+        logprobs = {
+            "old_logprobs": rollouts.logprobs[q],
+            "logprobs_before": before,
+            "logprobs_after": logprobs_of(policy),
+        }
+        if reference is not None:
+            logprobs["ref_logprobs"] = logprobs_of(reference)
+        run.save_tokens(step, token_records(tokenizer, rollouts, q, logprobs))
+
+    return save
+
+
+@torch.no_grad()
+def group_logprobs(model, rollouts, q, args, accelerator):
+    """Log-probs of the completions of question q as the trainer scores them, (G, C), 0 at padded
+    places."""
+    ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
+    logprobs = torch.zeros(ids.shape, device=ids.device)
+    for batch in micro_batches([rollouts.prompt_ids[q]], [lengths], args.micro_batch_tokens):
+        with accelerator.autocast():
+            scored = completion_logprobs(model, batch, ids[batch.rows], args.temperature)  # (R, C)
+        logprobs[batch.rows] = scored.to(logprobs.dtype)
+    return logprobs
+
+
+def token_records(tokenizer, rollouts, q, logprobs):
+    """One record per completion of question q: its tokens as text and each of `logprobs`, a dict of
+    (G, C). `row` is the completion's line in the step's file, counted from 0."""
+    group_size = rollouts.completion_ids.shape[1]
+    columns = {name: values.tolist() for name, values in logprobs.items()}
+    records = []
+    for g, length in enumerate(rollouts.completion_mask[q].sum(-1).tolist()):
+        ids = rollouts.completion_ids[q, g, :length].tolist()
+        record = {"row": q * group_size + g, "tokens": tokenizer.batch_decode([[i] for i in ids])}
+        for name, values in columns.items():
+            record[name] = [round(value, 5) for value in values[g][:length]]
+        records.append(record)
+    return records
