@@ -4,7 +4,6 @@ import time
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from comparison import summarize
@@ -126,7 +125,6 @@ def evaluate_and_save(args):
     """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
-    set_seed(args.seed)
     problems = load_problems(
         args.dataset_name, args.dataset_path, "test", args.seed, args.difficulty
     )[: args.eval_problems or None]
