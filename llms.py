@@ -214,10 +214,8 @@ class TokenLogprobs(torch.autograd.Function):
             if entropy is None:
                 to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
             else:
-                factors = (
-                    x[part, None].split(SOFTMAX_ROWS) for x in (entropy, to_entropy, gradient)
-                )
-                for rows, h, to_h, to_logprob in zip(logprobs.split(SOFTMAX_ROWS), *factors):
+                inputs = (logprobs, *(x[part, None] for x in (entropy, to_entropy, gradient)))
+                for rows, h, to_h, to_logprob in zip(*(x.split(SOFTMAX_ROWS) for x in inputs)):
                     probs = rows.exp()
                     rows.add_(h).mul_(to_h).add_(to_logprob).mul_(probs).neg_()
                 to_logits = logprobs  # (N, V)
