@@ -16,6 +16,7 @@ from report import write_report
 from runfiles import LABELS, SHARES, Series, smooth
 from utils import UserError
 
+BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "font.size": 10, "axes.titleweight": "bold",
@@ -140,12 +141,15 @@ def _figure(rows=1, columns=1, size=(7, 4.2)):
 
 
 def plot_runs(runs, folder):
-    """Write overview.png and one PNG per metric of these `Series` into `folder`, for a single run
-    also budget.png; returns it."""
+    """Write overview.png and one PNG per metric of these `Series` into `folder`; returns it.
+
+    Seconds, tokens and completions of a single run stand together, in budget.png.
+    """
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     metric_keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    in_budget = BUDGET if len(runs) == 1 else ()
     eval_keys = list(dict.fromkeys(key for run in runs for key in run.evaluations))
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(2, 3, size=(16, 8.5))
@@ -166,6 +170,8 @@ def plot_runs(runs, folder):
                 _tokens(panels[1], runs)
             figure.savefig(folder / "budget.png")
         for key in metric_keys:
+            if key.startswith(in_budget):
+                continue
             figure, [axes] = _figure()
             _metric(axes, runs, key)
             figure.savefig(folder / f"{key.replace('/', '_')}.png")

@@ -228,7 +228,9 @@ def _chart(run, title, figure, share, number):
         errors = dict(zip(steps, zip(*bounds)))
     left, right = _limits(_steps(figure))
     values = [value for _, values in figure.values() for value in values]
-    ticks = _ticks([*values, *(bound for pair in errors.values() for bound in pair)])
+    values += [bound for pair in errors.values() for bound in pair]
+    limits = (0, 1) if share and min(values) == max(values) else _limits(values)
+    ticks = MaxNLocator(4).tick_values(*limits).tolist()
 
     def x(step):
         return LEFT + (step - left) / (right - left) * (WIDTH - LEFT - RIGHT)
@@ -273,10 +275,6 @@ def _chart(run, title, figure, share, number):
         f'data-chart="{number}" role="img" aria-label="{name}">{"".join(marks)}</svg>{legend}'
         "</figure>"
     )
-
-
-def _ticks(values):
-    return MaxNLocator(4).tick_values(*_limits(values)).tolist()
 
 
 # --- what the model wrote ----------------------------------------------------------------------
