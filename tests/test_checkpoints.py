@@ -214,7 +214,7 @@ def test_what_is_later_than_the_checkpoint_is_cut_off(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     run.cut_back(3)
     assert (tmp_path / "metrics.jsonl").read_text() == text == jsonl(
-        {"step": step, "reward": 0.1 + 0.2} for step in range(3)
+        {"step": step, "reward": 0.1 + 0.2, "alarms": []} for step in range(3)
     )  # fmt: skip
 
 
