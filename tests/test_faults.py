@@ -507,14 +507,14 @@ def test_a_second_process_is_refused_while_one_runs(toy, straight):
     reading, writing = os.pipe()
 
     def wait_for_the_other():
-        original = main.evaluate
+        original = main.evaluate_policy
 
         def evaluate(*args, **kwargs):
             os.write(writing, b"x")
             time.sleep(2)
             return original(*args, **kwargs)
 
-        main.evaluate = evaluate
+        main.evaluate_policy = evaluate
 
     first = toy.run("shared", plant=wait_for_the_other)
     assert os.read(reading, 1) == b"x"
