@@ -102,7 +102,7 @@ def _tokens(axes, runs):
     for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:")):
         axes.plot(*metrics[f"tokens/{key}"], line, label=name)
     _finish(axes, runs, "tokens/sampled", legend=False)
-    axes.margins(y=0.3)  # for the legend
+    axes.set_ylim(top=1.2 * max(sampled))  # room for the legend
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
 
 
