@@ -131,17 +131,18 @@ RULES = {
 }
 
 
-def new_alarms(history, evaluations):
+def new_alarms(history, evaluations, kind):
     """What holds at the last step and at none of the QUIET steps before it, as lines of text.
 
-    Each is `name: what happened; see FILE`, where FILE holds completions that show it.
+    kind: "step" for the rules that a step's line decides, "eval" for those that look at the
+    evaluation after it. Each line is `name: what happened; see FILE`, where FILE holds completions that show it.
     """
 
     def by(rows):
         return [row for row in evaluations if row["step"] <= rows[-1]["step"] + 1]
 
     lines = []
-    for rule, kind in RULES.items():
+    for rule in [rule for rule, shown_by in RULES.items() if shown_by == kind and history]:
         message = rule(history, by(history))
         earlier = range(max(1, len(history) - QUIET), len(history))
         if not message or any(rule(history[:n], by(history[:n])) for n in earlier):

@@ -57,7 +57,8 @@ class Series:
         self.metrics = _columns(self.rows)
         self.evaluation_rows = read_rows(self.path / "eval.jsonl")
         self.evaluations = _columns(self.evaluation_rows)
-        self.alarms = [(row["step"], line) for row in self.rows for line in row.get("alarms", [])]
+        rows = sorted([*self.rows, *self.evaluation_rows], key=lambda row: row["step"])
+        self.alarms = [(row["step"], line) for row in rows for line in row.get("alarms", [])]
 
 
 def read_rows(path):

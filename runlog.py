@@ -9,6 +9,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from tqdm import tqdm
+
 from alarms import new_alarms
 from budget import budget_lines, sampled_counts
 from comparison import interval, p_against
@@ -54,7 +56,9 @@ class Run:
             kind, _, step = path.stem.partition("_")
             if int(step) > (done if kind == "eval" else done - 1):
                 path.unlink()
-        self.evaluations = {row.pop("step"): row for row in kept["eval.jsonl"]}
+        for row in kept["eval.jsonl"]:
+            row.pop("alarms", None)
+            self.evaluations[row.pop("step")] = row
 
     @property
     def first_evaluation(self):
@@ -81,7 +85,7 @@ class Run:
     def log_step(self, metrics):
         """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
         history = [*read_rows(self.path / "metrics.jsonl"), finite(metrics)]
-        metrics["alarms"] = new_alarms(history, read_rows(self.path / "eval.jsonl"))
+        metrics["alarms"] = new_alarms(history, read_rows(self.path / "eval.jsonl"), "step")
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
 
     def log_evaluation(self, step, summary, records):
@@ -91,7 +95,12 @@ class Run:
             p = p_against([record for _, record in read_jsonl(first)], records)
             summary = {**summary, "mcnemar_p": p}
         write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
-        write_jsonl(self.path / "eval.jsonl", [{"step": step, **summary}], mode="a")
+        row = finite({"step": step, **summary})
+        history = read_rows(self.path / "metrics.jsonl")
+        row["alarms"] = new_alarms(history, [*read_rows(self.path / "eval.jsonl"), row], "eval")
+        write_jsonl(self.path / "eval.jsonl", [row], mode="a")
+        for alarm in row["alarms"]:
+            tqdm.write(f"step {step}: alarm: {alarm}")
         self.evaluations[step] = summary
         return summary
 

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from alarms import QUIET, WINDOW, new_alarms
+from runfiles import Series
 from runlog import Run
 
 # A run of the demo, seed 7111994, as it was: what a healthy run looks like.
@@ -48,7 +49,8 @@ def told(rows, evaluations=()):
     return [
         (rows[n]["step"], line)
         for n in range(len(rows))
-        for line in new_alarms(rows[: n + 1], list(evaluations))
+        for kind in ("step", "eval")
+        for line in new_alarms(rows[: n + 1], list(evaluations), kind)
     ]
 
 
@@ -135,3 +137,18 @@ def test_values_that_are_missing_prove_nothing(tmp_path):
         run.log_step(row)
     logged = [json.loads(line)["alarms"] for line in (tmp_path / "metrics.jsonl").open()]
     assert [len(lines) for lines in logged] == [1, 0, 0]
+
+
+def test_the_evaluation_after_the_last_step_raises_its_alarm_too(tmp_path, capsys):
+    run = Run(tmp_path)
+    for step in range(3):
+        run.log_step({"step": step, "reward": 1.0})
+    for step, share in ((0, 0.8), (3, 0.5)):
+        run.log_evaluation(
+            step, {k: v for k, v in evaluated(step, share).items() if k != "step"}, []
+        )
+    assert "step 3: alarm: accuracy: the held-out accuracy fell" in capsys.readouterr().out
+    assert [step for step, _ in Series(tmp_path).alarms] == [3]
+    again = Run(tmp_path)
+    again.cut_back(3)
+    assert "alarms" not in again.last_evaluation
