@@ -135,7 +135,8 @@ def new_alarms(history, evaluations, kind):
     """What holds at the last step and at none of the QUIET steps before it, as lines of text.
 
     kind: "step" for the rules that a step's line decides, "eval" for those that look at the
-    evaluation after it. Each line is `name: what happened; see FILE`, where FILE holds completions that show it.
+    evaluation after it. Each line is `name: what happened; see FILE`, where FILE holds completions
+    that show it.
     """
 
     def by(rows):

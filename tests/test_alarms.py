@@ -147,7 +147,7 @@ def test_the_evaluation_after_the_last_step_raises_its_alarm_too(tmp_path, capsy
         run.log_evaluation(
             step, {k: v for k, v in evaluated(step, share).items() if k != "step"}, []
         )
-    assert "step 3: alarm: accuracy: the held-out accuracy fell" in capsys.readouterr().out
+    assert "step 3: alarm: accuracy: held-out accuracy fell" in capsys.readouterr().out
     assert [step for step, _ in Series(tmp_path).alarms] == [3]
     again = Run(tmp_path)
     again.cut_back(3)
