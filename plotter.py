@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from report import write_report
-from runfiles import LABELS, SHARES, Series, smooth
+from runfiles import LABELS, NO_FIGURE, SHARES, Series, smooth
 from utils import UserError
 
 BUDGET = ("seconds/", "tokens/", "completions/")
@@ -176,7 +176,7 @@ def plot_runs(runs, folder):
             _metric(axes, runs, key)
             figure.savefig(folder / f"{key.replace('/', '_')}.png")
         for key in eval_keys:
-            if not key.endswith(("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")):
+            if not key.endswith(NO_FIGURE):
                 figure, [axes] = _figure()
                 _evaluation(axes, runs, key)
                 axes.set_title(LABELS.get(key, f"held-out {key}".replace("rewards/", "")))

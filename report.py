@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from budget import budget
-from runfiles import LABELS, SHARES, Series, read_rows, smooth
+from runfiles import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
 
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
@@ -92,6 +92,9 @@ def _headline(run, answers):
             facts.append(f"{answers['counts']['gained']} gained, {answers['counts']['lost']} lost")
         if len(rows) > 1 and rows[-1].get("mcnemar_p") is not None:
             facts.append(f"p = {rows[-1]['mcnemar_p']:.2g} (McNemar)")
+        if "lenient_accuracy" in rows[0]:
+            lenient = " → ".join(f"{row['lenient_accuracy']:.1%}" for row in ends)
+            facts.append(f"tags or none {lenient}")
         parts.append(_element("p", " · ".join(facts), "facts"))
     else:
         parts.append("<h1>Not evaluated yet</h1>")
@@ -172,19 +175,20 @@ def _pairs(values, kind):
 
 def _charts(run):
     """(markup, data for the script): the first charts, and everything else folded away."""
-    figures = {"accuracy": {"accuracy": run.evaluations["accuracy"]}} if run.evaluations else {}
+    figures, held_out = {}, {}
     for key, series in run.metrics.items():
         title = "reward" if key.startswith("rewards/") else key
         figures.setdefault(title, {})[key] = series
     for key, series in run.evaluations.items():
-        if not key.startswith(("accuracy", "problems")):
-            figures[f"held-out {key}"] = {key: series}
+        if not key.endswith(NO_FIGURE):
+            title = key if LABELS.get(key, "").startswith("held-out") else f"held-out {key}"
+            figures[title] = held_out[title] = {key: series}
     # As in overview.png: without a reference there is no KL to draw.
     charts = ["grad_norm" if key == "kl" and key not in figures else key for key in FIRST_CHARTS]
     data, first, more = [], [], []
     for title in sorted(figures, key=lambda t: [*charts, t].index(t)):
         share = title.removeprefix("held-out ") in SHARES
-        markup = _chart(run, title, figures[title], share, len(data))
+        markup = _chart(run, title, figures[title], share, title in held_out, len(data))
         (first if title in charts else more).append(markup)
         data.append({
             "share": share,
@@ -219,13 +223,13 @@ def _limits(values):
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _chart(run, title, figure, share, number):
-    """One SVG: a faint line through the points, a moving average over it, ticks, alarms."""
+def _chart(run, title, figure, share, held_out, number):
+    """One SVG with ticks and alarms. A metric is a faint line and its moving average, a held-out
+    figure has points, with their intervals where there are such."""
     errors = {}
-    if title == "accuracy":
-        steps = figure["accuracy"][0]
-        bounds = (run.evaluations[f"accuracy_{end}"][1] for end in ("low", "high"))
-        errors = dict(zip(steps, zip(*bounds)))
+    for key in figure if held_out else ():
+        lows, highs = (run.evaluations.get(f"{key}_{end}", ([], [])) for end in ("low", "high"))
+        errors = dict(zip(lows[0], zip(lows[1], highs[1])))
     left, right = _limits(_steps(figure))
     values = [value for _, values in figure.values() for value in values]
     values += [bound for pair in errors.values() for bound in pair]
@@ -258,7 +262,7 @@ def _chart(run, title, figure, share, number):
     for i, (name, (steps, values)) in enumerate(figure.items()):
         smoothed = _thinned({name: (steps, smooth(values))})[name]
         steps, values = _thinned({name: (steps, values)})[name]
-        if title == "accuracy" or title.startswith("held-out") or len(values) == 1:
+        if held_out or len(values) == 1:
             marks.append(path(steps, values, f"line s{i % 8}"))
             marks += [f'<circle class="f{i % 8}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="3"/>'
                       for s, v in zip(steps, values)]  # fmt: skip

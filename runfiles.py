@@ -39,6 +39,8 @@ LABELS = {
 }
 SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
           "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
+# How keys of eval.jsonl end that have no figure of their own.
+NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
 
 
 class Series:
