@@ -16,7 +16,6 @@ from interrupts import Stopped, exit_on_signals, only_process_in
 from utils import (
     Stopwatch,
     UserError,
-    hub_token,
     keep_freed_memory,
     mixed_seed,
     one_line,
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from budget import trained_counts
 from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
-from evaluation import check_room, evaluate_policy
+from evaluation import evaluate_policy
 from evaluator import (
     REWARD_FUNCTIONS,
     check_weights,
@@ -48,14 +47,15 @@ from evaluator import (
     with_overlong_penalty,
 )
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
-from llms import chat_prompt, completion_logprobs, kl_reference, load_model, mix_into
+from llms import chat_prompt, completion_logprobs, kl_reference, mix_into
+from loading import load
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
 from report import write_report
 from reward_lint import warn
-from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
+from rldatasets import SYSTEM_PROMPT
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
@@ -68,6 +68,8 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
+    check_weights(args.reward_weights, REWARD_FUNCTIONS)
+    warn(REWARD_FUNCTIONS, args.reward_weights)
     start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
     first = start.step if start else 0
     with phase("loading"):
@@ -139,48 +141,6 @@ def train(args):
         plot_run(run.path)
         write_report(run.path)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
-
-
-def load(args, accelerator, start=None):
-    """Data, then model: (policy, tokenizer, train problems, test problems, facts of the data).
-
-    Raises UserError, before anything is written, for whatever only the files themselves can tell.
-    """
-    if accelerator.num_processes > 1:
-        raise UserError("several processes are not supported: start it with `python main.py`")
-    check_weights(args.reward_weights, REWARD_FUNCTIONS)
-    warn(REWARD_FUNCTIONS, args.reward_weights)
-    train_problems, test_problems = (
-        load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
-        for split in ("train", "test")
-    )
-    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
-        raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
-                        "solutions (field `solution`); set it to 0")  # fmt: skip
-    test_problems = test_problems[: args.eval_problems or None]
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
-
-    def prompt_length(problem):
-        return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))
-
-    fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
-    left_out = len(train_problems) - len(fitting)
-    if left_out:
-        print(f"{left_out} of {len(train_problems)} training questions left out: their prompts are "
-              f"longer than --max_prompt_length {args.max_prompt_length}")  # fmt: skip
-    if not fitting:
-        raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
-                        "short; raise it")  # fmt: skip
-    check_room(policy, tokenizer, test_problems, args.max_completion_length)
-    data = {
-        "train_problems": len(fitting),
-        "left_out": left_out,
-        "test_problems": len(test_problems),
-        "problems_sha256": fingerprint([*fitting, *test_problems]),
-    }
-    if start and start.data != data:
-        raise UserError(f"--resume: {start.path} was trained on other problems than these")
-    return policy, tokenizer, Problems(fitting, args.seed), test_problems, data
 
 
 def is_due(done, every):

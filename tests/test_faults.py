@@ -34,6 +34,7 @@ from faults import (
 )
 
 import checkpoints
+import loading
 import main
 import runlog
 import sampler
@@ -412,7 +413,8 @@ FAULTS = {
         r"out of memory \(cold start\): lower --micro_batch_tokens", 0,
     ),
     "memory is full in loading": (
-        at_call(main, "load_model", 1, raising(MemoryError())), 2, r"out of memory \(loading\)", 0,
+        at_call(loading, "load_model", 1, raising(MemoryError())), 2,
+        r"out of memory \(loading\)", 0,
     ),
     "a reward raises": (reward(lambda c, p: {}[c]), 2, names("raised KeyError"), 2),
     "a reward hangs": (reward(hangs), 2, names("took more than --reward_timeout 0.2 seconds"), 2),
