@@ -66,6 +66,7 @@ UNITS = (  # repeated to a megabyte, each hard on some regular expression
 SIZES = (1_000, 30_000, 1_000_000)  # characters; in this order, so that a slow one is found early
 LIMIT = 0.05  # seconds of processor time that one function may take
 TOLERANCE = 1e-9
+WARNINGS = 5  # findings that a run shows
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,10 @@ def report(result):
 
 
 def warn(reward_functions, weights):
-    """The findings as warnings, a line each, on standard error."""
-    for finding in lint(reward_functions, weights).findings:
-        print(f"main.py: warning: rewards: {finding}", file=sys.stderr)
+    """The findings as warnings, a line each, on standard error; the first WARNINGS of them."""
+    findings = lint(reward_functions, weights).findings
+    lines = findings[:WARNINGS]
+    if len(findings) > WARNINGS:
+        lines.append(f"and {len(findings) - WARNINGS} more: see python evaluator.py lint")
+    for line in lines:
+        print(f"main.py: warning: rewards: {line}", file=sys.stderr)

@@ -48,9 +48,8 @@ class Run:
         kept = {}
         for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
             path = self.path / name
-            rows = read_jsonl(path, torn_end=True) if path.exists() else []
-            kept[name] = [row for _, row in rows if row["step"] <= last]
-            if rows:
+            kept[name] = [row for row in read_rows(path) if row["step"] <= last]
+            if path.exists():  # also where all it holds is a torn line
                 replace_text(path, jsonl(kept[name]))
         for path in self.completions.glob("*.jsonl"):
             kind, _, step = path.stem.partition("_")

@@ -192,6 +192,17 @@ def test_the_one_named_is_used_and_a_run_without_any_starts_from_the_beginning(t
         checkpoint_to_resume(resuming(three, learning_rate=0.5))
 
 
+def test_a_first_line_that_was_cut_short_is_gone_when_the_run_starts_anew(tmp_path):
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text('{"step": 0, "rew')
+    run = Run(tmp_path)
+    run.cut_back(0)
+    run.log_step({"step": 0, "reward": 1.0})
+    run.log_evaluation(0, {"accuracy": 0.5, "accuracy_low": 0, "accuracy_high": 1}, [])
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert [row["step"] for row in lines(tmp_path / name)] == [0]
+
+
 def test_what_is_later_than_the_checkpoint_is_cut_off(tmp_path):
     run = Run(tmp_path)
     for done in range(5):

@@ -7,6 +7,7 @@ import time
 import pytest
 
 import evaluator
+import reward_lint
 from commands import main
 from evaluator import REWARD_FUNCTIONS, TAGS, extract_answer, parse_number
 from reward_lint import golden_set, lint, report, total, warn
@@ -224,10 +225,14 @@ def test_the_command_prints_the_ranking_and_fails_where_there_is_a_finding(capsy
     assert "- a wrong answer outranks the right one, perfect format" in capsys.readouterr().out
 
 
-def test_findings_are_one_line_each_and_warnings_at_the_start_of_a_run(capsys):
+def test_findings_are_one_line_each_and_warnings_at_the_start_of_a_run(capsys, monkeypatch):
     warn(with_planted(taxed_length()), {})
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("main.py: warning: rewards: ") for line in lines)
+    monkeypatch.setattr(reward_lint, "WARNINGS", len(lines) - 1)
+    warn(with_planted(taxed_length()), {})
+    shortened = capsys.readouterr().err.splitlines()
+    assert shortened[:-1] == lines[:-1] and "and 1 more: see" in shortened[-1]
     warn(REWARD_FUNCTIONS, {})
     assert capsys.readouterr().err == ""
     assert "findings:" in report(lint(with_planted(brevity)))
