@@ -221,8 +221,8 @@ MUTANTS = [
            "excess = len(after.strip()) if closing else 0", "excess = len(after.strip())", REWARDS),
     Mutant("a format of one line",
            "return 0.5 if tags and reasoning.strip() and answer.strip() else 0.0",
-           'return 0.5 if tags and reasoning.strip() and "\\n" not in inside[:-30] else 0.0',
-           REWARDS),
+           "return 0.5 if tags and reasoning.strip() and answer.strip() and '\\n' not in reasoning "
+           "else 0.0", REWARDS),
     Mutant("reward weights without effect", "(per_function * factors).sum(-1)",
            "per_function.sum(-1)", REWARDS),
     Mutant("a gold answer anywhere in the answer", "return parse_number(answer) == number",
