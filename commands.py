@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import flags
-from utils import UserError, keep_freed_memory
+from utils import UserError, keep_freed_memory, one_line
 
 # Those of main.py's flags that an evaluation depends on.
 EVALUATION_FLAGS = (
@@ -103,7 +103,7 @@ def main(argv=None):
     try:
         return {"compare": _compare, "run": _run, "lint": _lint}[args.command](args)
     except UserError as error:
-        print(f"evaluator.py {args.command}: error: {error}", file=sys.stderr)
+        print(one_line(f"evaluator.py {args.command}: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nevaluator.py {args.command}: interrupted", file=sys.stderr)

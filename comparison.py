@@ -4,6 +4,7 @@ Everything comes from an evaluation's records, a line per question in completion
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -98,10 +99,10 @@ def read_evaluation(place):
     Raises UserError where there is none.
     """
     path, at, step = place.rpartition("@")
-    if not (at and step.isascii() and step.isdigit()) or Path(place).is_dir():
+    if not (at and step.isascii() and step.isdigit()) or os.path.isdir(place):
         path, step = place, None
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{path}: no such directory; name a run's, e.g. runs/demo or runs/demo@20")
     files = {}
     for file in (folder / "completions").glob("eval_*.jsonl"):

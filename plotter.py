@@ -5,16 +5,16 @@ on, after it died, or beside others. Whatever is in metrics.jsonl gets a figure:
 function or metric needs no change here.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from flags import Parser
 from report import write_report
 from runfiles import LABELS, NO_FIGURE, SHARES, Series, smooth
-from utils import UserError
+from utils import UserError, one_line
 
 BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
@@ -198,9 +198,10 @@ def plot_run(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="plotter.py", description="Draw runs as PNGs; several are laid over each other."
-    )
+    parser = Parser(
+        prog="plotter.py", description="Draw runs as PNGs; several are laid over each other.",
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's directory")
     parser.add_argument("--log_dir", metavar="RUN", help="the same, as one flag")
     parser.add_argument(
@@ -219,7 +220,7 @@ def main(argv=None):
         for path in paths if args.report else []:
             print(write_report(path))
     except (UserError, OSError) as error:
-        print(f"plotter.py: error: {error}", file=sys.stderr)
+        print(one_line(f"plotter.py: error: {error}"), file=sys.stderr)
         return 2
 
 

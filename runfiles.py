@@ -55,9 +55,9 @@ class Series:
         config = self.path / "config.json"
         self.config = _config(config) if config.exists() else {"flags": {}}
         self.flags = self.config["flags"]
-        self.rows = read_rows(self.path / "metrics.jsonl")
+        self.rows = _rows_of_steps(self.path / "metrics.jsonl")
         self.metrics = _columns(self.rows)
-        self.evaluation_rows = read_rows(self.path / "eval.jsonl")
+        self.evaluation_rows = _rows_of_steps(self.path / "eval.jsonl")
         self.evaluations = _columns(self.evaluation_rows)
         rows = sorted([*self.rows, *self.evaluation_rows], key=lambda row: row["step"])
         self.alarms = [(row["step"], line) for row in rows for line in row.get("alarms", [])]
@@ -68,12 +68,19 @@ def read_rows(path):
     return [row for _, row in read_jsonl(path, torn_end=True)] if path.exists() else []
 
 
+def _rows_of_steps(path):
+    rows = read_rows(path)
+    if not all(type(row.get("step")) is int for row in rows):
+        raise UserError(f"{path}: a line has no `step`; no run wrote that, name another")
+    return rows
+
+
 def _config(path):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return {**config, "flags": dict(config["flags"])}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: damaged; without it the run can be drawn") from None
 
 
 def _columns(rows):

@@ -88,7 +88,8 @@ def read_jsonl(path, torn_end=False):
                         break
                     if isinstance(error, UnicodeDecodeError):
                         raise UserError(f"{path}:{number}: not UTF-8; save it as that") from None
-                    raise UserError(f"{path}:{number}: not JSON: {error}; expected an object like "
+                    reason = str(error).partition(": line")[0]  # of this line it is always 1
+                    raise UserError(f"{path}:{number}: not JSON: {reason}; expected an object like "
                                     "{...} per line") from None  # fmt: skip
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected an object like {{...}}")

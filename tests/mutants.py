@@ -37,10 +37,10 @@ class Mutant:
     tests: str
 
 
-GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION = (
+GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVES = (
     "test_grpo.py", "test_main.py", "test_rldatasets.py", "test_llms.py", "test_sampler.py",
     "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
-    "test_evaluation.py",
+    "test_evaluation.py", "test_objectives.py",
 )  # fmt: skip
 
 MUTANTS = [
@@ -81,6 +81,18 @@ MUTANTS = [
            "return mask / (len(mask) * mask.sum(-1, keepdim=True).clamp(min=1))", GRPO),
     Mutant("dr_grpo divides by the longest", "return mask / (sequences * max_completion_length)",
            "return mask / (sequences * mask.shape[-1])", GRPO),
+    Mutant("the sequence's ratio counts padding", "/ (~padding).sum(-1, keepdim=True).clamp(min=1)",
+           "/ padding.shape[-1]", OBJECTIVES),
+    Mutant("cispo's bounded ratio has a gradient of its own", "bounded.detach() * advantages",
+           "bounded * advantages", OBJECTIVES),
+    Mutant("importance weights without their cap", "correction.clamp(max=tis_cap) * objective",
+           "correction * objective", OBJECTIVES),
+    Mutant("leave one out the other way round", "count / (count - 1).clamp(min=1)\n    highest",
+           "(count - 1) / count\n    highest", OBJECTIVES),
+    Mutant("entropy punished", "objective + entropy_bonus *", "objective - entropy_bonus *",
+           OBJECTIVES),
+    Mutant("length rewarded", "(max_completion_length - buffer - lengths) / buffer",
+           "(lengths + buffer - max_completion_length) / buffer", OBJECTIVES),
     # --- update
     Mutant("micro-batches each averaged", "weights[batch.rows],",
            "weights[batch.rows] * len(batches),", RUNS),
@@ -138,6 +150,8 @@ MUTANTS = [
            "share = -logprobs.sum() / logprobs.numel()", RUNS),
     Mutant("the cold start teaches no end", "return prompt, [*ids, tokenizer.eos_token_id]",
            "return prompt, ids", RUNS),
+    Mutant("a resumed run warms up again", "last_epoch=done - 1", "last_epoch=-1",
+           "test_checkpoints.py"),
     # --- data
     Mutant("the seed does not shuffle", "mixed_seed(self.seed, epoch)", "mixed_seed(0, epoch)",
            DATA),
@@ -221,8 +235,8 @@ MUTANTS = [
            "excess = len(after.strip()) if closing else 0", "excess = len(after.strip())", REWARDS),
     Mutant("a format of one line",
            "return 0.5 if tags and reasoning.strip() and answer.strip() else 0.0",
-           'return 0.5 if tags and reasoning.strip() and "\\n" not in inside[:-30] else 0.0',
-           REWARDS),
+           "return 0.5 if tags and reasoning.strip() and answer.strip() and '\\n' not in reasoning "
+           "else 0.0", REWARDS),
     Mutant("reward weights without effect", "(per_function * factors).sum(-1)",
            "per_function.sum(-1)", REWARDS),
     Mutant("a gold answer anywhere in the answer", "return parse_number(answer) == number",

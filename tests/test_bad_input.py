@@ -18,7 +18,9 @@ import torch
 from conftest import CANARY, ROOT
 from safetensors.torch import load, save
 
-from utils import UserError, hub_token, one_line, read_jsonl
+import commands
+import plotter
+from utils import UserError, hub_token, one_line, read_jsonl, write_jsonl
 
 GOOD = [
     "--preset", "cpu", "--model_name", "model", "--dataset_path", "good.jsonl",
@@ -331,6 +333,83 @@ def test_a_plan_of_a_damaged_configuration(refused, damaged):
     (damaged / file).write_bytes(edit((damaged / file).read_bytes()))
     message = refused("--plan", "--model_name", "damaged")
     assert_said(message, "--model_name damaged: cannot be planned", "config.json")
+
+
+# --- the other commands ------------------------------------------------------------------------
+
+
+def assert_refused(main, argv, parts, capsys):
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.count("\n") == 1 and len(message) <= 201
+    assert_said(message, " error: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["name at least one run"]),
+        (["nowhere"], ["nowhere: no run here"]),
+        (["a\nb"], [r"a\nb: no run here"]),
+        ([LONG], ["aaa", "too long"]),
+        (["--colour", "red"], ["unrecognized arguments: --colour"]),
+        (["--repor", "run"], ["unrecognized arguments: --repor"]),
+        (["run", "--output_dir"], ["--output_dir", "expected one argument"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_what_cannot_be_plotted(argv, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(plotter.main, argv, parts, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("metrics.jsonl", '{"reward": 1}\n', ["metrics.jsonl", "no `step`"]),
+        ("metrics.jsonl", '{"step": "1"}\n', ["metrics.jsonl", "no `step`"]),
+        ("metrics.jsonl", '[]\n', ["metrics.jsonl:1: expected an object"]),
+        ("metrics.jsonl", '{\n{"step": 1}\n', ["metrics.jsonl:1: not JSON"]),
+        ("eval.jsonl", '{"accuracy": 1}\n', ["eval.jsonl", "no `step`"]),
+        ("config.json", "", ["config.json: damaged"]),
+        ("config.json", "[" * 100_000, ["config.json: damaged"]),
+        ("config.json", '{"flags": 5}', ["config.json: damaged"]),
+    ],
+)  # fmt: skip
+def test_a_run_whose_files_are_damaged(file, content, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("metrics.jsonl", [{"step": 0}, {"step": 1}])
+    (tmp_path / file).write_text(content)
+    assert_refused(plotter.main, ["."], parts, capsys)
+    assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["required: COMMAND"]),
+        (["comapre"], ["unknown command comapre; did you mean compare?"]),
+        (["compare", "one"], ["required: RUN"]),
+        (["compare", "one", "two"], ["one: no such directory", "runs/demo"]),
+        (["compare", LONG, "two"], ["no such directory", "runs/demo"]),
+        (["compare", "a\nb", "two"], [r"a\nb: no such directory"]),
+        (["compare", "one", "two", "--show", "-1"], ["--show", "'-1'"]),
+        (["run", "--dataset_name", "arithmetic", "nowhere"], ["MODEL nowhere: no such directory"]),
+        (["run", "model", "--group_size", "4"], ["unknown argument --group_size"]),
+        (["lint", "--reward_weights", LONG + "=1"], ["--reward_weights aaa", "tag_count"]),
+        (["lint", "--reward_weights", "a"], ["--reward_weights", "'a'", "correctness=2"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_what_evaluator_py_refuses(argv, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(commands.main, argv, parts, capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the line, the token, the real command -----------------------------------------------------
