@@ -41,7 +41,7 @@ class Checkpoint:
 
     step: int  # steps done
     path: Path
-    data: dict  # what the run's problems are, see main.load
+    data: dict  # what the run's problems are, see loading.load
 
 
 def checkpoints_in(folder):

@@ -69,7 +69,7 @@ def train(args):
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
     check_weights(args.reward_weights, REWARD_FUNCTIONS)
-    warn(REWARD_FUNCTIONS, args.reward_weights)
+    warn(REWARD_FUNCTIONS, args.reward_weights, args.reward_timeout)
     start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
     first = start.step if start else 0
     with phase("loading"):

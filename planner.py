@@ -336,7 +336,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
         reference = None
         if args.kl_beta > 0:
             with tracker.part("reference"):
-                rounded = on_gpu and not args.update_ref_model  # as in main.train
+                rounded = on_gpu and not args.update_ref_model  # as in llms.kl_reference
                 reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
         optimizer, _ = make_optimizer(policy, args)
         with tracker.part("Adam"):

@@ -15,7 +15,7 @@ from functools import cache
 from numbers import Real
 
 from rldatasets import Problem
-from utils import table
+from utils import TimedOut, table, time_limit
 
 QUESTION = "Ben has 48 coins and finds half as many more. How many coins does he have now?"
 REASONING = "48 / 2 = 24\n48 + 24 = 72"
@@ -65,6 +65,7 @@ UNITS = (  # repeated to a megabyte, each hard on some regular expression
 )  # fmt: skip
 SIZES = (1_000, 30_000, 1_000_000)  # characters; in this order, so that a slow one is found early
 LIMIT = 0.05  # seconds of processor time that one function may take
+TIMEOUT = 10.0  # seconds for one call of any kind, the wait for something else included
 TOLERANCE = 1e-9
 WARNINGS = 5  # findings that a run shows
 
@@ -82,17 +83,27 @@ class _Late(BaseException):
     """Not an Exception, which a reward function may well catch."""
 
 
-def lint(reward_functions, weights=None):
-    """Judge reward functions by their weighted sum, 1 where `weights` does not name them."""
+def lint(reward_functions, weights=None, timeout=TIMEOUT):
+    """Judge reward functions by their weighted sum, 1 where `weights` does not name them.
+
+    One that takes more than `timeout` seconds for a call is not called again.
+    """
     failures = {}  # {function: what is wrong with it, once}
+    hanging = set()
 
     def value(function, completion, gold):
         """What one function returns; 0 where it fails."""
+        if function in hanging:
+            return 0.0
         try:
-            result = function(completion, Problem(QUESTION, gold, REASONING))
+            with time_limit(timeout):
+                result = function(completion, Problem(QUESTION, gold, REASONING))
             if isinstance(result, Real) and math.isfinite(result):
                 return float(result)
             complaint = f"returns {result!r:.40}, not a finite number,"
+        except TimedOut:
+            hanging.add(function)
+            complaint = f"takes more than {timeout:g} seconds"
         except Exception as error:
             complaint = f"raises {type(error).__name__}: {' '.join(str(error).split())[:60]}"
         failures.setdefault(function, f"{function.__name__} {complaint} for {completion[:40]!r}")
@@ -290,9 +301,9 @@ def report(result):
     return "\n".join(lines)
 
 
-def warn(reward_functions, weights):
+def warn(reward_functions, weights, timeout=TIMEOUT):
     """The findings as warnings, a line each, on standard error; the first WARNINGS of them."""
-    findings = lint(reward_functions, weights).findings
+    findings = lint(reward_functions, weights, timeout).findings
     lines = findings[:WARNINGS]
     if len(findings) > WARNINGS:
         lines.append(f"and {len(findings) - WARNINGS} more: see python evaluator.py lint")

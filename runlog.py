@@ -42,6 +42,7 @@ class Run:
         self.completions = self.path / "completions"
         self.completions.mkdir(parents=True, exist_ok=True)
         self.evaluations = {}  # step: summary
+        self.rows = []  # the lines of metrics.jsonl, for the alarms
 
     def cut_back(self, done):
         """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
@@ -55,6 +56,7 @@ class Run:
             kind, _, step = path.stem.partition("_")
             if int(step) > (done if kind == "eval" else done - 1):
                 path.unlink()
+        self.rows, self.evaluations = kept["metrics.jsonl"], {}
         for row in kept["eval.jsonl"]:
             row.pop("alarms", None)
             self.evaluations[row.pop("step")] = row
@@ -83,8 +85,8 @@ class Run:
 
     def log_step(self, metrics):
         """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
-        history = [*read_rows(self.path / "metrics.jsonl"), finite(metrics)]
-        metrics["alarms"] = new_alarms(history, read_rows(self.path / "eval.jsonl"), "step")
+        self.rows.append(finite(metrics))
+        metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
 
     def log_evaluation(self, step, summary, records):
@@ -94,14 +96,16 @@ class Run:
             p = p_against([record for _, record in read_jsonl(first)], records)
             summary = {**summary, "mcnemar_p": p}
         write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
-        row = finite({"step": step, **summary})
-        history = read_rows(self.path / "metrics.jsonl")
-        row["alarms"] = new_alarms(history, [*read_rows(self.path / "eval.jsonl"), row], "eval")
+        self.evaluations[step] = summary
+        alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
+        row = {"step": step, **summary, "alarms": alarms}
         write_jsonl(self.path / "eval.jsonl", [row], mode="a")
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
-        self.evaluations[step] = summary
         return summary
+
+    def _evaluation_rows(self):
+        return [{"step": step, **summary} for step, summary in self.evaluations.items()]
 
     def save_step(self, step, problems, rollouts, rewards=None, advantages=None):
         """Write a step's completions, with rewards and advantages (Q, G) once there are any.

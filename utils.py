@@ -164,7 +164,7 @@ class Stopwatch:
 # Which flags to lower where a phase of the run does not fit in memory.
 LOWER = {
     "cold start": "--micro_batch_tokens",
-    "sampling": "--questions_per_step, --group_size or --max_completion_length",
+    "sampling": "--sampling_batch_size, --questions_per_step or --max_completion_length",
     "reference": "--micro_batch_tokens",
     "policy": "--micro_batch_tokens",
     "evaluation": "--eval_batch_size",

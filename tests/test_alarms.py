@@ -152,3 +152,18 @@ def test_the_evaluation_after_the_last_step_raises_its_alarm_too(tmp_path, capsy
     again = Run(tmp_path)
     again.cut_back(3)
     assert "alarms" not in again.last_evaluation
+
+
+def test_a_resumed_run_knows_what_was_told_and_reads_no_file_at_every_step(tmp_path, monkeypatch):
+    rows = history(4, truncated=lambda s: 1.0)
+    for row in rows[:2]:
+        (run := Run(tmp_path)).cut_back(row["step"])
+        run.log_step(row)
+    run = Run(tmp_path)
+    run.cut_back(2)
+    monkeypatch.setattr("runlog.read_rows", None)
+    monkeypatch.setattr("runlog.read_jsonl", None)
+    for row in rows[2:]:
+        run.log_step(row)
+    logged = [json.loads(line)["alarms"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert [len(lines) for lines in logged] == [1, 0, 0, 0]

@@ -387,7 +387,7 @@ FAULTS = {
     ),
     "the GPU's memory is full in sampling": (
         at_call(main, "sample_rollouts", 4, raising(torch.OutOfMemoryError("CUDA"))), 2,
-        r"out of memory \(sampling\): lower --questions_per_step", 3,
+        r"out of memory \(sampling\): lower --sampling_batch_size", 3,
     ),
     "memory is full in a reward": (
         at_call(main, "score", 4, raising(MemoryError())), 2, r"out of memory \(rewards\)", 3,

@@ -202,6 +202,25 @@ def test_a_slow_function_is_found_and_does_not_stop_the_lint(function):
     assert time.process_time() - started < 2
 
 
+def computes(completion, problem):
+    while True:
+        pass
+
+
+def waits(completion, problem):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("function", [computes, waits])
+def test_a_function_that_never_returns_is_found_once_and_does_not_stop_the_lint(function):
+    started = time.perf_counter()
+    complaints = [line for line in lint([function], timeout=0.1).findings if "takes more" in line]
+    assert [line.partition(" for ")[0] for line in complaints] == [
+        f"{function.__name__} takes more than 0.1 seconds"
+    ]
+    assert time.perf_counter() - started < 10
+
+
 # --- weights, report, warnings -----------------------------------------------------------------
 
 
