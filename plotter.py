@@ -84,12 +84,16 @@ def _seconds(axes, runs):
 
 
 def _stack(axes, parts):
-    """Bars over steps, each of {name: (steps, values)} on top of those before it."""
-    below = {}
-    for (name, (steps, values)), colour in zip(parts.items(), COLOURS * len(parts)):
-        base = [below.get(step, 0) for step in steps]
-        axes.bar(steps, values, 0.9, bottom=base, color=colour, label=name)
-        below.update({step: low + value for step, low, value in zip(steps, base, values)})
+    """Each of {name: (steps, values)} on top of those before it, a step in width, and 0 where it
+    has no value. One shape for all steps: thousands of bars would take minutes to draw."""
+    steps = sorted({step for steps, _ in parts.values() for step in steps})
+    edges = [step - 0.5 for step in steps] + [step + 0.5 for step in steps[-1:]]
+    below = [0] * len(steps)
+    for (name, series), colour in zip(parts.items(), COLOURS * len(parts)):
+        known = dict(zip(*series))
+        top = [low + known.get(step, 0) for step, low in zip(steps, below)]
+        axes.stairs(top, edges, baseline=below, fill=True, color=colour, label=name)
+        below = top
 
 
 def _tokens(axes, runs):

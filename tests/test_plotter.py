@@ -95,14 +95,25 @@ def test_alarms_are_marked_in_every_figure_at_their_step(runs):
     assert list(axes.lines[-1].get_xdata()) == [13, 13]
 
 
+def test_a_stage_of_few_steps_stands_on_the_others_there_alone():
+    axes = Figure().subplots()
+    plotter._stack(axes, {"policy": ([0, 1, 2], [1.0, 2.0, 3.0]), "watching": ([0, 2], [0.5, 4.0])})
+    tops, edges, bases = zip(*(patch.get_data() for patch in axes.patches))
+    assert [list(values) for values in (*tops, *bases)] == [
+        [1, 2, 3], [1.5, 2, 7], [0, 0, 0], [1, 2, 3]
+    ]  # fmt: skip
+    assert list(edges[0]) == [-0.5, 0.5, 1.5, 2.5]
+    plotter._stack(axes, {})  # a run without steps
+
+
 def test_the_budget_s_bars_add_up_to_what_was_sampled(runs):
     rows = [{"step": step, "seconds/policy": 1.0, "tokens/sampled": 90, "tokens/trained": 60,
              "tokens/flat": 20, "tokens/truncated": 5} for step in range(3)]  # fmt: skip
     write_jsonl(runs[0] / "metrics.jsonl", rows)
     axes = Figure().subplots()
     plotter._tokens(axes, [Series(runs[0])])
-    trained, rest = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
-    assert trained == [60] * 3 and rest == [30] * 3
+    trained, whole = (list(patch.get_data().values) for patch in axes.patches)
+    assert trained == [60] * 3 and whole == [90] * 3
     plot_run(runs[0])
     assert imread(runs[0] / "plots" / "budget.png").shape[1] > 1500
 
