@@ -380,7 +380,8 @@ FAULTS = {
         all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss)), 0, "The report", 6,
     ),
     "one gradient is infinite": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0, "The report", 6,
+        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0,
+        "The report", 6,
     ),
     "losses stay NaN": (
         all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss, 99)), 2,
