@@ -268,8 +268,8 @@ class Saver:
                 shutil.rmtree(_new(target), ignore_errors=True)
                 reason = getattr(error, "strerror", None) or str(error)
                 raise UserError(
-                    f"checkpoint {target.name} not written: {reason[:70]}{self._whole()}; mend that, "
-                    "then go on by --resume"
+                    f"checkpoint {target.name} not written: {reason[:70]}{self._whole()}; mend "
+                    "that, then go on by --resume"
                 ) from None
             self.on_disk = self.done
         if prune:
