@@ -112,6 +112,12 @@ def _fingerprint(path):
         return {"size": file.tell(), "sha256": checksum}
 
 
+def _disk_full(error):
+    if isinstance(error, SafetensorError):  # which has the number in its text alone
+        return any(f"(os error {number})" in str(error) for number in DISK_FULL)
+    return isinstance(error, OSError) and error.errno in DISK_FULL
+
+
 def _flush(path):
     """Have a file or a directory on the disk itself, and later reads come from there."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -228,7 +234,7 @@ class Saver:
 
     def __exit__(self, kind, error, trace):
         stopped = self.signal
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        full = _disk_full(error)
         worth = (self.done or self.args.cold_start_steps) and not (self.held or full)
         if error is not None and worth:
             try:
@@ -240,8 +246,8 @@ class Saver:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if full:
-            raise UserError(f"{error.filename or self.run_path}: {error.strerror}{self._whole()}; "
-                            "make room, then go on by --resume") from None  # fmt: skip
+            raise UserError(f"{self.run_path}: no room to write{self._whole()}; make some, then go "
+                            "on by --resume") from None  # fmt: skip
         if error is not None and stopped is not None and not isinstance(error, Stopped):
             raise Stopped(stopped) from error  # something on the way made another error of it
 
@@ -261,8 +267,8 @@ class Saver:
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(_new(target), ignore_errors=True)
                 reason = getattr(error, "strerror", None) or str(error)
-                raise UserError(f"{target} not written: {reason[:70]}{self._whole()}; mend that, "
-                                "then go on by --resume") from None  # fmt: skip
+                raise UserError(f"checkpoint {target.name} not written: {reason[:70]}"
+                                f"{self._whole()}; mend that, then --resume") from None  # fmt: skip
             self.on_disk = self.done
         if prune:
             for _, path in checkpoints_in(self.folder)[self.args.keep_checkpoints :]:

@@ -32,7 +32,7 @@ LATEST = "latest"  # --resume without a path
 # those for memory, which leave the result as it is.
 MAY_CHANGE = {
     "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
-    "keep_checkpoints", "reward_timeout", "micro_batch_tokens", "eval_batch_size",
+    "save_rollouts", "keep_checkpoints", "reward_timeout", "micro_batch_tokens", "eval_batch_size",
     "gradient_checkpointing",
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def build_parser(preset, dataset_name=None):
          "runs/DATASET-MODEL-TIME")
     flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
          "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
-         "from that checkpoint, or that run's latest")
+         "from that run's latest checkpoint, or from that checkpoint, dropping what came later")
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")

@@ -51,7 +51,7 @@ class Run:
             kept[name] = [row for row in read_rows(path) if row["step"] <= last]
             if path.exists():  # also where all it holds is a torn line
                 replace_text(path, jsonl(kept[name]))
-        for path in self.completions.glob("*.jsonl"):
+        for path in (*self.completions.glob("*_*.jsonl"), *self.path.glob("rollouts/step_*")):
             kind, _, step = path.stem.partition("_")
             if int(step) > (done if kind == "eval" else done - 1):
                 path.unlink()

@@ -42,6 +42,7 @@ class Toy:
 
     def __init__(self, folder, model):
         self.folder, self.model = Path(folder), model
+        (self.folder / "runs").mkdir()  # or the first run would make it, an operation more
         for split, count in (("train", 12), ("test", 3)):
             rows = [
                 {"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1} #### {i + 1}"}
@@ -78,7 +79,7 @@ class Process:
                 sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
                 torch.set_num_threads(1)
                 main.REWARD_FUNCTIONS = [variety]
-                main.plot_run = lambda path: None
+                main.plot_run = main.write_report = main.warn = lambda *_: None
                 main.exit_on_signals()
                 if plant:
                     plant()
@@ -231,7 +232,8 @@ def kill_and_resume(toy, straight, number, *more, base=None):
     if base:
         shutil.copytree(base, run)
         more = (*more, "--resume")
-    assert toy.run(name, *more, plant=plant_kill(run, number)).wait() == -signal.SIGKILL
+    killed = toy.run(name, *more, plant=plant_kill(run, number))
+    assert killed.wait() == -signal.SIGKILL, f"{number}: {killed.text()}"
     logged = sum(line.endswith("\n") for line in open_lines(run / "metrics.jsonl"))
     resumed = toy.run(name, *more, "--resume")
     assert resumed.wait() == 0, resumed.text()
@@ -246,14 +248,14 @@ def open_lines(path):
 
 # --- signals in a phase --------------------------------------------------------------------------
 
-PHASES = {  # the function of each, and how the weights stand in it
-    "loading": ("load_model", False),
-    "cold start": ("cold_start", False),
-    "sampling": ("sample_rollouts", True),
-    "rewards": ("score", True),
-    "policy": ("grpo_loss", True),
-    "evaluation": ("evaluate", True),
-    "saving": ("save", True),
+PHASES = {  # a function that each calls
+    "loading": (main, "load"),
+    "cold start": (main, "cold_start"),
+    "sampling": (main, "sample_rollouts"),
+    "rewards": (main, "score"),
+    "policy": (main, "grpo_loss"),
+    "evaluation": (main, "evaluate_policy"),
+    "saving": (torch, "save"),
 }
 
 
@@ -262,10 +264,9 @@ def signal_in(toy, name, phase, number, call=1, pause=0.1, delay=0.0, more=(), t
     which lasts `pause` seconds longer than it would. Returns (exit status, seconds of the processor
     that it went on for, Process): other processes on the machine do not count."""
     reading, writing = os.pipe()
-    function = PHASES[phase][0]
+    owner, function = PHASES[phase]
 
     def plant():
-        owner = checkpoints.torch if phase == "saving" else main
         original = getattr(owner, function)
         calls = iter(range(1, 10**6))
 

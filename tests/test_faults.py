@@ -32,6 +32,7 @@ from faults import (
     plant_kill,
     signal_in,
 )
+from safetensors import SafetensorError
 
 import checkpoints
 import loading
@@ -358,7 +359,7 @@ def limit_files(size):
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-LAST_WHOLE = r"step_00002 is whole; mend that, then go on by --resume"
+LAST_WHOLE = r"step_00002 is whole; mend that, then --resume"
 
 
 def returning(value):
@@ -369,17 +370,17 @@ def returning(value):
 
 
 def names(complaint):
-    """The message of a reward function: function, complaint, question, completion, file."""
-    return rf"reward function \S+ {complaint}.* for '\d+ \+ 1\?', completion .*; see .*step_00002"
+    """What a message about a reward function says: its name, the complaint, and where to look."""
+    return rf"reward function \S+ {complaint}.*; see .*/completions/"
 
 
 # What happens; how it is planted; exit status; what the last line says; the steps that are saved.
 FAULTS = {
     "one loss is NaN": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss)), 0, "model loads", 6,
+        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss)), 0, "The report", 6,
     ),
     "one gradient is infinite": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0, "loads", 6,
+        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0, "report", 6,
     ),
     "losses stay NaN": (
         all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss, 99)), 2,
@@ -429,7 +430,7 @@ FAULTS = {
     "a reward is infinite": (reward(returning(math.inf)), 2, names("returned inf, not"), 2),
     "a reward is None": (reward(returning(None)), 2, names("returned None, not a finite"), 2),
     "a reward exits": (reward(lambda c, p: sys.exit(3)), 3, None, 2),
-    "rewards are all equal": (reward(returning(1.0)), 0, "model loads", 6),
+    "rewards are all equal": (reward(returning(1.0)), 0, "The report", 6),
     "the disk is full in a checkpoint": (
         at_call(torch, "save", 2, raising(NO_SPACE)), 2,
         rf"step_00004 not written: No space left on device; {LAST_WHOLE}", 2,
@@ -447,8 +448,12 @@ FAULTS = {
         rf"step_00004 not written: .*; {LAST_WHOLE}", 2,
     ),
     "the disk is full in the log": (
-        at_call(runlog, "write_jsonl", 9, raising(NO_SPACE)), 2,
-        "No space left on device; step_00002 is whole; make room, then go on by --resume", 2,
+        at_call(runlog, "write_jsonl", 10, raising(NO_SPACE)), 2,
+        "no room to write; step_00002 is whole; make some, then go on by --resume", 2,
+    ),
+    "the disk is full in the rollouts": (
+        at_call(runlog, "save_rollouts", 3, raising(SafetensorError("I/O: full (os error 28)"))), 2,
+        "no room to write; step_00002 is whole; make some, then go on by --resume", 2,
     ),
     "too little room for a checkpoint": (
         at_call(shutil, "disk_usage", 2, lambda *_: SimpleNamespace(free=5)), 2,
@@ -467,8 +472,9 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
     plant, status, message, saved = FAULTS[name]
     folder = f"fault{list(FAULTS).index(name)}"
     run = toy.path(folder)
-    limit = ["--reward_timeout", "0.2"] if "hangs" in name else []
-    process = toy.run(folder, *limit, plant=plant)
+    more = ["--reward_timeout", "0.2"] if "hangs" in name else []
+    more += ["--save_rollouts"] if "rollouts" in name else []
+    process = toy.run(folder, *more, plant=plant)
     assert process.wait() == status, process.text()
     if message:
         error = [line for line in process.text().splitlines() if line][-1]
@@ -486,8 +492,8 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
 
 @pytest.mark.parametrize(
     ("more", "warning"),
-    [(["--max_completion_length", "1"], "every completion was cut off"),
-     ([], "in every group all completions earned the same")],
+    [(["--max_completion_length", "1"], "100% of the completions were cut off"),
+     ([], "in 100% of the groups all completions earned the same")],
 )  # fmt: skip
 def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     token = make_tokenizer().convert_tokens_to_ids("a" if more else "<|im_end|>")
@@ -499,7 +505,7 @@ def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     name = "cut_off" if more else "empty"
     process = toy.run(name, *more, plant=lambda: setattr(sampler, "sample_tokens", always))
     assert process.wait() == 0, process.text()
-    assert process.text().count(warning) == STEPS
+    assert f"step 0: alarm: {warning}" in process.text()
     assert {
         row["completion"] for row in lines(toy.path(name) / "completions/step_00005.jsonl")
     } == {"a" if more else ""}
