@@ -229,12 +229,6 @@ def test_what_is_later_than_the_checkpoint_is_cut_off(tmp_path):
     )  # fmt: skip
 
 
-def test_a_first_line_that_was_not_finished_is_cut_off_too(tmp_path):
-    (tmp_path / "eval.jsonl").write_text('{"step": 0, "accu')
-    Run(tmp_path).cut_back(0)
-    assert (tmp_path / "eval.jsonl").read_text() == ""
-
-
 # --- the flags of a resumed run ------------------------------------------------------------------
 
 
