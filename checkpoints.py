@@ -267,10 +267,8 @@ class Saver:
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(_new(target), ignore_errors=True)
                 reason = getattr(error, "strerror", None) or str(error)
-                raise UserError(
-                    f"checkpoint {target.name} not written: {reason[:70]}{self._whole()}; mend "
-                    "that, then go on by --resume"
-                ) from None
+                raise UserError(f"checkpoint {target.name} not written: {reason[:70]}"
+                                f"{self._whole()}; mend that, then --resume") from None  # fmt: skip
             self.on_disk = self.done
         if prune:
             for _, path in checkpoints_in(self.folder)[self.args.keep_checkpoints :]:

@@ -359,7 +359,7 @@ def limit_files(size):
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-LAST_WHOLE = r"step_00002 is whole; mend that, then go on by --resume"
+LAST_WHOLE = r"step_00002 is whole; mend that, then --resume"
 
 
 def returning(value):
@@ -380,8 +380,7 @@ FAULTS = {
         all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss)), 0, "The report", 6,
     ),
     "one gradient is infinite": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0,
-        "The report", 6,
+        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0, "report", 6,
     ),
     "losses stay NaN": (
         all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss, 99)), 2,
@@ -493,8 +492,8 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
 
 @pytest.mark.parametrize(
     ("more", "warning"),
-    [(["--max_completion_length", "1"], "every completion was cut off"),
-     ([], "in every group all completions earned the same")],
+    [(["--max_completion_length", "1"], "100% of the completions were cut off"),
+     ([], "in 100% of the groups all completions earned the same")],
 )  # fmt: skip
 def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     token = make_tokenizer().convert_tokens_to_ids("a" if more else "<|im_end|>")
@@ -506,7 +505,7 @@ def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     name = "cut_off" if more else "empty"
     process = toy.run(name, *more, plant=lambda: setattr(sampler, "sample_tokens", always))
     assert process.wait() == 0, process.text()
-    assert process.text().count(warning) == STEPS
+    assert f"step 0: alarm: {warning}" in process.text()
     assert {
         row["completion"] for row in lines(toy.path(name) / "completions/step_00005.jsonl")
     } == {"a" if more else ""}
