@@ -27,6 +27,7 @@ def make_lean(model):
 
 
 def _norm(module, x):
+    x = x.to(module.weight.dtype)  # Qwen3's heads come in bf16 under autocast, and leave in fp32
     if x.is_cuda:
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     return RMSNorm.apply(x, module.weight, module.variance_epsilon)

@@ -492,8 +492,8 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
 
 @pytest.mark.parametrize(
     ("more", "warning"),
-    [(["--max_completion_length", "1"], "100% of the completions were cut off"),
-     ([], "in 100% of the groups all completions earned the same")],
+    [(["--max_completion_length", "1"], "truncated: 100% of the completions were cut off"),
+     ([], "flat_groups: in 100% of the groups all completions earned the same")],
 )  # fmt: skip
 def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     token = make_tokenizer().convert_tokens_to_ids("a" if more else "<|im_end|>")

@@ -23,6 +23,15 @@ def test_lean_layers_compute_what_the_models_own_do(family):
         assert (own - lean).norm() <= 1e-5 * own.norm()
 
 
+def test_a_norm_of_bf16_numbers_is_in_the_precision_of_its_weights():
+    model = make_model()
+    norm, x = model.get_decoder().norm, torch.randn(3, 32).bfloat16()
+    own = norm(x)
+    make_lean(model)
+    assert norm(x).dtype == own.dtype == torch.float32
+    assert (norm(x) - own).abs().max() < 0.02  # theirs rounds to bf16 before the weights
+
+
 def test_gradients_are_those_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
