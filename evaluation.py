@@ -20,7 +20,7 @@ from llms import chat_prompt, load_model
 from rldatasets import SYSTEM_PROMPT, load_problems
 from runlog import Run, evaluation_table
 from sampler import sample_rollouts
-from utils import UserError, hub_token, mixed_seed
+from utils import UserError, hub_token, mixed_seed, phase
 
 
 def evaluate(
@@ -132,8 +132,9 @@ def evaluate_and_save(args):
     check_room(policy, tokenizer, problems, args.max_completion_length)
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), test_problems=len(problems))
-    summary, records = evaluate_policy(
-        policy, tokenizer, problems, args, accelerator, REWARD_FUNCTIONS, step=0
-    )
+    with phase("evaluation"):
+        summary, records = evaluate_policy(
+            policy, tokenizer, problems, args, accelerator, REWARD_FUNCTIONS, step=0
+        )
     run.log_evaluation(0, summary, records)
     print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

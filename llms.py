@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flags import EMBEDDED_MODEL
-from shared_prefix import hidden_before_completions
+from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 from utils import UserError
 
 LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
@@ -258,3 +258,18 @@ def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=
         pair = token_logprobs(model, hidden, token_ids, temperature, with_entropy)  # (T,), (T,)
         return tuple(map(padded, pair))
     return padded(token_logprobs(model, hidden, token_ids, temperature))  # (T,)
+
+
+@torch.no_grad()
+def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, temperature, budget):
+    """The same for any number of completions, in as many passes as `budget` asks for.
+
+    prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens. completion_ids: (Q·G, C).
+    budget: the tokens of a pass *with* gradient, see shared_prefix.WITHOUT_GRADIENT. Returns
+    (Q·G, C), 0 at padded places.
+    """
+    logprobs = completion_ids.new_zeros(completion_ids.shape, dtype=model.dtype)  # (Q·G, C)
+    for batch in micro_batches(prompt_ids, lengths, WITHOUT_GRADIENT * budget):
+        ids = completion_ids[batch.rows]  # (R, C)
+        logprobs[batch.rows] = completion_logprobs(model, batch, ids, temperature)
+    return logprobs

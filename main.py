@@ -47,7 +47,13 @@ from evaluator import (
     with_overlong_penalty,
 )
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
-from llms import chat_prompt, completion_logprobs, kl_reference, mix_into
+from llms import (
+    chat_prompt,
+    completion_logprobs,
+    kl_reference,
+    logprobs_without_gradient,
+    mix_into,
+)
 from loading import load
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
@@ -58,7 +64,7 @@ from reward_lint import warn
 from rldatasets import SYSTEM_PROMPT
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
-from shared_prefix import WITHOUT_GRADIENT, micro_batches
+from shared_prefix import micro_batches
 from token_log import watch_tokens
 from weight_meter import WeightMeter
 
@@ -200,7 +206,7 @@ def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
             else:
                 filters = (args.top_k, args.top_p, args.min_p)
                 parts.append(sample_rollouts(*common, *filters, args.compile_sampler))
-    release_freed_memory()
+    release_freed_memory(accelerator.device)
     return joined_rollouts(parts)
 
 
@@ -232,18 +238,18 @@ def update_policy(
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 
-    def logprobs_of(model, batch, **more):
+    def logprobs_of(batch, **more):
         with accelerator.autocast():
-            return completion_logprobs(model, batch, ids[batch.rows], args.temperature, **more)
+            return completion_logprobs(policy, batch, ids[batch.rows], args.temperature, **more)
 
     ref_logprobs = None
     if reference is not None:
-        with stopwatch("reference"), torch.no_grad():
-            ref_logprobs = ids.new_zeros(ids.shape, dtype=policy.dtype)  # (B, C)
-            budget = WITHOUT_GRADIENT * args.micro_batch_tokens
-            for batch in micro_batches(rollouts.prompt_ids, lengths, budget):
-                ref_logprobs[batch.rows] = logprobs_of(reference, batch)
-        release_freed_memory()
+        with stopwatch("reference"), accelerator.autocast():
+            ref_logprobs = logprobs_without_gradient(
+                reference, rollouts.prompt_ids, lengths, ids, args.temperature,
+                args.micro_batch_tokens,
+            )  # (B, C)  # fmt: skip
+        release_freed_memory(policy.device)
 
     epochs, first_logprobs = [], torch.zeros_like(ids, dtype=policy.dtype)  # (B, C)
     for _ in range(args.num_inner_epochs):
@@ -252,9 +258,9 @@ def update_policy(
             for batch in batches:
                 entropy = None
                 if args.entropy_bonus > 0:
-                    logprobs, entropy = logprobs_of(policy, batch, with_entropy=True)  # (R, C)
+                    logprobs, entropy = logprobs_of(batch, with_entropy=True)  # (R, C)
                 else:
-                    logprobs = logprobs_of(policy, batch)  # (R, C)
+                    logprobs = logprobs_of(batch)  # (R, C)
                 if not epochs:
                     first_logprobs[batch.rows] = logprobs.detach()
                 loss, sums = grpo_loss(
@@ -275,7 +281,6 @@ def update_policy(
                     entropy,
                 )
                 loss.backward()
-                release_freed_memory()
                 metrics["loss"] += loss.detach()
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens

@@ -4,10 +4,7 @@ Kept for three steps of a run, its first, middle and last. It costs two more for
 group, three with a reference.
 """
 
-import torch
-
-from llms import completion_logprobs
-from shared_prefix import micro_batches
+from llms import logprobs_without_gradient
 
 
 def is_watched(step, steps):
@@ -27,9 +24,14 @@ def watch_tokens(
         return lambda: None
     q = int(advantages.abs().sum(-1).argmax())
 
+    ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
+
     def logprobs_of(model):
-        with stopwatch("watching"):
-            return group_logprobs(model, rollouts, q, args, accelerator)
+        with stopwatch("watching"), accelerator.autocast():
+            return logprobs_without_gradient(
+                model, [rollouts.prompt_ids[q]], [lengths], ids, args.temperature,
+                args.micro_batch_tokens,
+            )  # (G, C)  # fmt: skip
 
     before = logprobs_of(policy)
 
@@ -44,19 +46,6 @@ def watch_tokens(
         run.save_tokens(step, token_records(tokenizer, rollouts, q, logprobs))
 
     return save
-
-
-@torch.no_grad()
-def group_logprobs(model, rollouts, q, args, accelerator):
-    """Log-probs of the completions of question q as the trainer scores them, (G, C), 0 at padded
-    places."""
-    ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
-    logprobs = torch.zeros(ids.shape, device=ids.device)
-    for batch in micro_batches([rollouts.prompt_ids[q]], [lengths], args.micro_batch_tokens):
-        with accelerator.autocast():
-            scored = completion_logprobs(model, batch, ids[batch.rows], args.temperature)  # (R, C)
-        logprobs[batch.rows] = scored.to(logprobs.dtype)
-    return logprobs
 
 
 def token_records(tokenizer, rollouts, q, logprobs):

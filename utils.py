@@ -40,12 +40,16 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, -1)  # ... and never shrink the heap
 
 
-def release_freed_memory():
-    """Hand what keep_freed_memory keeps back to the kernel, where the C library is glibc.
+def release_freed_memory(device):
+    """Hand what keep_freed_memory keeps back to the kernel, where tensors are on the CPU and the C
+    library is glibc.
 
-    For the border between sampling and training: they need blocks of such different sizes that the
-    one could hardly use what the other freed, and a process would hold both.
+    For the borders between sampling, reference and training: they need blocks of such different
+    sizes that the one could hardly use what the other freed, and a process would hold both. Not
+    between passes of one kind: what they free is what the next one needs.
     """
+    if device.type != "cpu":
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
         trim(0)

@@ -4,12 +4,11 @@ The limits: the rate that matrix products in the dtype of training (fp32 on a CP
 keep up for a second, in the best of large and model-shaped sizes, by torch.matmul or by F.linear;
 and memory read and copied. What the machine has to give may change from minute to minute, so the
 best product is timed again before and after every step, and the step is held against the mean of
-these two. Against the limits stand the floating-point operations that the work
-*needs*, however it is
-done: 2 per weight of a matrix and token read, a prompt once per group, the
-last token of a completion never; the head only where a token is predicted; attention to what each
-token sees; the backward pass twice the forward. Nothing computed again counts. Clipping and AdamW
-are in the policy's seconds, not in its operations.
+these two. Against the limits stand the floating-point operations that the work *needs*, however it
+is done: 2 per weight of a matrix and token read, a prompt once per group, the last token of a
+completion never; the head only where a token is predicted; attention to what each token sees; the
+backward pass twice the forward. Nothing computed again counts. Clipping and AdamW are in the
+policy's seconds, not in its operations.
 
 Sampling also has to read every weight once per token of the longest completion, and the cache; its
 share is of the least time that either operations or bytes allow.

@@ -394,7 +394,7 @@ FAULTS = {
         at_call(main, "score", 4, raising(MemoryError())), 2, r"out of memory \(rewards\)", 3,
     ),
     "memory is full in the reference": (
-        at_call(main, "completion_logprobs", 10, raising(MemoryError())), 2,
+        at_call(main, "logprobs_without_gradient", 4, raising(MemoryError())), 2,
         r"out of memory \(reference\): lower --micro_batch_tokens", 3,
     ),
     "memory is full in an update": (
