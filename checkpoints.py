@@ -23,10 +23,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 
 from flags import check_same_flags, checkpoint_step
 from interrupts import SIGNALS, Stopped
+from processes import everyones
+from sharding import is_sharded, like, whole_state
 from utils import UserError
 
 OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
@@ -158,10 +160,14 @@ class Saver:
     be dropped, because the step is computed again from its number.
     """
 
-    def __init__(self, args, data, policy, tokenizer, reference, optimizer, start=None):
+    def __init__(
+        self, args, data, policy, tokenizer, reference, optimizer, start=None, accelerator=None
+    ):
         """`start`: the Checkpoint that policy, reference and optimizer are set to, if any.
 
-        Later ones are removed.
+        Later ones are removed. Of several processes the main one alone writes. The others do not
+        heed a signal, so that none leaves it waiting for good; where the policy is sharded, all
+        heed it together, after the step, since it takes all of them to save.
         """
         self.args, self.data, self.policy, self.tokenizer = args, data, policy, tokenizer
         self.reference, self.optimizer = reference, optimizer
@@ -170,28 +176,51 @@ class Saver:
         self.done = self.on_disk = 0  # steps: completed, and in the newest checkpoint
         self.held, self.signal, self.handlers = False, None, {}
         self.skips = 0  # in a row
+        self.accelerator, self.sharded = accelerator, is_sharded(policy)
+        self.main = accelerator is None or accelerator.is_main_process
         if start is not None:
             self._restore(start)
+        optimizer.register_step_pre_hook(lambda *_: self.hold())
+        if not self.main:
+            return
         for step, path in checkpoints_in(self.folder):
             if step > self.done:
                 _discard(path)
         for path in (*self.folder.glob("*.new"), *self.folder.glob("*.old")):
             shutil.rmtree(path)  # what a process that died left
-        optimizer.register_step_pre_hook(lambda *_: self.hold())
 
     def _restore(self, start):
         device = self.policy.device
         try:
-            load_model(self.policy, start.path / "model.safetensors", device=str(device))
+            self._restore_policy(start.path / "model.safetensors", device)
             if self.reference is not None:
                 load_model(self.reference, start.path / REFERENCE, device=str(device))
             moments = torch.load(start.path / OPTIMIZER, map_location=device, weights_only=True)
             groups = self.optimizer.state_dict()["param_groups"]  # rates are those of the flags
+            if self.sharded:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                for parameter, state in zip(parameters, moments.values()):
+                    state.update(
+                        {
+                            k: like(v, parameter)
+                            for k, v in state.items()
+                            if v.shape == parameter.shape
+                        }
+                    )
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise UserError(f"--resume: {start.path} does not fit --model_name "
                             f"{self.args.model_name}: {str(error)[:80]!r}") from None  # fmt: skip
         self.done = self.on_disk = start.step
+
+    @torch.no_grad()
+    def _restore_policy(self, file, device):
+        if not self.sharded:
+            load_model(self.policy, file, device=str(device))
+            return
+        weights = load_file(file)
+        for name, parameter in self.policy.named_parameters():
+            parameter.copy_(like(weights[name], parameter))
 
     # --- signals and errors
 
@@ -203,7 +232,7 @@ class Saver:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        if not self.held:
+        if self.main and not (self.held or self.sharded):
             signal.setitimer(signal.ITIMER_REAL, 0)  # of a reward function's time limit
             raise Stopped(number)
 
@@ -213,7 +242,9 @@ class Saver:
 
     def _release(self):
         self.held = False
-        if self.signal is not None:  # it waited, or something has swallowed its exception
+        if (
+            self.signal is not None and self.main and not self.sharded
+        ):  # it waited, or something has swallowed its exception
             raise Stopped(self.signal)
 
     def completed(self, done, skipped=0):
@@ -222,6 +253,11 @@ class Saver:
         Raises UserError where this is one of several steps in a row whose update was `skipped`.
         """
         self.done = done
+        if self.sharded:
+            signals = everyones(self.signal, self.accelerator)
+            self.signal = next(filter(None, signals), None)
+            if self.signal is not None:
+                raise Stopped(self.signal)
         self.skips = self.skips + 1 if skipped else 0
         self._release()
         if self.skips == SKIPS:
@@ -236,6 +272,7 @@ class Saver:
         stopped = self.signal
         full = _disk_full(error)
         worth = (self.done or self.args.cold_start_steps) and not (self.held or full)
+        worth = worth and (isinstance(error, Stopped) or not self.sharded)
         if error is not None and worth:
             try:
                 self.save(prune=isinstance(error, Stopped))  # after an error, all are kept
@@ -260,10 +297,17 @@ class Saver:
         written; the earlier ones are left as they are.
         """
         target = self.folder / f"step_{self.done:05d}"
+        if self.on_disk == self.done and (target.exists() or not self.main):
+            state = None
+        else:
+            state = whole_state(self.policy, self.optimizer, self.main)
+        if not self.main:
+            self.on_disk = self.done
+            return
         self.hold()
-        if not (self.on_disk == self.done and target.exists()):
+        if state:
             try:
-                self._write(target)
+                self._write(target, *state)
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(_new(target), ignore_errors=True)
                 reason = getattr(error, "strerror", None) or str(error)
@@ -275,19 +319,18 @@ class Saver:
                 _discard(path)
         self._release()
 
-    def _write(self, target):
+    def _write(self, target, weights, moments):
         new = _new(target)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        moments = self.optimizer.state_dict()["state"]
         reference = [] if self.reference is None else self.reference.parameters()
-        tensors = [*self.policy.parameters(), *reference]
+        tensors = [*(weights.values() if weights else self.policy.parameters()), *reference]
         tensors += [tensor for state in moments.values() for tensor in state.values()]
         needed = sum(tensor.nbytes for tensor in tensors) + SMALL_FILES
         free = shutil.disk_usage(new).free
         if free < needed:
             raise OSError(f"it needs {needed:,} bytes of disk, {free:,} are free")
-        self.policy.save_pretrained(new, max_shard_size="1TB")  # one file
+        self.policy.save_pretrained(new, state_dict=weights, max_shard_size="1TB")  # one file
         self.tokenizer.save_pretrained(new)
         if self.reference is not None:
             save_model(self.reference, new / REFERENCE)
@@ -313,6 +356,8 @@ class Saver:
     def publish(self):
         """The newest checkpoint's model alone as `model/`, sharing its files on the disk."""
         self.save()
+        if not self.main:
+            return
         target = self.run_path / "model"
         new = _new(target)
         shutil.rmtree(new, ignore_errors=True)

@@ -6,7 +6,9 @@ from tqdm import tqdm
 
 from llms import chat_prompt, completion_logprobs
 from optimizer import apply_gradients
+from processes import own_groups, sum_gradients, summed
 from rldatasets import SYSTEM_PROMPT, worked_answer
+from sharding import idle_passes
 from shared_prefix import micro_batches
 
 
@@ -27,15 +29,20 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
             for rows in zip(*(worked_ids(tokenizer, problem) for problem in problems))
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
-        lengths = [[len(target)] for target in targets]
+        own = own_groups([len(target) for target in targets], accelerator)
+        lengths = [[len(target) * is_own] for target, is_own in zip(targets, own)]  # 0: left out
         tokens = sum(map(len, targets))
-        loss = 0.0
-        for batch in micro_batches(prompts, lengths, args.micro_batch_tokens):
+        mine = torch.tensor(own, device=accelerator.device)[:, None]  # (Q, 1)
+        loss = torch.zeros((), device=accelerator.device)
+        batches = micro_batches(prompts, lengths, args.micro_batch_tokens)
+        for batch in batches + idle_passes(policy, prompts, lengths, own, batches, accelerator):
             with accelerator.autocast():
                 logprobs = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
-            share = -logprobs.sum() / tokens
+            share = -(logprobs * mine[batch.rows]).sum() / tokens
             share.backward()
             loss = loss + share.detach()
+        loss = summed({"loss": loss}, accelerator)["loss"]
+        sum_gradients(optimizer, accelerator)
         apply_gradients(optimizer, loss, args.max_grad_norm)
         done = step + args.cold_start_steps + 1
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")

@@ -17,9 +17,11 @@ from evaluator import (
     score,
 )
 from llms import chat_prompt, load_model
+from processes import everyones, own_part
 from rldatasets import SYSTEM_PROMPT, load_problems
 from runlog import Run, evaluation_table
 from sampler import sample_rollouts
+from sharding import whole
 from utils import UserError, hub_token, mixed_seed, phase
 
 
@@ -31,7 +33,7 @@ def evaluate(
 
     Accuracy is computed by `is_correct`, not from a reward, so that editing the rewards cannot
     change it. With `samples`, that many more answers to each problem are drawn at `temperature`,
-    from `seed` (and the batch size) alone. `tick(n)` is called after each batch of n problems.
+    from `seed` and the question alone. `tick(n)` is called after each batch of n problems.
     """
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
     records = [None] * len(problems)
@@ -70,10 +72,10 @@ def evaluate(
                 "rewards": dict(zip(rewards.names, row)),
             }
     if samples:
-        generator = torch.Generator(model.device).manual_seed(seed)
         size = max(1, batch_size // samples)  # as many rows as before
+        seeds = (mixed_seed(seed, problems[i].question) for i in order)
         for chosen, rollouts in batches(
-            size, group_size=samples, temperature=temperature, generator=generator
+            size, group_size=samples, temperature=temperature, seeds=seeds
         ):
             for i, texts in zip(chosen, rollouts.texts):
                 records[i]["samples"] = [
@@ -95,20 +97,24 @@ def verdicts(completion, problem):
 def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_functions, step):
     """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone.
 
-    The summary also says how many seconds it took.
+    Each process answers its part of the problems. The summary also says how many seconds it took.
     """
     started = time.perf_counter()
     passes = 2 if args.eval_samples else 1
+    own = own_part(problems, accelerator)
     with (
-        tqdm(total=passes * len(problems), desc="evaluating", leave=False) as bar,
+        tqdm(total=passes * len(own), desc="evaluating", leave=False) as bar,
         accelerator.autocast(),
+        whole(policy),
     ):
-        summary, records = evaluate(
-            policy, tokenizer, problems, args.max_completion_length, args.eval_batch_size,
+        _, records = evaluate(
+            policy, tokenizer, own, args.max_completion_length, args.eval_batch_size,
             reward_functions, bar.update, args.eval_samples, args.temperature,
             mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
         )  # fmt: skip
-    return {**summary, "seconds/evaluation": time.perf_counter() - started}, records
+    records = [record for part in everyones(records, accelerator) for record in part]
+    summary = {**summarize(records), "seconds/evaluation": time.perf_counter() - started}
+    return summary, records
 
 
 def check_room(policy, tokenizer, problems, max_completion_length):

@@ -18,7 +18,7 @@ from importlib import util
 from operator import index
 from pathlib import Path
 
-from interrupts import LOCK
+from interrupts import LOCK, is_main
 from known_models import KNOWN_MODELS
 from utils import UserError, hub_token, one_line
 
@@ -32,8 +32,8 @@ LATEST = "latest"  # --resume without a path
 # those for memory, which leave the result as it is.
 MAY_CHANGE = {
     "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
-    "save_rollouts", "keep_checkpoints", "reward_timeout", "micro_batch_tokens", "eval_batch_size",
-    "gradient_checkpointing",
+    "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
+    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
 }  # fmt: skip
 
 # A preset is a set of defaults; a flag on the command line wins over it.
@@ -199,7 +199,7 @@ def build_parser(preset, dataset_name=None):
     flag("--min_p", type=SHARE, default=0.0,
          help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
-         "whole groups, for memory; 0: all those of a step")
+         "whole groups, for memory; the result is the same; 0: all those of a step")
     flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
          help="engine of the training samples. shared_prefix: sampler.py; paged: transformers' "
          "continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
@@ -505,6 +505,8 @@ def check_context(args, context):
 
 def check_output_dir(args):
     """Raise UserError where a run would mix with other files, or could not write."""
+    if not is_main():  # which may have begun to write by now
+        return
     path = Path(args.output_dir)
     existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:

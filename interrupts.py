@@ -1,4 +1,4 @@
-"""What reaches a run from outside: signals, and another process in its directory.
+"""What reaches a run from outside: signals, another process in its directory, its launcher.
 
 Only the standard library is imported here: a signal may come before torch is loaded.
 """
@@ -6,6 +6,8 @@ Only the standard library is imported here: a signal may come before torch is lo
 import fcntl
 import os
 import signal
+import sys
+import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +28,8 @@ class Stopped(BaseException):
 
 def exit_now(number, frame=None):
     """A signal handler that ends the process at once, with status 130 or 143."""
-    os.write(2, f"\nmain.py: interrupted by {signal.Signals(number).name}\n".encode())
+    if is_main():
+        os.write(2, f"\nmain.py: interrupted by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 
 
@@ -40,8 +43,12 @@ def exit_on_signals():
 def only_process_in(path):
     """Lock a run's directory. Raises UserError where another process has it.
 
-    A directory that nothing else was written to is gone afterwards.
+    A directory that nothing else was written to is gone afterwards. Of a run of several processes,
+    the main one locks it.
     """
+    if not is_main():
+        yield
+        return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     taken = UserError(f"--output_dir {path}: another process is running in it")
@@ -61,3 +68,23 @@ def only_process_in(path):
                 with suppress(OSError):
                     lock.unlink()
                     path.rmdir()
+
+
+def is_main():
+    """Whether this is a run's main process, or its only one: torchrun and accelerate say which."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def silence_all_but_main():
+    """Of a run's processes the main one alone prints, the others nothing but errors."""
+    if not is_main():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
+def print_error(line):
+    """An error's one line, from whichever process."""
+    if is_main():
+        print(line, file=sys.stderr)
+    else:
+        print(f"{line} (process {os.environ['RANK']})", file=sys.__stderr__)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flags import EMBEDDED_MODEL
+from sharding import gathering, is_sharded, whole_copy
 from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 from utils import UserError
 
@@ -114,7 +115,8 @@ def frozen_copy(model, dtype=None):
     dtype the result is exactly that of fp32 matrices, which autocast would round at every use.
     Embedding, norms and head stay fp32.
     """
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    reference = whole_copy(model) if is_sharded(model) else copy.deepcopy(model)
+    reference.requires_grad_(False).eval()
     for module in reference.get_decoder().modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
@@ -239,6 +241,7 @@ def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):
     return (logprobs, entropy) if with_entropy else logprobs
 
 
+@gathering
 def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=False):
     """log p(completion | prompt) per token, for the completions of a MicroBatch.
 

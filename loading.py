@@ -1,5 +1,7 @@
 """What a run begins with: its problems and its model, and whatever is wrong with them."""
 
+import os
+
 from evaluation import check_room
 from llms import chat_prompt, load_model
 from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
@@ -11,8 +13,6 @@ def load(args, accelerator, start=None):
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
-    if accelerator.num_processes > 1:
-        raise UserError("several processes are not supported: start it with `python main.py`")
     train_problems, test_problems = (
         load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
         for split in ("train", "test")
@@ -21,6 +21,14 @@ def load(args, accelerator, start=None):
         raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
                         "solutions (field `solution`); set it to 0")  # fmt: skip
     test_problems = test_problems[: args.eval_problems or None]
+    processes = accelerator.num_processes
+    for flag, count in (
+        ("questions_per_step", args.questions_per_step), ("eval_problems", len(test_problems)),
+    ):  # fmt: skip
+        if count < processes:
+            raise UserError(f"--{flag} {count}: less than one for each of {processes} processes; "
+                            "raise it, or start fewer")  # fmt: skip
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
 
     def prompt_length(problem):

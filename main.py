@@ -2,17 +2,24 @@
 
 In here: the training loop (`train`), what a step samples and trains on (`draw_groups`, `choose`)
 and one update (`update_policy`). The rest of GRPO is one file each: sampling a group in sampler.py,
-the rewards in evaluator.py, advantages and loss in grpo.py. Left out on purpose: a value network
-(the group's mean is the baseline), reward models (rewards are functions), several GPUs, and any
-trainer class to look behind.
+the rewards in evaluator.py, advantages and loss in grpo.py; what several GPUs share out is in
+processes.py. Left out on purpose: a value network (the group's mean is the baseline), reward models
+(rewards are functions), and any trainer class to look behind.
 
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
 import sys
+from functools import partial
 
 from flags import parse_args
-from interrupts import Stopped, exit_on_signals, only_process_in
+from interrupts import (
+    Stopped,
+    exit_on_signals,
+    only_process_in,
+    print_error,
+    silence_all_but_main,
+)
 from utils import (
     Stopwatch,
     UserError,
@@ -24,6 +31,7 @@ from utils import (
 )
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    silence_all_but_main()
     exit_on_signals()
     ARGS = parse_args()
     keep_freed_memory()
@@ -59,11 +67,22 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from plotter import plot_run
+from processes import (
+    everyones,
+    everyones_rollouts,
+    from_main,
+    is_lost_contact,
+    own_groups,
+    own_part,
+    sum_gradients,
+    summed,
+)
 from report import write_report
 from reward_lint import warn
 from rldatasets import SYSTEM_PROMPT
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
+from sharding import idle_passes, shard_if_configured, whole
 from shared_prefix import micro_batches
 from token_log import watch_tokens
 from weight_meter import WeightMeter
@@ -76,24 +95,25 @@ def train(args):
     set_seed(args.seed)
     check_weights(args.reward_weights, REWARD_FUNCTIONS)
     warn(REWARD_FUNCTIONS, args.reward_weights, args.reward_timeout)
-    start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
+    start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
-    with phase("loading"):
+    with phase("loading"), accelerator.main_process_first():
         policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
-    run = Run(args.output_dir)
+    run = Run(args.output_dir, writes=accelerator.is_main_process)
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
 
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
+    shard_if_configured(policy, accelerator)
     if not start:
         with phase("cold start"):
             cold_start(policy, tokenizer, train_problems, args, accelerator)
     optimizer, scheduler = make_optimizer(policy, args, first)
     meter = WeightMeter(optimizer)
     reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
-    saver = Saver(args, data, policy, tokenizer, reference, optimizer, start)
+    saver = Saver(args, data, policy, tokenizer, reference, optimizer, start, accelerator)
 
     def evaluate_if_due(done):
         due = done == args.num_train_iters or is_due(done, args.eval_iterations)
@@ -140,12 +160,14 @@ def train(args):
             evaluate_if_due(done)
             if is_due(done, args.save_steps):
                 saver.save()
-                plot_run(run.path)
+                if run.writes:
+                    plot_run(run.path)
             sample = rollouts.texts[0][0] if args.verbose else None
             show_progress(bar, metrics, run.last_evaluation, sample)
         saver.publish()
-        plot_run(run.path)
-        write_report(run.path)
+        if run.writes:
+            plot_run(run.path)
+            write_report(run.path)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 
@@ -163,17 +185,19 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
     problems, parts, scores = [], [], []
     for draw in range(step * args.max_draws, (step + 1) * args.max_draws):
         drawn = train_problems.batch(draw, args.questions_per_step)  # Q
+        own = own_part(drawn, accelerator)
+        seeds = own_part([mixed_seed(args.seed, draw, q) for q in range(len(drawn))], accelerator)
         with stopwatch("sampling"):
-            fresh = sample_groups(policy, tokenizer, drawn, draw, args, accelerator)
+            sampled = sample_groups(policy, tokenizer, own, seeds, args, accelerator)
+            parts += everyones_rollouts(sampled, accelerator)
         with stopwatch("rewards"):
             problems += drawn
-            parts.append(fresh)
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
             earned = score(
-                fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
+                sampled, own, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
             )
-            scores.append(with_overlong_penalty(earned, fresh, args))
+            scores += everyones(with_overlong_penalty(earned, sampled, args), accelerator)
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:
             break
@@ -189,18 +213,19 @@ def choose(rewards, args):
     return chosen
 
 
-def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
-    """G completions for each of these questions, from the policy as it is now."""
-    generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, draw))
+def sample_groups(policy, tokenizer, problems, seeds, args, accelerator):
+    """G completions for each of these problems, from the policy as it is now; `seeds`, a number per
+    problem, fix the draws."""
     prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
     parts = []
     for start in range(0, len(prompts), at_once):
+        now = slice(start, start + at_once)
         common = (
-            policy, tokenizer, prompts[start : start + at_once], args.group_size,
-            args.max_completion_length, args.temperature, generator,
+            policy, tokenizer, prompts[now], args.group_size, args.max_completion_length,
+            args.temperature, seeds[now],
         )  # fmt: skip
-        with accelerator.autocast():
+        with accelerator.autocast(), whole(policy):
             if args.sampler == "paged":
                 parts.append(sample_rollouts_paged(*common))
             else:
@@ -234,7 +259,11 @@ def update_policy(
         mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
     lengths = mask.sum(-1).tolist()
+    own = own_groups([sum(group) for group in lengths], accelerator)
+    lengths = [[n * mine for n in group] for group, mine in zip(lengths, own)]  # 0: left out
+    weights = weights * weights.new_tensor(own)[:, None, None]
     batches = micro_batches(rollouts.prompt_ids, lengths, args.micro_batch_tokens)
+    idle = idle_passes(policy, rollouts.prompt_ids, lengths, own, batches, accelerator)
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 
@@ -255,7 +284,7 @@ def update_policy(
     for _ in range(args.num_inner_epochs):
         with stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
-            for batch in batches:
+            for batch in batches + idle:
                 entropy = None
                 if args.entropy_bonus > 0:
                     logprobs, entropy = logprobs_of(batch, with_entropy=True)  # (R, C)
@@ -284,6 +313,8 @@ def update_policy(
                 metrics["loss"] += loss.detach()
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens
+            metrics = summed(metrics, accelerator)
+            sum_gradients(optimizer, accelerator)
             metrics["grad_norm"], metrics["skipped"] = apply_gradients(
                 optimizer, metrics["loss"], args.max_grad_norm
             )
@@ -291,9 +322,9 @@ def update_policy(
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
     # Later epochs differ from the sampler because they have learnt, which is no mismatch.
     means["mismatch"] = epochs[0].get("mismatch", 0.0)
-    return means | trained_counts(
-        batches, advantages.tolist(), reference is not None or args.entropy_bonus > 0
-    )
+    with_kl = reference is not None or args.entropy_bonus > 0
+    counts = summed(trained_counts(batches, advantages.tolist(), with_kl), accelerator)
+    return means | {name: int(count) for name, count in counts.items()}
 
 
 def command(args):
@@ -305,12 +336,17 @@ def command(args):
             with only_process_in(args.output_dir):
                 train(args)
     except UserError as error:
-        print(one_line(f"main.py: error: {error}"), file=sys.stderr)
+        print_error(one_line(f"main.py: error: {error}"))
         return 2
     except Stopped as stop:
         print(f"main.py: interrupted by {stop}; to go on: --resume --output_dir {args.output_dir}",
               file=sys.stderr)  # fmt: skip
         return 128 + stop.number
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        print("main.py: error: another process of this run has ended", file=sys.stderr)
+        return 1
     return 0
 
 

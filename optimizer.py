@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from sharding import whole_tensor
 from weight_meter import keep_in_bfloat16
 
 
@@ -14,6 +15,7 @@ def apply_gradients(optimizer, loss, max_grad_norm):
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    grad_norm = whole_tensor(grad_norm)
     finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
     if finite:
         optimizer.step()

@@ -18,20 +18,20 @@ from utils import UserError
 
 @torch.no_grad()
 def sample_rollouts_paged(
-    model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None
+    model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds
 ):
     """`group_size` completions for every prompt, as sampler.sample_rollouts gives them.
 
     No filters: the engine's log-probs are those of what the filters left, which is not what the
     trainer scores. The engine draws from torch's global generator, in a thread of its own; it is
-    seeded from `generator` and put back afterwards. All requests are queued before the engine
-    starts, so that a seed means the same batches, and with them the same draws, every time.
+    seeded from the first of `seeds` and put back afterwards. All requests are queued before the
+    engine starts, so that a seed means the same batches, and with them the same draws, every time.
     """
     pad_id, stops = padding_and_stops(model, tokenizer)
     rows, device = len(prompts) * group_size, model.device
     longest = max(map(len, prompts)) + max_new_tokens
     page_size = 256 if device.type == "cuda" else 16  # flash attention takes no smaller page
-    seed = torch.randint(2**31, (1,), generator=generator, device=device).item()
+    seed = next(iter(seeds)) % 2**31
     # Whatever is not said here, the engine would take from defaults (top_k 50) or the model.
     generation = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, min_p=None,

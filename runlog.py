@@ -23,7 +23,8 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 class Run:
-    """A run's directory, and the only writer of what is in it.
+    """A run's directory, and the only writer of what is in it. Of a run of several processes all
+    have one, and that of the main process alone writes.
 
     config.json        the command, every flag, versions, device, commit
     metrics.jsonl      one line per training step
@@ -37,10 +38,11 @@ class Run:
     report.html        the same as one page
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, writes=True):
+        self.path, self.writes = Path(path), writes
         self.completions = self.path / "completions"
-        self.completions.mkdir(parents=True, exist_ok=True)
+        if writes:
+            self.completions.mkdir(parents=True, exist_ok=True)
         self.evaluations = {}  # step: summary
         self.rows = []  # the lines of metrics.jsonl, for the alarms
 
@@ -50,11 +52,11 @@ class Run:
         for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
             path = self.path / name
             kept[name] = [row for row in read_rows(path) if row["step"] <= last]
-            if path.exists():  # also where all it holds is a torn line
+            if self.writes and path.exists():  # also where all it holds is a torn line
                 replace_text(path, jsonl(kept[name]))
         for path in (*self.completions.glob("*_*.jsonl"), *self.path.glob("rollouts/step_*")):
             kind, _, step = path.stem.partition("_")
-            if int(step) > (done if kind == "eval" else done - 1):
+            if self.writes and int(step) > (done if kind == "eval" else done - 1):
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
         for row in kept["eval.jsonl"]:
@@ -70,6 +72,8 @@ class Run:
         return self.evaluations[max(self.evaluations)]
 
     def save_config(self, args, device, **facts):
+        if not self.writes:
+            return
         config = {
             "command": shlex.join(["python", *sys.argv]),
             "flags": vars(args),
@@ -87,19 +91,23 @@ class Run:
         """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
         self.rows.append(finite(metrics))
         metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
-        write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
+        self._write("metrics.jsonl", [metrics], mode="a")
+
+    def _write(self, name, rows, mode="w"):
+        if self.writes:
+            write_jsonl(self.path / name, rows, mode)
 
     def log_evaluation(self, step, summary, records):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
         first = self.completions / "eval_00000.jsonl"
-        if step > 0 and first.exists():
+        if self.writes and step > 0 and first.exists():
             p = p_against([record for _, record in read_jsonl(first)], records)
             summary = {**summary, "mcnemar_p": p}
-        write_jsonl(self.completions / f"eval_{step:05d}.jsonl", records)
+        self._write(f"completions/eval_{step:05d}.jsonl", records)
         self.evaluations[step] = summary
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
         row = {"step": step, **summary, "alarms": alarms}
-        write_jsonl(self.path / "eval.jsonl", [row], mode="a")
+        self._write("eval.jsonl", [row], mode="a")
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
         return summary
@@ -128,17 +136,18 @@ class Run:
             for row, score, total, advantage in zip(rows, scores, totals, flat):
                 row.update(rewards=dict(zip(rewards.names, score)), reward=total)
                 row["advantage"] = advantage
-        path = self.completions / f"step_{step:05d}.jsonl"
-        write_jsonl(path, rows)
-        return path
+        name = f"completions/step_{step:05d}.jsonl"
+        self._write(name, rows)
+        return self.path / name
 
     def save_rollouts(self, step, rollouts, rewards, advantages, chosen):
         """Write a step's rollouts, token by token. rewards: Rewards; the others are (Q, G)."""
-        path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
-        save_rollouts(path, rollouts, rewards, advantages, chosen)
+        if self.writes:
+            path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
+            save_rollouts(path, rollouts, rewards, advantages, chosen)
 
     def save_tokens(self, step, records):
-        write_jsonl(self.completions / f"tokens_{step:05d}.jsonl", records)
+        self._write(f"completions/tokens_{step:05d}.jsonl", records)
 
 
 def _commit():

@@ -50,6 +50,18 @@ def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
+def uniform_draws(seeds, questions, group_size, max_new_tokens, device):
+    """Uniform numbers (C, Q·G), a column per row and a line per token; G columns per seed."""
+    groups = [
+        torch.rand(
+            (max_new_tokens, group_size), dtype=torch.float64, device=device,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        for _, seed in zip(range(questions), seeds)
+    ]  # fmt: skip
+    return torch.cat(groups, dim=1)
+
+
 def _draw(weights, uniforms):
     """Inverse transform: the first token whose cumulative weight exceeds the draw.
 
@@ -99,7 +111,7 @@ def sample_rollouts(
     group_size,
     max_new_tokens,
     temperature,
-    generator=None,
+    seeds=(),
     top_k=0,
     top_p=1.0,
     min_p=0.0,
@@ -111,9 +123,10 @@ def sample_rollouts(
     tokens: its sampling defaults (Qwen ships top_k 20, top_p 0.8) would make the completions come
     from another distribution than the one that is trained.
 
-    The draw for row r and token t is fixed by the generator alone, so a completion does not depend
-    on when its neighbours finish. Temperature 0 is greedy and needs no generator. `compiled` runs
-    the model's step through torch.compile (see static_decoder.py): the same tokens, up to rounding.
+    seeds: a number per prompt, which fixes every draw for that prompt's group. So a completion does
+    not depend on which prompts share its batch, nor on when its neighbours finish. Temperature 0 is
+    greedy and needs none. `compiled` runs the model's step through torch.compile (see
+    static_decoder.py): the same tokens, up to rounding.
     """
     device = model.get_input_embeddings().weight.device
     pad_id, stop_ids = padding_and_stops(model, tokenizer)
@@ -123,9 +136,10 @@ def sample_rollouts(
     mask = torch.zeros((rows, max_new_tokens), dtype=torch.bool, device=device)
     logprobs = torch.zeros((rows, max_new_tokens), device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    uniforms = torch.empty((max_new_tokens, rows), dtype=torch.float64, device=device)
     if temperature > 0:
-        uniforms.uniform_(generator=generator)
+        uniforms = uniform_draws(seeds, len(prompts), group_size, max_new_tokens, device)
+    else:
+        uniforms = torch.zeros((max_new_tokens, rows), dtype=torch.float64, device=device)
 
     if compiled:
         decoder = static_decoder(model, prompts, group_size, max_new_tokens)

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from sharding import local_tensor
+
 SAMPLE = 2**20  # weights that are looked at, about
 
 
@@ -41,8 +43,9 @@ class WeightMeter:
     def _look(self):
         picked, start = [], 0
         for parameter in self.parameters:
-            picked.append(parameter.detach().flatten()[start :: self.stride])
-            start = (start - parameter.numel()) % self.stride
+            weights = local_tensor(parameter.detach())
+            picked.append(weights.flatten()[start :: self.stride])
+            start = (start - weights.numel()) % self.stride
         return torch.cat(picked)  # (weights / stride,)
 
     def _before(self, *_):

@@ -180,12 +180,13 @@ def our_step(ours, problems, number):
     from evaluator import REWARD_FUNCTIONS, score
     from grpo import group_advantages
     from main import sample_groups, update_policy
-    from utils import Stopwatch
+    from utils import Stopwatch, mixed_seed
 
     flags, stopwatch = ours.flags, Stopwatch(torch.cuda.synchronize if ours.on_gpu else None)
+    seeds = [mixed_seed(number, q) for q in range(len(problems))]
     with stopwatch("sampling"):
         rollouts = sample_groups(
-            ours.policy, ours.tokenizer, problems, number, flags, ours.accelerator
+            ours.policy, ours.tokenizer, problems, seeds, flags, ours.accelerator
         )
     with stopwatch("rewards"):
         rewards = score(rollouts, problems, REWARD_FUNCTIONS, flags.reward_weights)

@@ -122,7 +122,7 @@ def real_steps(model, args, accelerator, tracker=None):
             with phase("sampling"), accelerator.autocast():
                 rollouts = sample_rollouts(
                     model, no_end, worst_prompts(args.questions_per_step, args), args.group_size,
-                    length, args.temperature, torch.Generator().manual_seed(0),
+                    length, args.temperature, range(args.questions_per_step),
                 )  # fmt: skip
             assert rollouts.completion_mask.all()
             with phase("update"):

@@ -66,14 +66,12 @@ def work(args):
 
 
 def ours(model, tokenizer, prompts, args, seed):
-    import torch
-
     from sampler import sample_rollouts
 
-    generator = torch.Generator(model.device).manual_seed(seed)
+    seeds = [seed + i for i in range(len(prompts))]
     rollouts = sample_rollouts(
         model, tokenizer, prompts, args.group_size, args.max_completion_length, args.temperature,
-        generator,
+        seeds,
     )  # fmt: skip
     return int(rollouts.completion_mask.sum())
 

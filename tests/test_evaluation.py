@@ -139,13 +139,11 @@ def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_ste
     samples, greedy, summary = answers(step=5)
     assert answers(step=5) == (samples, greedy, summary)
     assert answers(step=6)[0] != samples
-    generator = torch.Generator().manual_seed(mixed_seed(3, 5, "evaluation"))
-    prompts = [chat_prompt(toy[1], SYSTEM_PROMPT, p.question) for p in PROBLEMS]
-    order = sorted(range(7), key=lambda i: len(prompts[i]))
-    for start in range(0, 7, 2):  # 4 rows at once: 2 questions with 2 samples each
-        chosen = order[start : start + 2]
-        rollouts = sample_rollouts(*toy, [prompts[i] for i in chosen], 2, 8, 0.7, generator)
-        assert [samples[i] for i in chosen] == rollouts.texts
+    for problem, texts in zip(PROBLEMS, samples):  # of the seed, the step and the question alone
+        seeds = [mixed_seed(mixed_seed(3, 5, "evaluation"), problem.question)]
+        prompt = chat_prompt(toy[1], SYSTEM_PROMPT, problem.question)
+        assert sample_rollouts(*toy, [prompt], 2, 8, 0.7, seeds).texts == [texts]
+    assert answers(step=5, eval_batch_size=100)[0] == samples
     without, alone, summary = answers(step=5, eval_samples=0)
     assert alone == greedy and not any(without) and "pass@1" not in summary
 

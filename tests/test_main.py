@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, make_args, make_model, make_tokenizer
 from test_llms import naive_logprobs
-from test_sampler import Words, generator
+from test_sampler import Words, seeds
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +41,7 @@ ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0], [2.0, -
 
 def rollouts_from(model, temperature=1.0, seed=0, length=10):
     return sample_rollouts(
-        model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, length, temperature, generator(seed)
+        model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, length, temperature, seeds(seed)
     )
 
 
@@ -345,7 +345,7 @@ def test_the_sampled_ids_reach_the_model_unchanged(accelerator, monkeypatch):
         return next(steps).expand(rows), torch.full((rows,), -1.0, dtype=logits.dtype)
 
     monkeypatch.setattr("sampler.sample_tokens", scripted)
-    rollouts = sample_rollouts(model, tokenizer, [[65]], 2, 3, 1.0, generator())
+    rollouts = sample_rollouts(model, tokenizer, [[65]], 2, 3, 1.0, seeds())
     assert rollouts.texts == [["ab", "ab"]]
     seen = []
     original = main.completion_logprobs
@@ -375,7 +375,9 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     try:
         cold_start(model, tokenizer, problems, args, accelerator)
         optimizer, _ = make_optimizer(model, args)
-        rollouts = main.sample_groups(model, tokenizer, problems.batch(0, 1), 0, args, accelerator)
+        rollouts = main.sample_groups(
+            model, tokenizer, problems.batch(0, 1), [0], args, accelerator
+        )
         rewards = evaluator.score(rollouts, [problem], evaluator.REWARD_FUNCTIONS)
         advantages = main.group_advantages(rewards.total)
         advantages[0, 0] = 1.0
@@ -408,12 +410,16 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     monkeypatch.setattr(
         main, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
     )
-    rollouts = main.sample_groups(model, tokenizer, problems, 0, args, accelerator)
+    rollouts = main.sample_groups(model, tokenizer, problems, range(5), args, accelerator)
     assert [len(prompts) for prompts in asked] == [2, 2, 1]
     prompts = [ids for prompts in asked for ids in prompts]
     assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
     assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
     assert rollouts.completion_mask.shape[:2] == (5, 4)
+    args.sampling_batch_size = 0
+    assert main.sample_groups(model, tokenizer, problems, range(5), args, accelerator).texts == (
+        rollouts.texts
+    )
 
 
 # --- the optimizer's recipe --------------------------------------------------------------------
@@ -825,10 +831,9 @@ def test_a_step_on_the_gpu_under_bf16_autocast():
     accelerator = Accelerator(mixed_precision="bf16")
     model = toy(torch.float32).to(accelerator.device)
     reference = frozen_copy(model, torch.bfloat16)
-    device_generator = torch.Generator(accelerator.device).manual_seed(0)
     with accelerator.autocast():
         rollouts = sample_rollouts(
-            model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, 40, 1.0, device_generator
+            model, Words(0), [[5, 9, 3], [8, 8], [7, 7, 1, 3]], 4, 40, 1.0, seeds()
         )
     assert rollouts.completion_ids.device.type == "cuda"
     args = make_args(kl_beta=0.1, micro_batch_tokens=40)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import FAMILIES, make_args, make_model, make_tokenizer
 from test_llms import group_logprobs
-from test_sampler import Words, assert_stops_end_completions, generator, naive
+from test_sampler import Words, assert_stops_end_completions, naive, seeds
 
 import main
 from paged_sampler import engine_model, sample_rollouts_paged
 from rldatasets import Problem
 from sampler import sample_rollouts
-from utils import UserError, mixed_seed
+from utils import UserError
 
 PROMPTS = [[5, 9, 3], [8, 2], [7, 7, 1, 3, 2, 4, 11]]
 
@@ -27,7 +27,7 @@ def poison(model):
 def test_logprobs_match_a_naive_forward_at_the_sampling_temperature(family, temperature):
     model = make_model(family, vocab_size=40, attention_dropout=0.5)
     poison(model)
-    rollouts = sample_rollouts_paged(model, Words(0), PROMPTS, 4, 12, temperature, generator())
+    rollouts = sample_rollouts_paged(model, Words(0), PROMPTS, 4, 12, temperature, seeds())
     assert [ids.tolist() for ids in rollouts.prompt_ids] == PROMPTS
     assert rollouts.completion_ids.shape == (3, 4, 12)
     for question in range(3):
@@ -43,7 +43,7 @@ def test_the_distribution_is_the_model_s_whatever_its_generation_config_says():
     counts = torch.zeros(60)
     for seed in range(seeds):
         rollouts = sample_rollouts_paged(
-            model, Words(99), [[3, 3, 1]], group_size, 1, 1.3, generator(seed)
+            model, Words(99), [[3, 3, 1]], group_size, 1, 1.3, seeds(seed)
         )
         counts += torch.bincount(rollouts.completion_ids.flatten(), minlength=60)
     draws = group_size * seeds
@@ -58,8 +58,8 @@ def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
     model = make_model(vocab_size=10, initializer_range=0.1)
     model.generation_config.eos_token_id = [1]
     settings = (model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0)
-    rollouts = sample_rollouts_paged(*settings, generator())
-    ours = sample_rollouts(*settings, generator())
+    rollouts = sample_rollouts_paged(*settings, seeds())
+    ours = sample_rollouts(*settings, seeds())
     for name in ("completion_ids", "completion_mask", "logprobs", "finished"):
         assert getattr(rollouts, name).dtype == getattr(ours, name).dtype
         assert getattr(rollouts, name).shape == getattr(ours, name).shape
@@ -76,7 +76,7 @@ def test_same_seed_same_completions_and_torch_s_own_generator_is_left_alone():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     first, second, third = (
-        sample_rollouts_paged(model, Words(0), PROMPTS, 4, 12, 1.0, generator(seed))
+        sample_rollouts_paged(model, Words(0), PROMPTS, 4, 12, 1.0, seeds(seed))
         for seed in (1, 1, 2)
     )
     assert torch.equal(first.completion_ids, second.completion_ids)
@@ -93,7 +93,7 @@ def test_the_model_is_left_as_it_was(attention):
     config, generation = copy.deepcopy((model.config, model.generation_config))
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     attributes = set(vars(model))
-    sample_rollouts_paged(model, Words(0), PROMPTS, 2, 4, 1.0, generator())
+    sample_rollouts_paged(model, Words(0), PROMPTS, 2, 4, 1.0, seeds())
     assert model.config._attn_implementation == attention
     assert model.config.to_dict() == config.to_dict()
     assert model.generation_config.to_dict() == generation.to_dict()
@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was(attention):
 def test_under_bf16_autocast_engine_and_trainer_agree():
     model = make_model(vocab_size=40, initializer_range=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        rollouts = sample_rollouts_paged(model, Words(0), PROMPTS, 4, 20, 1.0, generator())
+        rollouts = sample_rollouts_paged(model, Words(0), PROMPTS, 4, 20, 1.0, seeds())
         for question in range(3):
             ids = rollouts.completion_ids[question]
             scored = group_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
@@ -144,20 +144,18 @@ def test_the_flags_choose_the_engine_of_a_training_step(
         **flags,
     )  # fmt: skip
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
-    assert main.sample_groups(None, tokenizer, [problem], 3, args, accelerator) == "rollouts"
+    assert main.sample_groups(None, tokenizer, [problem], [7], args, accelerator) == "rollouts"
     [(model, _, prompts, group_size, tokens, temperature, source, *rest)] = called
     assert (model, len(prompts), group_size, tokens, temperature) == (None, 1, 4, 16, 0.8)
-    assert source.initial_seed() == mixed_seed(0, 3) and tuple(rest) == filters
+    assert source == [7] and tuple(rest) == filters
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_engine_and_trainer_agree():
     model = make_model(vocab_size=40, initializer_range=0.1, head_dim=64).cuda()
-    source = torch.Generator("cuda")
     with torch.autocast("cuda", torch.bfloat16):
         first, second = (
-            sample_rollouts_paged(model, Words(0), PROMPTS, 4, 20, 1.0, source.manual_seed(1))
-            for _ in range(2)
+            sample_rollouts_paged(model, Words(0), PROMPTS, 4, 20, 1.0, seeds(1)) for _ in range(2)
         )
         for question in range(3):
             ids = first.completion_ids[question]
@@ -169,4 +167,4 @@ def test_on_a_gpu_engine_and_trainer_agree():
 
 def test_what_the_engine_cannot_do_is_one_line(capfd):
     with pytest.raises(UserError, match=r"^--sampler paged: "):
-        sample_rollouts_paged(make_model(), Words(0), [[5]], 2, 4, 1.0, generator())
+        sample_rollouts_paged(make_model(), Words(0), [[5]], 2, 4, 1.0, seeds())

@@ -29,6 +29,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def seeds(start=0):
+    """As many seeds as there are prompts."""
+    return itertools.count(1000 * start)
+
+
 def naive(model, rollouts, question, temperature):
     with torch.no_grad():
         prompt, ids = rollouts.prompt_ids[question], rollouts.completion_ids[question]
@@ -40,18 +45,31 @@ def naive(model, rollouts, question, temperature):
 def test_logprobs_match_a_naive_forward_at_the_sampling_temperature(family, temperature):
     model = make_model(family, vocab_size=40)
     prompts = [[5, 9, 3], [8], [7, 7, 1, 30, 22, 4, 11]]  # unequal: the batch is left-padded
-    rollouts = sample_rollouts(model, Words(0), prompts, 4, 12, temperature, generator())
+    rollouts = sample_rollouts(model, Words(0), prompts, 4, 12, temperature, seeds())
     for question in range(3):
         error = naive(model, rollouts, question, temperature) - rollouts.logprobs[question]
         assert error[rollouts.completion_mask[question]].abs().max() < 1e-4
+
+
+def test_a_group_is_the_same_whatever_shares_its_batch():
+    model = make_model(dtype=torch.float64, vocab_size=12)
+    prompts = [[5, 9, 3], [7, 7, 1, 3, 2, 4], [5, 9, 3]]
+    together = sample_rollouts(model, Words(0), prompts, 8, 20, 1.0, [7, 8, 9])
+    for question, seed in enumerate([7, 8, 9]):
+        alone = sample_rollouts(model, Words(0), [prompts[question]], 8, 20, 1.0, [seed])
+        assert alone.texts[0] == together.texts[question]
+    assert together.texts[0] != together.texts[2]
 
 
 def test_a_prompt_samples_the_same_beside_a_longer_one():
     """Left padding, and rows that finish earlier, change nothing (fp64: to rounding)."""
     model = make_model(dtype=torch.float64, vocab_size=12)
     prompts = [[5, 9, 3], [7, 7, 1, 3, 2, 4, 11, 6, 6, 6]]
-    together = sample_rollouts(model, Words(0), prompts, 8, 20, 1.0, generator(3))
-    uniforms = torch.empty((20, 16), dtype=torch.float64).uniform_(generator=generator(3))
+    together = sample_rollouts(model, Words(0), prompts, 8, 20, 1.0, seeds(3))
+    uniforms = torch.cat(
+        [torch.rand((20, 8), dtype=torch.float64, generator=generator(3000 + i)) for i in range(2)],
+        dim=1,
+    )
 
     for question, prompt in enumerate(prompts):
         rows = slice(8 * question, 8 * question + 8)
@@ -74,7 +92,7 @@ def test_the_model_s_own_generation_config_does_not_leak_in():
     config.do_sample, config.top_k, config.top_p, config.repetition_penalty = True, 2, 0.3, 1.5
     config.temperature = 0.2
     draws = 4000
-    rollouts = sample_rollouts(model, Words(99), [[3, 3, 1]], draws, 1, 1.0, generator())
+    rollouts = sample_rollouts(model, Words(99), [[3, 3, 1]], draws, 1, 1.0, seeds())
     counts = torch.bincount(rollouts.completion_ids.flatten(), minlength=8) / draws
     expected = model(torch.tensor([[3, 3, 1]])).logits[0, -1].softmax(-1)
     assert expected.min() > 0.01  # every token has to turn up, the poisoned top_k would keep two
@@ -115,7 +133,7 @@ def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
     """Token 0 is stop and padding at once, and stands in the prompt too; token 1 stops as well."""
     model = make_model(vocab_size=10, initializer_range=0.1)
     model.generation_config.eos_token_id = [1]
-    rollouts = sample_rollouts(model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0, generator())
+    rollouts = sample_rollouts(model, Words(0), [[0, 5, 0], [1, 4]], 64, 15, 1.0, seeds())
     assert_stops_end_completions(rollouts, 15)
     assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
 
@@ -125,7 +143,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
     model = make_model(vocab_size=12)
 
     def run():
-        return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, generator(1))
+        return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, seeds(1))
 
     often = run()
     monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
@@ -138,8 +156,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
 def test_same_seed_same_completions_and_another_seed_others():
     model = make_model()
     first, second, third = (
-        sample_rollouts(model, Words(0), [[5, 2]], 4, 12, 1.0, generator(seed))
-        for seed in (1, 1, 2)
+        sample_rollouts(model, Words(0), [[5, 2]], 4, 12, 1.0, seeds(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first.completion_ids, second.completion_ids)
     assert not torch.equal(first.completion_ids, third.completion_ids)
@@ -149,7 +166,7 @@ def test_the_ids_are_those_sampled_and_the_texts_are_only_for_reading():
     """Bytes sampled at random seldom are what the tokenizer would make of their own text."""
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer), initializer_range=0.02)
-    rollouts = sample_rollouts(model, tokenizer, [[65, 66]], 8, 30, 1.0, generator())
+    rollouts = sample_rollouts(model, tokenizer, [[65, 66]], 8, 30, 1.0, seeds())
     lengths = rollouts.completion_mask.sum(-1)[0].tolist()
     encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in rollouts.texts[0]]
     rows = [row[:n] for row, n in zip(rollouts.completion_ids[0].tolist(), lengths)]
@@ -212,7 +229,7 @@ def test_under_bf16_autocast_sampler_and_trainer_still_agree(family):
     """What a GPU runs: a bf16 copy of the weights samples, bf16 passes over fp32 weights train."""
     model = make_model(family, vocab_size=40, initializer_range=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, generator())
+        rollouts = sample_rollouts(model, Words(0), [[5, 9, 3], [8]], 4, 20, 1.0, seeds())
         for question in range(2):
             ids = rollouts.completion_ids[question]
             scored = group_logprobs(model, rollouts.prompt_ids[question], ids, 1.0)
@@ -224,7 +241,7 @@ def test_under_bf16_autocast_sampler_and_trainer_still_agree(family):
 
 def test_dropout_in_the_config_does_not_reach_sampling():
     model = make_model("llama", attention_dropout=0.5, vocab_size=40)
-    rollouts = sample_rollouts(model, Words(0), [[5, 9, 3]], 4, 12, 1.0, generator())
+    rollouts = sample_rollouts(model, Words(0), [[5, 9, 3]], 4, 12, 1.0, seeds())
     error = naive(model, rollouts, 0, 1.0) - rollouts.logprobs[0]
     assert error[rollouts.completion_mask[0]].abs().max() < 1e-4
 
@@ -232,11 +249,12 @@ def test_dropout_in_the_config_does_not_reach_sampling():
 def test_draws_joined_are_padded_and_otherwise_unchanged():
     model = make_model(vocab_size=12)
     parts = [
-        sample_rollouts(model, Words(0), prompts, 3, length, 1.0, generator(length))
+        sample_rollouts(model, Words(0), prompts, 3, length, 1.0, seeds(length))
         for prompts, length in (([[5, 2], [3]], 4), ([[7]], 9))
     ]
     joined = joined_rollouts(parts)
-    assert joined.completion_ids.shape == (3, 3, 9)
+    longest = max(part.completion_ids.shape[-1] for part in parts)
+    assert joined.completion_ids.shape == (3, 3, longest)
     assert [ids.tolist() for ids in joined.prompt_ids] == [[5, 2], [3], [7]]
     assert joined.texts == parts[0].texts + parts[1].texts
     first = parts[0].completion_mask.shape[-1]
@@ -325,7 +343,7 @@ def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
             8,
             200,
             0.9,
-            generator(),
+            seeds(),
             top_k=20,
             top_p=0.9,
             min_p=0.01,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from test_llms import group_logprobs
-from test_sampler import Words
+from test_sampler import Words, seeds
 
 import static_decoder
 from sampler import sample_rollouts
@@ -35,9 +35,7 @@ def graphs(monkeypatch):
 
 
 def sample(model, prompts, compiled, seed=0, tokens=30):
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    return sample_rollouts(model, Words(0), prompts, 4, tokens, 1.0, generator, compiled=compiled)
+    return sample_rollouts(model, Words(0), prompts, 4, tokens, 1.0, seeds(seed), compiled=compiled)
 
 
 def assert_same(model, prompts, **settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_args, make_model
 from test_llms import naive_logprobs
-from test_sampler import Words, generator
+from test_sampler import Words, seeds
 
 from llms import frozen_copy
 from sampler import sample_rollouts
@@ -32,7 +32,7 @@ def test_the_first_the_middle_and_the_last_step_are_watched():
 def test_the_log_probs_are_those_before_and_after_the_update(kl, accelerator):
     model = make_model(vocab_size=14)
     prompts = [[5, 9, 3], [8, 8]]
-    rollouts = sample_rollouts(model, Tokenizer(0), prompts, 3, 8, 0.8, generator())
+    rollouts = sample_rollouts(model, Tokenizer(0), prompts, 3, 8, 0.8, seeds())
     advantages = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, -0.5]])
     run, args = Saved(), make_args(temperature=0.8, micro_batch_tokens=10, num_train_iters=3)
     reference, stopwatch = frozen_copy(make_model(vocab_size=14, seed=1)), Stopwatch()

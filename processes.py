@@ -1,0 +1,93 @@
+"""Several processes with a device each: what they share out, and what becomes one again.
+
+`torchrun` or `accelerate launch` start them, and every one runs main.py's loop. Each samples and
+scores its own questions of a step's batch, then learns what the others have, so that all that
+follows (advantages, the choice of completions, the log) is the same everywhere and as in a run of
+one process. Then each trains on its own groups, gradients are summed, and all make the same update.
+
+With one process nothing in here does anything.
+"""
+
+import re
+from dataclasses import fields, replace
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.tensor import DTensor
+
+
+def own_part(items, accelerator):
+    """This process's part of a list: parts follow each other and differ by one item at most."""
+    count, index = accelerator.num_processes, accelerator.process_index
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
+
+
+def everyones(part, accelerator):
+    """What all processes have, as a list in their order. On the host: tensors come on the CPU."""
+    return gather_object([part]) if accelerator.num_processes > 1 else [part]
+
+
+def everyones_rollouts(rollouts, accelerator):
+    """The Rollouts of all processes, as a list in their order."""
+    if accelerator.num_processes == 1:
+        return [rollouts]
+    return [_on(accelerator.device, part) for part in everyones(_on("cpu", rollouts), accelerator)]
+
+
+def _on(device, rollouts):
+    def moved(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return [moved(item) for item in value] if isinstance(value, list) else value
+
+    return replace(rollouts, **{x.name: moved(getattr(rollouts, x.name)) for x in fields(rollouts)})
+
+
+def from_main(function, accelerator):
+    """What `function()` gives in the main process, which alone calls it, for all of them."""
+    if accelerator.num_processes == 1:
+        return function()
+    return broadcast_object_list([function() if accelerator.is_main_process else None])[0]
+
+
+def own_groups(sizes, accelerator):
+    """Which groups, of these numbers of tokens, this process trains on: Q booleans.
+
+    All processes know all rollouts, so that groups need not be trained where they were sampled:
+    they are dealt out from the largest to the smallest, each to whoever has least to do.
+    """
+    work, owners = [0] * accelerator.num_processes, [0] * len(sizes)
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
+        owners[group] = work.index(min(work))
+        work[owners[group]] += sizes[group]
+    return [owner == accelerator.process_index for owner in owners]
+
+
+def sum_gradients(optimizer, accelerator):
+    """Make every gradient the sum of all processes'; where one has none, it counts as 0."""
+    if accelerator.num_processes == 1:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, DTensor):  # its backward pass has done it, see sharding.py
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+
+
+def summed(numbers, accelerator):
+    """The sums, over all processes, of a dict of numbers, of which some processes may lack some."""
+    if accelerator.num_processes == 1:
+        return numbers
+    sums = {}
+    for part in everyones({name: float(value) for name, value in numbers.items()}, accelerator):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: torch.tensor(value, device="cpu") for name, value in sums.items()}
+
+
+def is_lost_contact(error):
+    """Whether an error means that another process has ended, which has said why."""
+    text = "closed by peer|reset by peer|Broken pipe|Socket closed|Connection refused"
+    return isinstance(error, torch.distributed.DistError) or bool(re.search(text, str(error)))

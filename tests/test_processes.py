@@ -1,0 +1,321 @@
+"""Several processes do what one does: the same samples, gradients, answers and files."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from conftest import ROOT, make_args, make_model, make_tokenizer
+
+import evaluator
+import main
+from cold_start import cold_start
+from evaluation import evaluate_policy
+from evaluator import score
+from grpo import group_advantages
+from llms import frozen_copy
+from optimizer import make_optimizer
+from processes import everyones, everyones_rollouts, from_main, own_groups, own_part
+from rldatasets import Problem, Problems
+from sharding import shard, whole_tensor
+from utils import Stopwatch, read_jsonl
+
+PROBLEMS = [Problem(f"{n} + {n * n}?", str(n + n * n), f"{n} + {n * n}") for n in range(7)]
+
+
+def in_processes(count, function):
+    """What function(accelerator) returns in each of `count` processes that see each other."""
+
+    def with_accelerator():
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == count
+        return function(accelerator)
+
+    return launch(count, with_accelerator)
+
+
+def launch(count, function):
+    """What function() returns in each of `count` processes, in which torchrun's variables are set.
+
+    They are copies of this one, which has everything imported.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child(rank):
+        torch.set_num_threads(1)  # what the parent's threads did is not known to a copy
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has of it
+        answers.put((rank, function()))
+
+    children = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(count)]
+    for process in children:
+        process.start()
+    found, deadline = {}, time.monotonic() + 100
+    while len(found) < count:
+        while answers.empty():
+            if time.monotonic() > deadline or any(p.exitcode for p in children):
+                for process in children:
+                    process.kill()
+                raise AssertionError("a process died, or waits for good")
+            children[0].join(0.02)
+        rank, answer = answers.get()
+        found[rank] = answer
+    for process in children:
+        process.join()
+    return [found[rank] for rank in range(count)]
+
+
+class Alone:
+    num_processes, process_index = 1, 0
+
+
+def test_parts_are_disjoint_complete_and_alike():
+    accelerator = Alone()
+    accelerator.num_processes = 3
+    parts, shares, sizes = [], [], [9, 1, 1, 1, 6, 3, 0]
+    for accelerator.process_index in range(3):
+        parts.append(own_part(PROBLEMS, accelerator))
+        shares.append(own_groups(sizes, accelerator))
+    assert sum(parts, []) == PROBLEMS and sorted(map(len, parts)) == [2, 2, 3]
+    assert torch.tensor(shares).sum(0).tolist() == [1] * 7
+    assert [sum(n for n, own in zip(sizes, share) if own) for share in shares] == [9, 6, 6]
+
+
+def test_what_one_has_all_get_in_order():
+    def gather(accelerator):
+        mine = accelerator.process_index
+        return everyones({"rank": mine}, accelerator), from_main(lambda: mine, accelerator)
+
+    assert in_processes(3, gather) == [([{"rank": 0}, {"rank": 1}, {"rank": 2}], 0)] * 3
+
+
+SETTINGS = {
+    "grpo": {"kl_beta": 0.1},
+    "dapo, two epochs": {"aggregation": "dapo", "num_inner_epochs": 2, "micro_batch_tokens": 60},
+    "dr_grpo, down-sampled": {"aggregation": "dr_grpo", "train_group_size": 2, "max_draws": 2},
+    "fewer groups with signal than processes": {"kl_beta": 0.0, "only": 0},
+}
+
+
+def step_of(settings, accelerator, sharded=False):
+    """One step of the loop by hand in fp64: texts, the gradient of each update, what is measured,
+    answers afterwards."""
+    tokenizer = make_tokenizer()
+    policy = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    args = make_args(
+        **{
+            "questions_per_step": 6, "group_size": 3, "sampling_batch_size": 6, "seed": 1,
+            "top_k": 0, "top_p": 1.0, "min_p": 0.0, "sampler": "shared_prefix", "max_draws": 1,
+            "compile_sampler": False, "max_completion_length": 9, "train_group_size": 0,
+            "reward_weights": {}, "reward_timeout": None, "overlong_buffer": 3,
+            "learning_rate": 1e-3, "max_grad_norm": 0.5, "eval_samples": 2, "eval_batch_size": 2,
+            "cold_start_steps": 2, "cold_start_learning_rate": 1e-3, **settings,
+        }
+    )  # fmt: skip
+    if sharded:
+        shard(policy)
+    cold_start(policy, tokenizer, Problems(PROBLEMS, 0), args, accelerator)
+    reference = frozen_copy(policy) if args.kl_beta else None
+    optimizer, _ = make_optimizer(policy, args)
+    gradients = []
+
+    def keep(*_):
+        gradients.append(torch.cat([whole_tensor(p.grad).flatten() for p in policy.parameters()]))
+
+    optimizer.register_step_pre_hook(keep)
+
+    class Nowhere:
+        def save_step(self, *_):
+            return None
+
+    _, rollouts, rewards = main.draw_groups(
+        policy, tokenizer, Problems(PROBLEMS, 0), 0, Nowhere(), args, accelerator, Stopwatch()
+    )
+    chosen = main.choose(rewards.total, args)
+    advantages = group_advantages(rewards.total, "std", chosen)
+    if "only" in settings:
+        advantages[:] = 0.0
+        advantages[0] = torch.tensor([1.0, -0.5, -0.5])
+    metrics = main.update_policy(
+        policy, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch(), chosen
+    )
+    summary, records = evaluate_policy(
+        policy, tokenizer, PROBLEMS, args, accelerator, evaluator.REWARD_FUNCTIONS, 1
+    )
+    del summary["seconds/evaluation"]
+    return rollouts.texts, torch.stack(gradients).numpy(), metrics, summary, records
+
+
+def spread(completion, problem):
+    """A reward that differs within a group."""
+    return len(completion) % 5 / 4
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator, monkeypatch):
+    """Samples, every gradient to 1e-5 of its norm (in fp64: to rounding), metrics, and answers."""
+    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [spread])
+    alone = step_of(SETTINGS[name], accelerator)
+    assert abs(alone[1]).max() > 1e-3
+    for texts, gradients, metrics, summary, records in in_processes(
+        count, lambda several: step_of(SETTINGS[name], several)
+    ):
+        assert texts == alone[0]
+        gap = abs(gradients - alone[1]).max() / abs(alone[1]).max()
+        assert gap < 1e-9
+        counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}  # passes differ
+        assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
+        assert summary == pytest.approx(alone[3]) and records == alone[4]
+
+
+def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypatch):
+    """FSDP2 on two processes that have unequal numbers of passes, and one of them none at all."""
+    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [spread])
+    for settings in ({"kl_beta": 0.1, "micro_batch_tokens": 60}, SETTINGS["fewer groups with "
+                     "signal than processes"]):  # fmt: skip
+        alone = step_of(settings, accelerator)
+        for texts, gradients, metrics, summary, records in in_processes(
+            2, lambda several, settings=settings: step_of(settings, several, sharded=True)
+        ):
+            assert texts == alone[0]
+            assert abs(gradients - alone[1]).max() / abs(alone[1]).max() < 1e-6
+            counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}
+            assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
+            assert summary == pytest.approx(alone[3]) and records == alone[4]
+
+
+def test_each_process_scores_its_own_completions_alone():
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+
+    def scored(accelerator):
+        args = make_args(
+            group_size=2, sampling_batch_size=0, sampler="shared_prefix", compile_sampler=False,
+            top_k=0, top_p=1.0, min_p=0.0, max_completion_length=4,
+        )  # fmt: skip
+        asked = []
+        own = own_part(PROBLEMS[:5], accelerator)
+        part = main.sample_groups(model, tokenizer, own, range(len(own)), args, accelerator)
+        score(part, own, [lambda completion, problem: asked.append(problem.question) or 0.0])
+        return asked, [len(p.texts) for p in everyones_rollouts(part, accelerator)]
+
+    first, second = in_processes(2, scored)
+    assert first[0] == [p.question for p in PROBLEMS[:2] for _ in range(2)]
+    assert second[0] == [p.question for p in PROBLEMS[2:5] for _ in range(2)]
+    assert first[1] == second[1] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, kind, processes",
+    [("1x80gb", "NO", 1), ("8x80gb_ddp", "MULTI_GPU", 8), ("8x80gb_fsdp2", "FSDP", 8)],
+)
+def test_accelerate_reads_the_configurations(name, kind, processes):
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_processes) == (kind, processes)
+    assert config.mixed_precision == "bf16"
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+# --- the whole command -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Runs main.py in `count` processes at once. Returns [(exit status, its output), ...]."""
+
+    def run(count, *argv):
+        def command():
+            rank = os.environ["RANK"]
+            output = os.open(tmp_path / f"output{rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+            sys.argv = ["main.py", *map(str, argv)]
+            status = 0
+            try:
+                runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+            except SystemExit as stop:
+                status = stop.code
+            sys.__stdout__.flush()
+            sys.__stderr__.flush()
+            return status, (tmp_path / f"output{rank}").read_text()
+
+        return launch(count, command)
+
+    return run
+
+
+def flags_of(saved_models, data, path, *more):
+    return (
+        "--preset", "cpu", "--model_name", saved_models["qwen2"], "--dataset_path", data,
+        "--output_dir", path, "--questions_per_step", 6, "--group_size", 3, "--num_train_iters", 3,
+        "--max_completion_length", 6, "--cold_start_steps", 1, "--eval_problems", 5,
+        "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 2, "--keep_checkpoints", 9,
+        *more,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_run_of_several_processes_is_that_of_one_and_resumes_with_another_number(
+    saved_models, data, tmp_path, several, command
+):
+    runs = {name: tmp_path / name for name in ("one", "two")}
+    status, *_ = command(*flags_of(saved_models, data, runs["one"]))
+    assert status == 0
+    (first, shown), (second, silent) = several(2, *flags_of(saved_models, data, runs["two"]))
+    assert (first, second) == (0, 0)
+    assert "The report, to open in a browser" in shown and silent == ""
+    assert {p.name for p in runs["one"].iterdir()} == {p.name for p in runs["two"].iterdir()}
+
+    def close(left, right):
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            pairs = zip(read_jsonl(left / name), read_jsonl(right / name), strict=True)
+            for (_, a), (_, b) in pairs:
+                kept = {k for k in a if "second" not in k and k not in ("alarms", "tokens/padded")}
+                assert {k: b[k] for k in kept} == pytest.approx(
+                    {k: a[k] for k in kept}, rel=1e-3, abs=1e-5
+                )
+
+    close(runs["one"], runs["two"])
+    for count in (1, 3):
+        (status, shown), *_ = several(count, "--resume", runs["two"] / "checkpoints" / "step_00002")
+        assert status == 0 and "going on from" in shown
+        close(runs["one"], runs["two"])
+
+
+def test_a_mistake_is_told_once_and_a_failing_process_ends_all_with_its_own_message(
+    saved_models, data, tmp_path, several
+):
+    several_flags = flags_of(saved_models, data, tmp_path / "run")
+    outputs = several(2, *several_flags, "--group_sise", 4)
+    assert [status for status, _ in outputs] == [2, 2]
+    assert "did you mean --group_size?" in outputs[0][1] and outputs[1][1] == ""
+    outputs = several(7, *several_flags)
+    assert outputs[0] == (2, "main.py: error: --questions_per_step 6: less than one for each of 7 "
+                          "processes; raise it, or start fewer\n")  # fmt: skip
