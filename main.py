@@ -39,13 +39,7 @@ from budget import trained_counts
 from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluation import evaluate_policy
-from evaluator import (
-    REWARD_FUNCTIONS,
-    check_weights,
-    joined_rewards,
-    score,
-    with_overlong_penalty,
-)
+from evaluator import check_weights, joined_rewards, score, with_overlong_penalty
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
 from llms import (
     chat_prompt,
@@ -61,10 +55,10 @@ from planner import plan
 from plotter import plot_run
 from report import write_report
 from reward_lint import warn
-from rldatasets import SYSTEM_PROMPT
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import micro_batches
+from tasks import load_task
 from token_log import watch_tokens
 from weight_meter import WeightMeter
 
@@ -74,12 +68,15 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
-    check_weights(args.reward_weights, REWARD_FUNCTIONS)
-    warn(REWARD_FUNCTIONS, args.reward_weights, args.reward_timeout)
+    task = load_task(args)
+    check_weights(args.reward_weights, task.reward_functions)
     start = checkpoint_to_resume(args)  # None: there is none, or none was asked for
     first = start.step if start else 0
     with phase("loading"):
-        policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
+        policy, tokenizer, train_problems, test_problems, data = load(
+            args, accelerator, task, start
+        )
+    warn(task, test_problems, args.reward_weights, args.reward_timeout)
     run = Run(args.output_dir)
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
@@ -89,7 +86,7 @@ def train(args):
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
     if not start:
         with phase("cold start"):
-            cold_start(policy, tokenizer, train_problems, args, accelerator)
+            cold_start(policy, tokenizer, train_problems, args, accelerator, task)
     optimizer, scheduler = make_optimizer(policy, args, first)
     meter = WeightMeter(optimizer)
     reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
@@ -101,7 +98,7 @@ def train(args):
             return
         with phase("evaluation"):
             run.log_evaluation(done, *evaluate_policy(
-                policy, tokenizer, test_problems, args, accelerator, REWARD_FUNCTIONS, done
+                policy, tokenizer, test_problems, args, accelerator, task, done
             ))  # fmt: skip
 
     with saver, tqdm(total=args.num_train_iters, initial=first, desc="GRPO", unit="step") as bar:
@@ -109,7 +106,7 @@ def train(args):
         for step in range(first, args.num_train_iters):
             stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
             problems, rollouts, rewards = draw_groups(
-                policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
+                policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch, task
             )
             chosen = choose(rewards.total, args)  # (Q, G)
             advantages = group_advantages(
@@ -153,7 +150,7 @@ def is_due(done, every):
     return every > 0 and done % every == 0
 
 
-def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch):
+def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch, task):
     """The step's problems, rollouts and rewards.
 
     With --max_draws above 1, further questions are drawn until --questions_per_step groups carry
@@ -164,14 +161,14 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
     for draw in range(step * args.max_draws, (step + 1) * args.max_draws):
         drawn = train_problems.batch(draw, args.questions_per_step)  # Q
         with stopwatch("sampling"):
-            fresh = sample_groups(policy, tokenizer, drawn, draw, args, accelerator)
+            fresh = sample_groups(policy, tokenizer, drawn, draw, args, accelerator, task)
         with stopwatch("rewards"):
             problems += drawn
             parts.append(fresh)
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
             earned = score(
-                fresh, drawn, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
+                fresh, drawn, task.reward_functions, args.reward_weights, file, args.reward_timeout
             )
             scores.append(with_overlong_penalty(earned, fresh, args))
             rewards = joined_rewards(scores)
@@ -189,10 +186,10 @@ def choose(rewards, args):
     return chosen
 
 
-def sample_groups(policy, tokenizer, problems, draw, args, accelerator):
+def sample_groups(policy, tokenizer, problems, draw, args, accelerator, task):
     """G completions for each of these questions, from the policy as it is now."""
     generator = torch.Generator(accelerator.device).manual_seed(mixed_seed(args.seed, draw))
-    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
     parts = []
     for start in range(0, len(prompts), at_once):

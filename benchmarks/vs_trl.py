@@ -166,7 +166,9 @@ def compare_losses(args, folder):
     ours.flags.max_grad_norm = 0
     ours.flags.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
     problems = load_questions(args).batch(0, args.questions)
-    rollouts = sample_groups(ours.policy, ours.tokenizer, problems, 0, ours.flags, ours.accelerator)
+    rollouts = sample_groups(
+        ours.policy, ours.tokenizer, problems, 0, ours.flags, ours.accelerator, ours.task
+    )
     advantages = group_advantages(score(rollouts, problems, [spread]).total)  # (Q, G)
     generator = torch.Generator(ours.policy.device).manual_seed(0)
     with torch.no_grad():
