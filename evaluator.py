@@ -2,6 +2,7 @@
 
 To add a reward, write a function `name(completion, problem) -> float` and put it in
 REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
+(Rewards in a file of their own: --evaluator FILE.py; with a dataset of their own: see tasks/.)
 
     python evaluator.py lint                what do these rewards reward?
     python evaluator.py compare RUN RUN     is one run's model better than another's?
