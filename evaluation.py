@@ -7,7 +7,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from comparison import summarize
-from evaluator import answers_match, call, extract_answer, has_format, last_number, score
+from evaluator import (
+    call,
+    extract_answer,
+    has_format,
+    is_correct_leniently,
+    last_number,
+    score,
+)
 from llms import chat_prompt, load_model
 from runlog import Run, evaluation_table
 from sampler import sample_rollouts
@@ -76,15 +83,13 @@ def evaluate(
 
 
 def verdicts(completion, problem, task, timeout):
-    """What a completion answers and whether that is right: by the task, and where it is wrong, by
-    the last number in the text."""
+    """What a completion answers and whether that is right: by the task, and leniently."""
     correct = bool(call(task.is_correct, completion, problem, None, timeout, "the task's"))
-    last = last_number(completion)
     return {
         "parsed": extract_answer(completion),
-        "lenient_parsed": last,
+        "lenient_parsed": last_number(completion),
         "correct": correct,
-        "lenient_correct": correct or answers_match(last, problem.answer),
+        "lenient_correct": correct or is_correct_leniently(completion, problem),
     }
 
 
