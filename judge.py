@@ -2,7 +2,7 @@
 
 A library that reads what a model wrote may hang in C code, take all memory, set signals or carry
 text out as code. `Judge("tasks.math")` answers with that module's `judge(*request)`, called in
-another process whose time and memory the kernel limits; the run itself is out of reach.
+another process whose time and memory the kernel limits. The run itself is out of its reach.
 """
 
 import ast
@@ -16,7 +16,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 5  # of processor time for one verdict
+SECONDS = 2.0  # of processor time for one verdict
 BYTES = 4 * 2**30  # of address space
 
 
@@ -26,11 +26,11 @@ class Judge:
     Requests and verdicts are JSON. The process starts at the first request and ends with this one.
     """
 
-    def __init__(self, module):
-        self.module, self.process = module, None
+    def __init__(self, module, seconds=SECONDS):
+        self.module, self.seconds, self.process = module, seconds, None
 
     def __call__(self, *request):
-        """The verdict; None where judging raises an error or goes beyond SECONDS or BYTES."""
+        """The verdict; None where judging raises an error or goes beyond `seconds` or BYTES."""
         try:
             if self.process is None:
                 self._start()
@@ -49,7 +49,7 @@ class Judge:
 
     def _start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "judge", self.module],
+            [sys.executable, "-m", "judge", self.module, str(self.seconds)],
             cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the run
@@ -66,11 +66,14 @@ class Judge:
 
 
 @contextmanager
-def eval_reads_data(*packages):
-    """Inside, what these packages call `eval` reads a Python literal and carries out nothing."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(packages)]
+def without_eval(package, read=ast.literal_eval):
+    """Inside, `eval` is `read` in the modules of a package: a literal, where nothing else is said.
+
+    Text that is not what `read` expects raises an error there and is never carried out.
+    """
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
     for module in modules:
-        module.eval = ast.literal_eval
+        module.eval = read
     try:
         yield
     finally:
@@ -78,7 +81,7 @@ def eval_reads_data(*packages):
             del module.eval
 
 
-def serve(name):
+def serve(name, seconds):
     """The other process: a request a line on standard input, its verdict on standard output."""
     channel, sys.stdout = sys.stdout, sys.stderr
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
@@ -87,7 +90,7 @@ def serve(name):
     print("ready", file=channel, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the kernel ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel ends the process
         try:
             verdict = module.judge(*json.loads(line))
         except Exception:
@@ -97,4 +100,4 @@ def serve(name):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], float(sys.argv[2]))

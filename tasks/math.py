@@ -7,16 +7,17 @@ FILE.jsonl has `question` or `problem`, `answer` (as \frac{3}{4} or (3, \pi)) an
 `solution` on every line, e.g. test.jsonl of https://huggingface.co/datasets/HuggingFaceH4/MATH-500.
 That one is a test split; the lines of one file are split here, one in five held out.
 
-Of math-verify's ways to read an answer only LaTeX is used: the other one is Python's eval. It runs
-in a process of its own (see judge.py), without the time limits of its own, which would reset those
-of --reward_timeout.
+math-verify runs in a process of its own (see judge.py): it may hang, and its own time limits are
+signals that would end that of --reward_timeout. Of its ways to read an answer only LaTeX is used,
+for the other is Python's eval; sympy evaluates numbers and names on the way, which are read here.
 """
 
+import re
 from functools import lru_cache
 from importlib import util
 
 from evaluator import answers_match, extract_answer, soft_format, strict_format, tag_count
-from judge import Judge, eval_reads_data
+from judge import Judge, without_eval
 from utils import UserError
 
 if not util.find_spec("math_verify"):
@@ -25,19 +26,27 @@ if not util.find_spec("math_verify"):
 LONGEST = 500  # characters; an answer beyond is none
 JUDGE = Judge("tasks.math")
 EXAMPLE = (r"\frac{1}{2}", "0.5")
+EVALUATED = re.compile(r"(Integer|Float|Symbol) \('?([\w.]+)'? \)|E ")  # as sympy writes it
 
 
 def judge(gold, answer):
     """Whether an answer equals the gold one. Called in the judge's process."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    with eval_reads_data("sympy.parsing.", "math_verify.", "latex2sympy2_extended."):
+    with without_eval("sympy.parsing", number_or_name):
         gold, answer = (
             parse(text if r"\boxed" in text else rf"\boxed{{{text.strip('$')}}}",
                   [LatexExtractionConfig()], parsing_timeout=None)
             for text in (gold, answer)
         )  # fmt: skip
         return verify(gold, answer, timeout_seconds=None)
+
+
+def number_or_name(code, *_):
+    import sympy
+
+    kind, text = EVALUATED.fullmatch(code).groups()
+    return getattr(sympy, kind)(text) if kind else sympy.E
 
 
 @lru_cache(maxsize=4096)  # accuracy and rewards ask about the same answers

@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import util
 
 from evaluator import extract_answer, soft_format, strict_format, tag_count
-from judge import Judge, eval_reads_data
+from judge import Judge, without_eval
 from rldatasets import Problem
 from utils import UserError, mixed_seed
 
@@ -61,7 +61,7 @@ def dataset(variant, seed):
 def judge(variant, seed, index, answer):
     """The library's score of an answer. Called in the judge's process."""
     entry = dataset(variant, seed)[index]
-    with eval_reads_data("reasoning_gym.", "sympy.parsing."):
+    with without_eval("reasoning_gym"), without_eval("sympy.parsing"):
         return float(dataset(variant, seed).score_answer(answer, entry))
 
 

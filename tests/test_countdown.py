@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import itertools
 import operator
 import random
 import re
@@ -26,8 +27,8 @@ def written(answer):
 
 def reference(text):
     """(value, numbers) of an expression by Python's own parser, whose tree is walked by hand."""
-    depth = [text[: i + 1].count("(") - text[: i + 1].count(")") for i in range(len(text))]
-    if len(text) > LONGEST or max(depth, default=0) > DEEPEST:
+    depths = itertools.accumulate((c == "(") - (c == ")") for c in text)
+    if len(text) > LONGEST or max(depths, default=0) > DEEPEST:
         return None
     if re.search(rf"[^0-9+\-*/()\s]|[0-9]{{{DIGITS + 1}}}", text):
         return None
@@ -88,10 +89,16 @@ def test_no_text_is_ever_evaluated_by_python(monkeypatch):
         raise AssertionError("a text was handed to Python")
 
     with monkeypatch.context() as patch:
-        for name in ("eval", "exec", "compile", "__import__", "open"):
-            patch.setattr(builtins, name, reached)
         patch.setattr(ast, "parse", reached)
         patch.setattr(ast, "literal_eval", reached)
+        for name in (
+            "open",
+            "exec",
+            "compile",
+            "eval",
+            "__import__",
+        ):  # the last, for setattr's own
+            patch.setattr(builtins, name, reached)
         scores = [
             function(written(text), PROBLEM) for text in texts for function in REWARD_FUNCTIONS
         ]

@@ -34,13 +34,15 @@ TINY = [
     "--eval_problems", "4", "--max_completion_length", "6", "--max_prompt_length", "500",
     "--cold_start_steps", "1",
 ]  # fmt: skip
-WITHOUT = "pip install {} for these tests"
 needs_gym = pytest.mark.skipif(
-    not util.find_spec("reasoning_gym"), reason=WITHOUT.format("reasoning-gym==0.1.25")
+    not util.find_spec("reasoning_gym"), reason="pip install reasoning-gym==0.1.25 for this test"
 )
-needs_math = pytest.mark.skipif(
-    not util.find_spec("math_verify"), reason=WITHOUT.format("math-verify==0.9.0")
-)
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Which take longer than all else in a run of toys."""
+    monkeypatch.setattr(main, "plot_run", lambda path: None)
 
 
 def lines(path):
@@ -160,7 +162,6 @@ def test_a_file_is_a_task_whose_prompt_rewards_and_verdict_a_run_uses(
     summary = lines(run / "eval.jsonl")[-1]
     assert summary["accuracy"] == sum(row["correct"] for row in held_out) / 4
     assert "rewards/even_length" in summary and "rewards/correctness" not in summary
-    assert (run / "plots" / "rewards_even_length.png").exists()
     assert json.loads((run / "config.json").read_text())["flags"]["dataset_name"] == "parity"
 
 
@@ -409,10 +410,11 @@ def test_a_task_s_rewards_serve_other_data(own):
 def test_further_fields_are_part_of_a_problem_and_of_the_data_s_fingerprint(tmp_path):
     rows = [{"problem": "2?", "answer": 2, "level": 3, "tags": ["a"]},
             {"question": "q", "answer": 1}]  # fmt: skip
-    path = write(tmp_path / "data.jsonl", "".join(json.dumps(row) + "\n" for row in rows * 9))
-    found = [p for split in ("train", "test") for p in load_problems("gsm8k", path, split, 0)]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ours, plain = Problem("2?", "2", "", {"level": 3, "tags": ["a"]}), Problem("q", "1", "")
-    assert found.count(ours) == found.count(plain) == 9 and len({*found}) == 2
+    assert [*load_problems("gsm8k", tmp_path, "train", 0)] == [ours, plain]
+    assert len({ours, plain, Problem("2?", "2", "")}) == 3
     assert fingerprint([ours]) != fingerprint([Problem("2?", "2", "")])
     # Without further fields it is what it was before there were any: old runs can be resumed.
     text = b"[Problem(question='q', answer='1', solution='')]"
@@ -446,12 +448,9 @@ def test_the_rewards_are_linted_where_the_golden_set_is_of_their_kind(
 # --- other people's verifiers --------------------------------------------------------------------
 
 TOY_JUDGE = """
-    import __main__
     import os
-    import sys
     import time
 
-    __main__.SECONDS = 0.3
     EXAMPLE = ("fine", 0)
 
     def judge(kind, value):
@@ -466,8 +465,6 @@ TOY_JUDGE = """
             os.abort()
         if kind == "sleeps":
             time.sleep(value)
-        if kind == "evaluates":
-            return repr(eval(value))
         return value
 """
 
@@ -476,7 +473,7 @@ TOY_JUDGE = """
 def toy_judge(tmp_path, monkeypatch):
     write(tmp_path / "toy_judge.py", TOY_JUDGE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    toy = Judge("toy_judge")
+    toy = Judge("toy_judge", seconds=0.2)
     yield toy
     toy.stop()
 
@@ -508,7 +505,7 @@ def test_a_judge_that_cannot_start_is_an_error(capfd):
 def test_what_is_judged_is_never_carried_out(monkeypatch):
     module = type(sys)("careless.verifier")
     monkeypatch.setitem(sys.modules, "careless.verifier", module)
-    with judge.eval_reads_data("careless."):
+    with judge.without_eval("careless"):
         assert module.eval("[1, 'a']") == [1, "a"]
         with pytest.raises(ValueError, match="malformed"):
             module.eval("print(1)")
@@ -642,41 +639,50 @@ def test_chain_sum_trains_end_to_end(saved_models, tmp_path, refused):
 # --- LaTeX ---------------------------------------------------------------------------------------
 
 
-@needs_math
+@pytest.fixture(scope="module")
+def latex():
+    if not util.find_spec("math_verify"):
+        pytest.skip("pip install math-verify==0.9.0 for these tests")
+    from tasks import math as task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "JUDGE", Judge("tasks.math", seconds=1))
+        yield task
+        task.JUDGE.stop()
+
+
 @pytest.mark.parametrize(
     ("gold", "answer", "right"),
     [
         (r"\frac{3}{4}", "0.75", True), (r"\frac{3}{4}", r"\boxed{\frac{6}{8}}", True),
         (r"\frac{3}{4}", "3/4", True), (r"\frac{3}{4}", r"$\dfrac34$", True),
         (r"2\sqrt{3}", r"\sqrt{12}", True), (r"(3, \frac{\pi}{2})", r"\left(3, \pi/2\right)", True),
-        (r"x^2-1", "(x-1)(x+1)", True), ("1,080", "1080", True), ("12", r"12^\circ", True),
-        (r"\text{Evelyn}", "Evelyn", True), (r"\frac{3}{4}", "0.74", False), ("12", "13", False),
-        (r"2\sqrt{3}", "3.46", False), ("12", "12 or 13", False), ("12", r"\boxed{12}\boxed{13}",
-         False), ("5", "", False), ("5", "9" * 10_000, False), ("5", r"\frac{", False),
+        ("1,080", "1080", True), ("12", r"12^\circ", True), (r"\text{Evelyn}", "Evelyn", True),
+        (r"\frac{3}{4}", "0.74", False), ("12", "13", False), (r"2\sqrt{3}", "3.46", False),
+        ("12", "12 or 13", False), ("12", r"\boxed{12}\boxed{13}", False), ("5", "", False),
+        ("5", "9" * 10_000, False), ("5", r"\frac{", False), ("5", "(" * 12 + "5", False),
         ("5", "__import__('os').abort()", False), ("5", r"\boxed{print(5)}", False),
-        ("5", "((((((((((((((((((((((((((((((((((((((((5", False), ("5", "\ud800", False),
+        ("5", r"9^{9^{9^{9^9}}}", False), (r"\frac{5}{2}", "2.5", True),
     ],
+    ids=str,
 )  # fmt: skip
-def test_an_answer_in_latex_is_right_where_it_equals_the_gold_one(gold, answer, right):
-    from tasks import math as task
-
-    assert task.is_correct(written(answer), Problem("?", gold, "")) is right
-
-
-@needs_math
-def test_an_endless_answer_in_latex_is_wrong_in_bounded_time():
-    from tasks import math as task
-
-    started = time.monotonic()
-    with time_limit(60):
-        assert not task.is_correct(written("9^{9^{9^{9^9}}}"), Problem("?", "5", ""))
-        assert task.is_correct(written(r"\frac{10}{2}"), Problem("?", "5", ""))
-    assert time.monotonic() - started < 40
+def test_an_answer_in_latex_is_right_where_it_equals_the_gold_one(latex, gold, answer, right):
+    problem = Problem("?", gold, "")
+    assert latex.is_correct(written(answer), problem) is right
+    assert latex.correctness(written(answer), problem) == 2.0 * right
 
 
-@needs_math
-def test_math_is_read_from_a_file(tmp_path):
-    row = {"problem": "Half?", "answer": r"\frac{1}{2}", "solution": "It is.", "level": 1}
+def test_numbers_on_the_way_are_read_and_nothing_is_carried_out(latex):
+    assert latex.number_or_name("Integer (12 )") == 12
+    assert latex.number_or_name("Float ('0.5' )", {}, {}) == 0.5
+    assert str(latex.number_or_name("Symbol ('x' )")) == "x"
+    for code in ("print (1 )", "Integer (1 )+Integer (2 )", "Symbol ('x' ).y ()", "Integer (a ()"):
+        with pytest.raises(AttributeError):
+            latex.number_or_name(code)
+
+
+def test_math_is_read_from_a_file(latex, tmp_path):
+    row = {"answer": r"\frac{1}{2}", "solution": "It is.", "level": 1}
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps({**row, "problem": f"{i}?"}) + "\n" for i in range(20)))
     task = load_task(args_of("math", dataset_path=str(path)))
