@@ -7,12 +7,11 @@ from tqdm import tqdm
 from llms import chat_prompt, completion_logprobs
 from optimizer import apply_gradients
 from processes import own_groups, sum_gradients, summed
-from rldatasets import SYSTEM_PROMPT, worked_answer
 from sharding import idle_passes
 from shared_prefix import micro_batches
 
 
-def cold_start(policy, tokenizer, train_problems, args, accelerator):
+def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
     """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
@@ -26,7 +25,7 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
         problems = train_problems.batch(step, args.questions_per_step)
         prompts, targets = (
             [torch.tensor(ids, device=accelerator.device) for ids in rows]
-            for rows in zip(*(worked_ids(tokenizer, problem) for problem in problems))
+            for rows in zip(*(worked_ids(tokenizer, problem, task) for problem in problems))
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
         own = own_groups([len(target) for target in targets], accelerator)
@@ -48,8 +47,8 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator):
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
 
 
-def worked_ids(tokenizer, problem):
+def worked_ids(tokenizer, problem, task):
     """(prompt, the worked solution in the answer format and the token that ends a turn)."""
-    ids = tokenizer(worked_answer(problem), add_special_tokens=False).input_ids
-    prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question)
+    ids = tokenizer(task.worked_answer(problem), add_special_tokens=False).input_ids
+    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
     return prompt, [*ids, tokenizer.eos_token_id]

@@ -3,19 +3,17 @@
 As in flags.py, nothing heavy is imported before the arguments are known to be right.
 """
 
-import difflib
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import flags
-from utils import UserError, keep_freed_memory, one_line
+from utils import UserError, hint, keep_freed_memory, one_line
 
 # Those of main.py's flags that an evaluation depends on.
 EVALUATION_FLAGS = (
-    "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
+    "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
     "max_completion_length", "temperature", "eval_problems", "eval_batch_size", "eval_samples",
     "reward_timeout",
 )  # fmt: skip
@@ -48,7 +46,8 @@ def build_parsers(argv):
                      f"such as RUN/model, or {flags.EMBEDDED_MODEL}")
     add_evaluation_flags(run, argv)
     lint = add("lint", "score a golden set of completions and say what is wrong with the rewards")
-    lint._add_action(flags.build_parser("h100")._option_string_actions["--reward_weights"])
+    for flag in ("--reward_weights", "--evaluator"):
+        lint._add_action(flags.build_parser("h100")._option_string_actions[flag])
     # fmt: on
     return parser, {"compare": compare, "run": run, "lint": lint}
 
@@ -75,17 +74,14 @@ def parse_args(argv=None):
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)  # help, or what is missing
     if argv[0] not in commands:
-        close = difflib.get_close_matches(argv[0], commands, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
-        parser.error(f"unknown command {argv[0]}; {hint}")
+        parser.error(f"unknown command {argv[0]}; {hint(argv[0], commands)}")
     parser = commands[argv[0]]
     args = flags.parse_known(parser, argv[1:])
     args.command = argv[0]
     if args.command == "run":
         if args.output_dir is None:
             model = "-".join(Path(args.model_name).parts[-2:]).lower().strip("/")
-            moment = time.strftime("%Y%m%d-%H%M%S")
-            args.output_dir = f"runs/{args.dataset_name}-{model}-{moment}"
+            args.output_dir = flags.run_directory(args, model)
         try:
             for check in (flags.check_flags, flags.check_dataset, flags.check_model,
                           flags.check_output_dir):  # fmt: skip
@@ -134,8 +130,12 @@ def _lint(args):
     from evaluator import REWARD_FUNCTIONS, check_weights
     from reward_lint import lint, report
 
-    weights = dict(args.reward_weights)
-    check_weights(weights, REWARD_FUNCTIONS)
-    result = lint(REWARD_FUNCTIONS, weights)
+    functions, weights = REWARD_FUNCTIONS, dict(args.reward_weights)
+    if flags.has_own_evaluator(args):
+        from tasks import own_evaluator
+
+        functions = own_evaluator(args.evaluator)["REWARD_FUNCTIONS"]
+    check_weights(weights, functions)
+    result = lint(functions, weights)
     print(report(result), flush=True)
     return 1 if result.findings else 0

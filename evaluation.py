@@ -8,34 +8,33 @@ from tqdm import tqdm
 
 from comparison import summarize
 from evaluator import (
-    REWARD_FUNCTIONS,
+    call,
     extract_answer,
     has_format,
-    is_correct,
     is_correct_leniently,
     last_number,
     score,
 )
 from llms import chat_prompt, load_model
 from processes import everyones, own_part
-from rldatasets import SYSTEM_PROMPT, load_problems
 from runlog import Run, evaluation_table
 from sampler import sample_rollouts
 from sharding import whole
+from tasks import load_task
 from utils import UserError, hub_token, mixed_seed, phase
 
 
 def evaluate(
-    model, tokenizer, problems, max_new_tokens, batch_size, reward_functions, tick=None,
+    model, tokenizer, problems, max_new_tokens, batch_size, task, tick=None,
     samples=0, temperature=1.0, seed=0, reward_timeout=None,
 ):  # fmt: skip
     """Answer every problem greedily. Returns (summary, records), one record per problem.
 
-    Accuracy is computed by `is_correct`, not from a reward, so that editing the rewards cannot
-    change it. With `samples`, that many more answers to each problem are drawn at `temperature`,
+    Accuracy is the task's `is_correct`, not a reward, so that editing the rewards cannot change
+    it. With `samples`, that many more answers to each problem are drawn at `temperature`,
     from `seed` and the question alone. `tick(n)` is called after each batch of n problems.
     """
-    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     records = [None] * len(problems)
     # Prompts of like length share a batch: less padding.
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
@@ -53,7 +52,7 @@ def evaluate(
 
     for chosen, rollouts in batches(batch_size, group_size=1, temperature=0):
         rewards = score(
-            rollouts, [problems[i] for i in chosen], reward_functions, timeout=reward_timeout
+            rollouts, [problems[i] for i in chosen], task.reward_functions, timeout=reward_timeout
         )
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
@@ -65,7 +64,7 @@ def evaluate(
                 "prompt": tokenizer.decode(prompts[i]),
                 "answer": problems[i].answer,
                 "completion": text,
-                **verdicts(text, problems[i]),
+                **verdicts(text, problems[i], task, reward_timeout),
                 "format": has_format(text),
                 "length": length,
                 "finished": finished,
@@ -79,22 +78,24 @@ def evaluate(
         ):
             for i, texts in zip(chosen, rollouts.texts):
                 records[i]["samples"] = [
-                    {"completion": text, **verdicts(text, problems[i])} for text in texts
+                    {"completion": text, **verdicts(text, problems[i], task, reward_timeout)}
+                    for text in texts
                 ]
     return summarize(records), records
 
 
-def verdicts(completion, problem):
-    """What a completion answers and whether that is right: in the tags, and leniently."""
+def verdicts(completion, problem, task, timeout):
+    """What a completion answers and whether that is right: by the task, and leniently."""
+    correct = bool(call(task.is_correct, completion, problem, None, timeout, "the task's"))
     return {
         "parsed": extract_answer(completion),
         "lenient_parsed": last_number(completion),
-        "correct": is_correct(completion, problem),
-        "lenient_correct": is_correct_leniently(completion, problem),
+        "correct": correct,
+        "lenient_correct": correct or is_correct_leniently(completion, problem),
     }
 
 
-def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_functions, step):
+def evaluate_policy(policy, tokenizer, problems, args, accelerator, task, step):
     """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone.
 
     Each process answers its part of the problems. The summary also says how many seconds it took.
@@ -109,7 +110,7 @@ def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_funct
     ):
         _, records = evaluate(
             policy, tokenizer, own, args.max_completion_length, args.eval_batch_size,
-            reward_functions, bar.update, args.eval_samples, args.temperature,
+            task, bar.update, args.eval_samples, args.temperature,
             mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
         )  # fmt: skip
     records = [record for part in everyones(records, accelerator) for record in part]
@@ -117,9 +118,9 @@ def evaluate_policy(policy, tokenizer, problems, args, accelerator, reward_funct
     return summary, records
 
 
-def check_room(policy, tokenizer, problems, max_completion_length):
+def check_room(policy, tokenizer, problems, max_completion_length, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
-    longest = max(len(chat_prompt(tokenizer, SYSTEM_PROMPT, p.question)) for p in problems)
+    longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
     context = policy.config.max_position_embeddings
     if longest + max_completion_length > context:
         raise UserError(f"--max_completion_length {max_completion_length}: with the longest "
@@ -131,16 +132,15 @@ def evaluate_and_save(args):
     """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
-    problems = load_problems(
-        args.dataset_name, args.dataset_path, "test", args.seed, args.difficulty
-    )[: args.eval_problems or None]
+    task = load_task(args)
+    problems = task.problems("test")[: args.eval_problems or None]
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
-    check_room(policy, tokenizer, problems, args.max_completion_length)
+    check_room(policy, tokenizer, problems, args.max_completion_length, task)
     run = Run(args.output_dir)
     run.save_config(args, str(accelerator.device), test_problems=len(problems))
     with phase("evaluation"):
         summary, records = evaluate_policy(
-            policy, tokenizer, problems, args, accelerator, REWARD_FUNCTIONS, step=0
+            policy, tokenizer, problems, args, accelerator, task, step=0
         )
     run.log_evaluation(0, summary, records)
     print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

@@ -2,6 +2,7 @@
 
 To add a reward, write a function `name(completion, problem) -> float` and put it in
 REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
+(Rewards in a file of their own: --evaluator FILE.py; with a dataset of their own: see tasks/.)
 
     python evaluator.py lint                what do these rewards reward?
     python evaluator.py compare RUN RUN     is one run's model better than another's?
@@ -173,7 +174,7 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
 
     scores = [
         [
-            [_reward(function, text, problem, file, timeout) for function in reward_functions]
+            [call(function, text, problem, file, timeout) for function in reward_functions]
             for text in texts
         ]
         for texts, problem in zip(rollouts.texts, problems)
@@ -212,7 +213,8 @@ def with_overlong_penalty(rewards, rollouts, args):
     )
 
 
-def _reward(function, completion, problem, file, timeout):
+def call(function, completion, problem, file=None, timeout=None, kind="reward function"):
+    """What a function of a completion returns, as a float. Raises UserError, see `score`."""
     complaint = None
     try:
         with time_limit(timeout):
@@ -228,7 +230,7 @@ def _reward(function, completion, problem, file, timeout):
     if complaint:
         place = f"; see {file}" if file else ""
         raise UserError(
-            f"reward function {function.__name__} {complaint[:80]} for {problem.question[:40]!r}, "
+            f"{kind} {function.__name__} {complaint[:80]} for {problem.question[:40]!r}, "
             f"completion {completion[:40]!r}{place}"
         )
     return float(value)

@@ -20,11 +20,13 @@ from pathlib import Path
 
 from interrupts import LOCK, is_main
 from known_models import KNOWN_MODELS
-from utils import UserError, hub_token, one_line
+from utils import UserError, hint, hub_token, one_line
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_CONTEXT = 8192
 GSM8K_HUB_NAME = "openai/gsm8k"
+BUILT_IN = ("gsm8k", "arithmetic")  # the datasets in rldatasets.py; the others are files in TASKS
+TASKS = Path(__file__).parent / "tasks"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 LATEST = "latest"  # --resume without a path
@@ -89,7 +91,12 @@ PRESETS = {
     },
 }
 # What a preset changes for a dataset that is not its own.
-PRESETS_ON = {("cpu", "gsm8k"): {"max_completion_length": 160, "temperature": 1.0}}
+PRESETS_ON = {
+    ("cpu", "gsm8k"): {"max_completion_length": 160, "temperature": 1.0},
+    ("cpu", "countdown"): {"max_completion_length": 96, "temperature": 1.0},
+    ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
+    ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
+}
 
 
 def _number(kind, low, high=math.inf, low_open=False):
@@ -127,6 +134,14 @@ def _weight(text):
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, e.g. correctness=2")
     return name, _number(float, -1e6, 1e6)(value)
+
+
+def _dataset_name(text):
+    names = [*BUILT_IN, *sorted(path.stem for path in TASKS.glob("[!_]*.py"))]
+    name = text.partition("/")[0]
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; {hint(name[:40], names)}")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,11 +187,14 @@ def build_parser(preset, dataset_name=None):
          f"{EMBEDDED_MODEL}")
 
     flag = group("data and rewards").add_argument
-    flag("--dataset_name", choices=("gsm8k", "arithmetic"), help="GSM8K or generated word problems")
+    flag("--dataset_name", type=_dataset_name, metavar="NAME", help="gsm8k, arithmetic (generated "
+         "word problems), or the name of a file in tasks/, such as countdown")
     flag("--dataset_path", metavar="PATH", help="instead of the hub: a directory with train.jsonl "
          "and test.jsonl, or one FILE.jsonl with `question` and `answer` on every line")
     flag("--difficulty", type=_number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
-    flag("--evaluator", choices=("gsm8k",), default="gsm8k", help="the set of reward functions")
+    flag("--evaluator", metavar="FILE.py", help="a file with REWARD_FUNCTIONS of your own, and an "
+         "is_correct and a SYSTEM_PROMPT if you like (see tasks/__init__.py); None, or gsm8k: the "
+         "dataset's")
     flag("--reward_weights", type=_weight, nargs="+", default=[], metavar="NAME=WEIGHT",
          help="weights in the total reward; 1 where not named")
     flag("--reward_timeout", type=POSITIVE, default=10.0, metavar="SECONDS",
@@ -284,7 +302,8 @@ def build_parser(preset, dataset_name=None):
     flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
          "and advantages, for benchmarks/replay.py")
     # fmt: on
-    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, dataset_name), {})}
+    task = (dataset_name or "").partition("/")[0]
+    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
     parser.set_defaults(**defaults)
     return parser
@@ -342,8 +361,7 @@ def parse_args(argv=None):
         args.clip_epsilon_high = args.clip_epsilon
     args.reward_weights = dict(args.reward_weights)
     if args.output_dir is None:
-        model = Path(args.model_name).name.lower()
-        args.output_dir = f"runs/{args.dataset_name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args.output_dir = run_directory(args, Path(args.model_name).name.lower())
     try:
         check_same_flags(args, saved)
         check_flags(args)
@@ -355,6 +373,18 @@ def parse_args(argv=None):
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def has_own_evaluator(args):
+    """Whether --evaluator names a file. `gsm8k` is its only value in the original repository."""
+    return args.evaluator not in (None, "gsm8k")
+
+
+def run_directory(args, model):
+    """Where a run goes that no --output_dir names, by its dataset, own rewards, model and time."""
+    own = [Path(args.evaluator).stem] if has_own_evaluator(args) else []
+    names = [args.dataset_name.replace("/", "-"), *own, model, time.strftime("%Y%m%d-%H%M%S")]
+    return f"runs/{'-'.join(names)}"
 
 
 def run_to_resume(resume, output_dir):
@@ -409,7 +439,7 @@ def check_same_flags(args, saved):
 
 def check_flags(args):
     """Raise UserError for names that no file has, and for flags that do not go together."""
-    for flag in ("model_name", "dataset_path", "output_dir"):
+    for flag in ("model_name", "dataset_path", "evaluator", "output_dir"):
         # Control characters, and bytes that are not UTF-8, as Python holds them.
         if re.search("[\x00-\x1f\x7f\ud800-\udfff]", getattr(args, flag) or ""):
             raise UserError(f"--{flag} {getattr(args, flag)}: holds characters that are not text; "
@@ -444,11 +474,15 @@ def check_flags(args):
 
 
 def check_dataset(args):
-    """Raise UserError where the problems cannot be read, or the hub that has them be reached."""
-    if args.dataset_name == "arithmetic":
-        return
+    """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
+    that has them be reached."""
+    if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
+        from tasks import load_task  # which imports what imports this module
+
+        load_task(args)
     if args.dataset_path is None:
-        hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
+        if args.dataset_name == "gsm8k":
+            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
         return
     path = Path(args.dataset_path)
     files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]

@@ -4,19 +4,16 @@ import os
 
 from evaluation import check_room
 from llms import chat_prompt, load_model
-from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
+from rldatasets import Problems, fingerprint
 from utils import UserError, hub_token
 
 
-def load(args, accelerator, start=None):
+def load(args, accelerator, task, start=None):
     """Data, then model: (policy, tokenizer, train problems, test problems, facts of the data).
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
-    train_problems, test_problems = (
-        load_problems(args.dataset_name, args.dataset_path, split, args.seed, args.difficulty)
-        for split in ("train", "test")
-    )
+    train_problems, test_problems = (task.problems(split) for split in ("train", "test"))
     if args.cold_start_steps and not all(problem.solution for problem in train_problems):
         raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
                         "solutions (field `solution`); set it to 0")  # fmt: skip
@@ -32,7 +29,7 @@ def load(args, accelerator, start=None):
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
 
     def prompt_length(problem):
-        return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))
+        return len(chat_prompt(tokenizer, task.system_prompt, problem.question))
 
     fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
     left_out = len(train_problems) - len(fitting)
@@ -42,7 +39,7 @@ def load(args, accelerator, start=None):
     if not fitting:
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
                         "short; raise it")  # fmt: skip
-    check_room(policy, tokenizer, test_problems, args.max_completion_length)
+    check_room(policy, tokenizer, test_problems, args.max_completion_length, task)
     data = {
         "train_problems": len(fitting),
         "left_out": left_out,

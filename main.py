@@ -47,13 +47,7 @@ from budget import trained_counts
 from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluation import evaluate_policy
-from evaluator import (
-    REWARD_FUNCTIONS,
-    check_weights,
-    joined_rewards,
-    score,
-    with_overlong_penalty,
-)
+from evaluator import check_weights, joined_rewards, score, with_overlong_penalty
 from grpo import group_advantages, grpo_loss, has_signal, max_variance_subset, token_weights
 from llms import (
     chat_prompt,
@@ -79,11 +73,11 @@ from processes import (
 )
 from report import write_report
 from reward_lint import warn
-from rldatasets import SYSTEM_PROMPT
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from sharding import idle_passes, shard_if_configured, whole
 from shared_prefix import micro_batches
+from tasks import load_task
 from token_log import watch_tokens
 from weight_meter import WeightMeter
 
@@ -93,12 +87,15 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     set_seed(args.seed)
-    check_weights(args.reward_weights, REWARD_FUNCTIONS)
-    warn(REWARD_FUNCTIONS, args.reward_weights, args.reward_timeout)
+    task = load_task(args)
+    check_weights(args.reward_weights, task.reward_functions)
     start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
     with phase("loading"), accelerator.main_process_first():
-        policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
+        policy, tokenizer, train_problems, test_problems, data = load(
+            args, accelerator, task, start
+        )
+    warn(task, test_problems, args.reward_weights, args.reward_timeout)
     run = Run(args.output_dir, writes=accelerator.is_main_process)
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
@@ -109,7 +106,7 @@ def train(args):
     shard_if_configured(policy, accelerator)
     if not start:
         with phase("cold start"):
-            cold_start(policy, tokenizer, train_problems, args, accelerator)
+            cold_start(policy, tokenizer, train_problems, args, accelerator, task)
     optimizer, scheduler = make_optimizer(policy, args, first)
     meter = WeightMeter(optimizer)
     reference = kl_reference(policy, args)  # last, for make_optimizer may round the weights
@@ -121,7 +118,7 @@ def train(args):
             return
         with phase("evaluation"):
             run.log_evaluation(done, *evaluate_policy(
-                policy, tokenizer, test_problems, args, accelerator, REWARD_FUNCTIONS, done
+                policy, tokenizer, test_problems, args, accelerator, task, done
             ))  # fmt: skip
 
     with saver, tqdm(total=args.num_train_iters, initial=first, desc="GRPO", unit="step") as bar:
@@ -129,7 +126,7 @@ def train(args):
         for step in range(first, args.num_train_iters):
             stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
             problems, rollouts, rewards = draw_groups(
-                policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch
+                policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch, task
             )
             chosen = choose(rewards.total, args)  # (Q, G)
             advantages = group_advantages(
@@ -175,7 +172,7 @@ def is_due(done, every):
     return every > 0 and done % every == 0
 
 
-def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch):
+def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator, stopwatch, task):
     """The step's problems, rollouts and rewards.
 
     With --max_draws above 1, further questions are drawn until --questions_per_step groups carry
@@ -188,14 +185,14 @@ def draw_groups(policy, tokenizer, train_problems, step, run, args, accelerator,
         own = own_part(drawn, accelerator)
         seeds = own_part([mixed_seed(args.seed, draw, q) for q in range(len(drawn))], accelerator)
         with stopwatch("sampling"):
-            sampled = sample_groups(policy, tokenizer, own, seeds, args, accelerator)
+            sampled = sample_groups(policy, tokenizer, own, seeds, args, accelerator, task)
             parts += everyones_rollouts(sampled, accelerator)
         with stopwatch("rewards"):
             problems += drawn
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
             earned = score(
-                sampled, own, REWARD_FUNCTIONS, args.reward_weights, file, args.reward_timeout
+                sampled, own, task.reward_functions, args.reward_weights, file, args.reward_timeout
             )
             scores += everyones(with_overlong_penalty(earned, sampled, args), accelerator)
             rewards = joined_rewards(scores)
@@ -213,10 +210,10 @@ def choose(rewards, args):
     return chosen
 
 
-def sample_groups(policy, tokenizer, problems, seeds, args, accelerator):
+def sample_groups(policy, tokenizer, problems, seeds, args, accelerator, task):
     """G completions for each of these problems, from the policy as it is now; `seeds`, a number per
     problem, fix the draws."""
-    prompts = [chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question) for problem in problems]
+    prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
     parts = []
     for start in range(0, len(prompts), at_once):

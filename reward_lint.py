@@ -1,7 +1,8 @@
 """What the rewards reward, before a model finds it out: `python evaluator.py lint`.
 
 A golden set of completions, good and bad, is scored, and whatever a model could exploit or would be
-punished for is a finding. Every training run starts with it and prints the findings as warnings.
+punished for is a finding. Every training run on numbers in evaluator.py's format starts with it and
+prints the findings as warnings.
 """
 
 import math
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from numbers import Real
 
-from rldatasets import Problem
+from evaluator import is_correct, parse_number
+from rldatasets import SYSTEM_PROMPT, Problem
 from utils import TimedOut, table, time_limit
 
 QUESTION = "Ben has 48 coins and finds half as many more. How many coins does he have now?"
@@ -284,6 +286,16 @@ def because(score, other):
     return f" ({', '.join(names)})"
 
 
+def is_golden(task, problems):
+    """Whether problems are like the golden set's: numbers, judged as in evaluator.py, no more."""
+    return (
+        task.is_correct is is_correct
+        and task.system_prompt == SYSTEM_PROMPT
+        and not any(problem.extra for problem in problems)
+        and all(parse_number(problem.answer) is not None for problem in problems)
+    )
+
+
 # --- what a person sees --------------------------------------------------------------------------
 
 
@@ -301,9 +313,14 @@ def report(result):
     return "\n".join(lines)
 
 
-def warn(reward_functions, weights, timeout=TIMEOUT):
-    """The findings as warnings, a line each, on standard error; the first WARNINGS of them."""
-    findings = lint(reward_functions, weights, timeout).findings
+def warn(task, problems, weights, timeout=TIMEOUT):
+    """The findings as warnings, a line each, on standard error; the first WARNINGS of them.
+
+    None where the task's problems are of another kind than the golden set.
+    """
+    if not is_golden(task, problems):
+        return
+    findings = lint(task.reward_functions, weights, timeout).findings
     lines = findings[:WARNINGS]
     if len(findings) > WARNINGS:
         lines.append(f"and {len(findings) - WARNINGS} more: see python evaluator.py lint")

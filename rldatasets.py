@@ -17,7 +17,7 @@ import math
 import operator
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,15 @@ ARITHMETIC_SIZES = {"train": 4096, "test": 1024}
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its final answer and a worked solution (which may be empty)."""
+    """One question with its final answer and a worked solution (which may be empty).
+
+    `extra` is what else a reward may need: the other fields of the problem's line in a file.
+    """
 
     question: str
     answer: str
     solution: str
+    extra: dict = field(default_factory=dict, repr=False, hash=False)
 
 
 class Problems:
@@ -75,7 +79,9 @@ class Problems:
 
 def fingerprint(problems):
     """The SHA-256 of a list of problems."""
-    return hashlib.sha256(repr(problems).encode()).hexdigest()
+    extras = [problem.extra for problem in problems]
+    text = repr(problems) + (repr(extras) if any(extras) else "")
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def worked_answer(problem):
@@ -88,8 +94,9 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
 
     dataset_name "gsm8k": from the hub, or from `dataset_path`, a directory with the official
     train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
-    also be one .jsonl file of your own with `question` and `answer` on every line (and, optionally,
-    `solution`); one line in five is held out as its test split.
+    also be one .jsonl file of your own with `question` (or `problem`) and `answer` on every line
+    (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one line in
+    five is held out as its test split.
 
     Raises UserError, for a malformed row as `file:line: reason`.
     """
@@ -126,7 +133,8 @@ def _problems_from_file(path):
 
 
 def _problem_from_row(row, where):
-    question, whole = _field(row, "question", where), _field(row, "answer", where)
+    name = "problem" if "problem" in row and "question" not in row else "question"
+    question, whole = _field(row, name, where), _field(row, "answer", where)
     if not question or not whole:
         missing = "answer" if question else "question"
         raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one")
@@ -135,7 +143,8 @@ def _problem_from_row(row, where):
         raise UserError(f"{where}: nothing after #### in `answer`; the answer belongs there")
     # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
     solution = re.sub(r"<<[^<>]*>>", "", _field(row, "solution", where) or solution)
-    return Problem(question, answer.strip(), solution.strip())
+    extra = {key: row[key] for key in row if key not in (name, "answer", "solution")}
+    return Problem(question, answer.strip(), solution.strip(), extra)
 
 
 def _field(row, name, where):

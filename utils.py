@@ -1,6 +1,7 @@
 """What every module may need: user errors, seeds, files, a stopwatch, limits, the allocator."""
 
 import ctypes
+import difflib
 import json
 import os
 import random
@@ -23,6 +24,12 @@ def one_line(text, limit=200):
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     tail = limit // 2 - 5
     return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-tail:]}"
+
+
+def hint(word, words):
+    """What to say of a word that is none of these: the closest one, or all of them."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(words)}"
 
 
 def keep_freed_memory():

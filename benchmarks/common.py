@@ -139,6 +139,7 @@ def set_up(args, model_name, questions, mixed_precision=None):
     from flags import parse_args
     from llms import frozen_copy, kl_reference, load_model
     from optimizer import make_optimizer
+    from tasks import load_task
 
     on_gpu = torch.cuda.is_available()
     argv = {
@@ -163,6 +164,7 @@ def set_up(args, model_name, questions, mixed_precision=None):
     ours.flags = parse_args(
         [part for name, value in argv.items() for part in (f"--{name}", str(value))]
     )
+    ours.task = load_task(ours.flags)
     mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
     ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
@@ -177,7 +179,7 @@ def our_step(ours, problems, number):
     """One step of main.train, without its files. Returns (rollouts, seconds per stage)."""
     import torch
 
-    from evaluator import REWARD_FUNCTIONS, score
+    from evaluator import score
     from grpo import group_advantages
     from main import sample_groups, update_policy
     from utils import Stopwatch, mixed_seed
@@ -186,10 +188,10 @@ def our_step(ours, problems, number):
     seeds = [mixed_seed(number, q) for q in range(len(problems))]
     with stopwatch("sampling"):
         rollouts = sample_groups(
-            ours.policy, ours.tokenizer, problems, seeds, flags, ours.accelerator
+            ours.policy, ours.tokenizer, problems, seeds, flags, ours.accelerator, ours.task
         )
     with stopwatch("rewards"):
-        rewards = score(rollouts, problems, REWARD_FUNCTIONS, flags.reward_weights)
+        rewards = score(rollouts, problems, ours.task.reward_functions, flags.reward_weights)
         advantages = group_advantages(rewards.total, flags.advantage_scale)  # (Q, G)
     update_policy(
         ours.policy, ours.reference, ours.optimizer, rollouts, advantages, flags,

@@ -167,7 +167,13 @@ def compare_losses(args, folder):
     ours.flags.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
     problems = load_questions(args).batch(0, args.questions)
     rollouts = sample_groups(
-        ours.policy, ours.tokenizer, problems, range(len(problems)), ours.flags, ours.accelerator
+        ours.policy,
+        ours.tokenizer,
+        problems,
+        range(len(problems)),
+        ours.flags,
+        ours.accelerator,
+        ours.task,
     )
     advantages = group_advantages(score(rollouts, problems, [spread]).total)  # (Q, G)
     generator = torch.Generator(ours.policy.device).manual_seed(0)

@@ -25,6 +25,7 @@ from transformers import (
 import reward_lint
 import utils
 from lean_layers import make_lean
+from tasks import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 CANARY = "hf_canary1234567890"  # an access token, which no output may hold
@@ -34,6 +35,11 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+
+# The task of evaluator.py's rewards, on generated problems.
+TASK = load_task(SimpleNamespace(
+    dataset_name="arithmetic", dataset_path=None, difficulty=1, evaluator=None, seed=0
+))  # fmt: skip
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

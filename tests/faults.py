@@ -19,6 +19,7 @@ import torch
 import transformers.modeling_utils
 
 import checkpoints
+import evaluator
 import main
 import runlog
 from flags import parse_args
@@ -78,7 +79,7 @@ class Process:
                 os.dup2(descriptor, 2)
                 sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
                 torch.set_num_threads(1)
-                main.REWARD_FUNCTIONS = [variety]
+                evaluator.REWARD_FUNCTIONS[:] = [variety]
                 main.plot_run = main.write_report = main.warn = lambda *_: None
                 main.exit_on_signals()
                 if plant:

@@ -42,6 +42,7 @@ GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVE
     "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
     "test_evaluation.py", "test_objectives.py",
 )  # fmt: skip
+TASKS, COUNTDOWN = "test_tasks.py", "test_countdown.py"
 
 MUTANTS = [
     # --- advantages
@@ -243,14 +244,29 @@ MUTANTS = [
            "return gold in answer", REWARDS),
     Mutant("evaluation at a temperature", "group_size=1, temperature=0)",
            "group_size=1, temperature=1)", EVALUATION),
-    Mutant("accuracy is the reward's", "**verdicts(text, problems[i]),\n                \"format",
-           '**verdicts(text, problems[i]), "correct": row[0] >= 2,\n                "format',
-           EVALUATION),
+    Mutant("accuracy is the reward's", 'task, reward_timeout),\n                "format',
+           'task, reward_timeout), "correct": row[0] >= 2,\n                "format', EVALUATION),
+    # --- tasks
+    Mutant("the default judges every task", "call(task.is_correct, completion",
+           "call(is_correct_leniently, completion", TASKS),
+    Mutant("a cold start without the task's prompt",
+           "chat_prompt(tokenizer, task.system_prompt, problem.question)\n    return prompt",
+           "chat_prompt(tokenizer, '', problem.question)\n    return prompt", TASKS),
+    Mutant("any numbers will do", "sorted(expression.numbers) == problem", "None != problem",
+           COUNTDOWN),
+    Mutant("a minus takes all that follows it", "value = CALCULATE[take()](value, operand(depth))",
+           "value = CALCULATE[take()](value, chain(operations, operand, depth))", COUNTDOWN),
+    Mutant("what is left over is ignored", " if tokens[at] is None else None", "", COUNTDOWN),
+    Mutant("test problems in the training data", "if is_held_out(key) ==", "if True or", COUNTDOWN),
+    Mutant("the gym's test questions in training", "if question not in left_out:", "if question:",
+           TASKS),
+    Mutant("a verdict that comes late answers the next question",
+           "            self.stop()\n            raise", "            raise", TASKS),
 ]  # fmt: skip
 
 
 def modules(root=ROOT):
-    return sorted(root.glob("*.py"))
+    return sorted([*root.glob("*.py"), *root.glob("tasks/*.py")])
 
 
 def apply(mutant, root=ROOT):

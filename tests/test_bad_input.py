@@ -124,7 +124,8 @@ def assert_said(message, *parts):
         (["--max_prompt_length", "5"], ["--max_prompt_length 5", "raise it"]),
         (["--cold_start_steps", "1"], ["--cold_start_steps 1", "solution", "set it to 0"]),
         (["--dataset_name", "arithmetic"], ["--dataset_path", "gsm8k"]),
-        (["--dataset_name", "gsm8k\n"], ["--dataset_name", r"'gsm8k\n'", "arithmetic"]),
+        (["--dataset_name", "gsm8k\n"], ["--dataset_name", r"'gsm8k\n'", "did you mean gsm8k?"]),
+        (["--dataset_name", "xyz"], ["--dataset_name", "'xyz'", "arithmetic, countdown"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

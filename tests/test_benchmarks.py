@@ -84,6 +84,7 @@ def test_the_memory_benchmark_has_a_process_for_each_size(saved_models, capfd):
 @pytest.fixture(scope="module")
 def replayable(saved_models, tmp_path_factory):
     """A run of four steps from a saved model, its rollouts, and checkpoints after 2 and 4."""
+    import evaluator
     import main
 
     def spread(completion, problem):
@@ -91,7 +92,7 @@ def replayable(saved_models, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("replay") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "REWARD_FUNCTIONS", [spread])
+        patch.setattr(evaluator, "REWARD_FUNCTIONS", [spread])
         main.train(main.parse_args([
             "--preset", "cpu", "--questions_per_step", "2", "--group_size", "4", "--eval_problems",
             "2", "--max_completion_length", "8", "--cold_start_steps", "0", "--num_train_iters",

@@ -1,16 +1,16 @@
 """Held-out answers: greedy and sampled, what a record holds and what a summary says of them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import TASK, make_model, make_tokenizer
 from scipy import stats
 from test_evaluator import written
 
 import evaluation
 from evaluation import evaluate, evaluate_policy
-from evaluator import REWARD_FUNCTIONS
 from llms import chat_prompt
 from rldatasets import SYSTEM_PROMPT, Problem
 from runlog import Run, evaluation_table, summary_table
@@ -30,7 +30,7 @@ def toy():
 
 
 def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size(toy):
-    runs = [evaluate(*toy, PROBLEMS, 12, size, REWARD_FUNCTIONS) for size in (1, 3, 100)]
+    runs = [evaluate(*toy, PROBLEMS, 12, size, TASK) for size in (1, 3, 100)]
     assert runs[0] == runs[1] == runs[2]
     summary, records = runs[0]
     assert [record["question"] for record in records] == [p.question for p in PROBLEMS]
@@ -39,7 +39,7 @@ def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size(toy):
 
 def test_a_record_holds_all_that_was_asked_answered_and_judged(toy):
     model, tokenizer = toy
-    _, records = evaluate(model, tokenizer, PROBLEMS, 12, 4, REWARD_FUNCTIONS)
+    _, records = evaluate(model, tokenizer, PROBLEMS, 12, 4, TASK)
     assert list(records[2]) == [
         "question", "prompt", "answer", "completion", "parsed", "lenient_parsed", "correct",
         "lenient_correct", "format", "length", "finished", "rewards",
@@ -68,12 +68,12 @@ def saying(*texts):
 def judged(monkeypatch):
     """evaluate(...) of given texts: problem i asks "i" and has the answer i."""
 
-    def judge(*texts, reward_functions=REWARD_FUNCTIONS, samples=0):
+    def judge(*texts, task=TASK, samples=0):
         monkeypatch.setattr(evaluation, "sample_rollouts", saying(*texts))
         monkeypatch.setattr(evaluation, "chat_prompt", lambda tokenizer, system, question: question)
         problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]
         model, tokenizer = SimpleNamespace(device="cpu"), SimpleNamespace(decode=str)
-        return evaluate(model, tokenizer, problems, 8, 2, reward_functions, samples=samples)
+        return evaluate(model, tokenizer, problems, 8, 2, task, samples=samples)
 
     return judge
 
@@ -98,7 +98,7 @@ def test_accuracy_does_not_move_when_the_rewards_are_edited(judged):
     def flattering(completion, problem):
         return 100.0
 
-    summary, _ = judged(*TEXTS, reward_functions=[flattering])
+    summary, _ = judged(*TEXTS, task=replace(TASK, reward_functions=[flattering]))
     ours, _ = judged(*TEXTS)
     assert summary["rewards/flattering"] == 100.0
     assert all(summary[key] == ours[key] for key in ours if not key.startswith("rewards/"))
@@ -131,7 +131,7 @@ def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_ste
 
     def answers(step, **flags):
         args.__dict__.update(flags)
-        summary, records = evaluate_policy(*toy, PROBLEMS, args, accelerator, [], step)
+        summary, records = evaluate_policy(*toy, PROBLEMS, args, accelerator, TASK, step)
         samples = [[s["completion"] for s in record.get("samples", [])] for record in records]
         assert summary.pop("seconds/evaluation") > 0
         return samples, [record["completion"] for record in records], summary

@@ -35,6 +35,7 @@ from faults import (
 from safetensors import SafetensorError
 
 import checkpoints
+import evaluator
 import loading
 import main
 import runlog
@@ -328,7 +329,7 @@ def reward(function):
 
         def draw_groups(*args, **kwargs):
             if next(steps) == 3:
-                main.REWARD_FUNCTIONS = [function]
+                evaluator.REWARD_FUNCTIONS[:] = [function]
             return original(*args, **kwargs)
 
         main.draw_groups = draw_groups

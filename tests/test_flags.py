@@ -57,7 +57,7 @@ def test_the_default_is_the_h100_experiment(hub):
         "learning_rate": 5e-6, "questions_per_step": 4, "adam_beta1": 0.9, "adam_beta2": 0.99,
         "warmup_percent": 0.18, "weight_decay": 0.1, "max_grad_norm": 0.1, "save_steps": 100,
         "update_ref_model": False, "update_ref_model_freq": 200, "ref_model_mixup_alpha": 0.1,
-        "verbose": False, "evaluator": "gsm8k",
+        "verbose": False, "evaluator": None,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in original} == original
 
@@ -107,7 +107,7 @@ def test_the_upper_clip_bound_follows_the_lower_unless_given():
         ["--questions_per_step", "0"], ["--max_completion_length", "0"], ["--adam_beta1", "1"],
         ["--warmup_percent", "1.5"], ["--max_grad_norm", "nan"], ["--num_inner_epochs", "0"],
         ["--eval_batch_size", "0"], ["--save_steps", "-5"], ["--difficulty", "6"],
-        ["--aggregation", "mean"], ["--lr_schedule", "linear"], ["--dataset_name", "math"],
+        ["--aggregation", "mean"], ["--lr_schedule", "linear"], ["--dataset_name", "maths"],
         ["--preset", "tpu"], ["--evaluator", "mine"], ["--reward_weights", "correctness"],
         ["--reward_weights", "correctness=nan"], ["--weight_decay", "-1"], ["--kl_estimator", "k4"],
         ["--advantage_scale", "max"], ["--cold_start_steps", "-1"], ["--micro_batch_tokens", "-1"],

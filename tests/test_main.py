@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_args, make_model, make_tokenizer
+from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
 from test_llms import naive_logprobs
 from test_sampler import Words, seeds
 from tqdm import tqdm
@@ -373,11 +373,10 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     reference = frozen_copy(model)
     torch.set_default_device("meta")
     try:
-        cold_start(model, tokenizer, problems, args, accelerator)
+        cold_start(model, tokenizer, problems, args, accelerator, TASK)
         optimizer, _ = make_optimizer(model, args)
-        rollouts = main.sample_groups(
-            model, tokenizer, problems.batch(0, 1), [0], args, accelerator
-        )
+        drawn = problems.batch(0, 1)
+        rollouts = main.sample_groups(model, tokenizer, drawn, [0], args, accelerator, TASK)
         rewards = evaluator.score(rollouts, [problem], evaluator.REWARD_FUNCTIONS)
         advantages = main.group_advantages(rewards.total)
         advantages[0, 0] = 1.0
@@ -391,7 +390,7 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
             accelerator,
             Stopwatch(),
         )
-        summary, _ = evaluate(model, tokenizer, [problem], 8, 4, evaluator.REWARD_FUNCTIONS)
+        summary, _ = evaluate(model, tokenizer, [problem], 8, 4, TASK)
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -410,16 +409,16 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     monkeypatch.setattr(
         main, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
     )
-    rollouts = main.sample_groups(model, tokenizer, problems, range(5), args, accelerator)
+    rollouts = main.sample_groups(model, tokenizer, problems, range(5), args, accelerator, TASK)
     assert [len(prompts) for prompts in asked] == [2, 2, 1]
     prompts = [ids for prompts in asked for ids in prompts]
     assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
     assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
     assert rollouts.completion_mask.shape[:2] == (5, 4)
     args.sampling_batch_size = 0
-    assert main.sample_groups(model, tokenizer, problems, range(5), args, accelerator).texts == (
-        rollouts.texts
-    )
+    assert main.sample_groups(
+        model, tokenizer, problems, range(5), args, accelerator, TASK
+    ).texts == (rollouts.texts)
 
 
 # --- the optimizer's recipe --------------------------------------------------------------------
@@ -478,7 +477,7 @@ WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_the_worked_answer_is_its_text_and_the_end_of_turn_and_nothing_else(family):
     tokenizer = make_tokenizer(family)
-    _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"))
+    _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"), TASK)
     assert tokenizer.decode(ids) == WORKED + tokenizer.eos_token
     assert tokenizer.bos_token_id not in ids
 
@@ -501,10 +500,10 @@ def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, m
     args = make_args(
         cold_start_steps=1, cold_start_learning_rate=1e-3, questions_per_step=2, max_grad_norm=1.0
     )
-    cold_start(model, tokenizer, Problems(problems, 0), args, accelerator)
+    cold_start(model, tokenizer, Problems(problems, 0), args, accelerator, TASK)
     logprobs = []
     for problem in problems:
-        prompt, target = worked_ids(tokenizer, problem)
+        prompt, target = worked_ids(tokenizer, problem, TASK)
         logprobs.append(
             naive_logprobs(model, torch.tensor(prompt), torch.tensor([target]), 1.0).flatten()
         )
@@ -521,8 +520,8 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
     args = make_args(
         cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
     )
-    cold_start(model, tokenizer, Problems([problem], 0), args, accelerator)
-    summary, [record] = evaluate(model, tokenizer, [problem], 80, 1, evaluator.REWARD_FUNCTIONS)
+    cold_start(model, tokenizer, Problems([problem], 0), args, accelerator, TASK)
+    summary, [record] = evaluate(model, tokenizer, [problem], 80, 1, TASK)
     assert record["completion"] == WORKED
     assert summary["accuracy"] == 1.0
 
@@ -616,7 +615,7 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(
     def brevity(completion, problem):
         return 1.0 if len(completion) < 10 else 0.25
 
-    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [*main.REWARD_FUNCTIONS, brevity])
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [*evaluator.REWARD_FUNCTIONS, brevity])
     run = tmp_path / "run"
     main.train(
         parse_args([*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir", str(run),
@@ -719,7 +718,7 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
     def alternating(completion, problem):
         return float(next(calls) % 2) if int(problem.answer) % 2 else 1.0
 
-    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [alternating])
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [alternating])
     run = tmp_path / "run"
     argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
             str(run), "--model_name", str(saved_models["qwen2"]), "--cold_start_steps", "0",
@@ -794,7 +793,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
     def unlucky(completion, problem):
         raise KeyError("surprise")
 
-    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [unlucky])
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [unlucky])
     argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir"]
     with pytest.raises(UserError, match=r"unlucky raised KeyError.*completion"):
         main.train(parse_args([*argv, str(tmp_path / "one")]))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, make_args, make_model, make_tokenizer
+from conftest import FAMILIES, TASK, make_args, make_model, make_tokenizer
 from test_llms import group_logprobs
 from test_sampler import Words, assert_stops_end_completions, naive, seeds
 
@@ -144,7 +144,8 @@ def test_the_flags_choose_the_engine_of_a_training_step(
         **flags,
     )  # fmt: skip
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
-    assert main.sample_groups(None, tokenizer, [problem], [7], args, accelerator) == "rollouts"
+    rollouts = main.sample_groups(None, tokenizer, [problem], [7], args, accelerator, TASK)
+    assert rollouts == "rollouts"
     [(model, _, prompts, group_size, tokens, temperature, source, *rest)] = called
     assert (model, len(prompts), group_size, tokens, temperature) == (None, 1, 4, 16, 0.8)
     assert source == [7] and tuple(rest) == filters

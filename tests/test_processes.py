@@ -7,15 +7,15 @@ import runpy
 import socket
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from conftest import ROOT, make_args, make_model, make_tokenizer
+from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
 
-import evaluator
 import main
 from cold_start import cold_start
 from evaluation import evaluate_policy
@@ -130,7 +130,8 @@ def step_of(settings, accelerator, sharded=False):
     )  # fmt: skip
     if sharded:
         shard(policy)
-    cold_start(policy, tokenizer, Problems(PROBLEMS, 0), args, accelerator)
+    task = replace(TASK, reward_functions=[spread])
+    cold_start(policy, tokenizer, Problems(PROBLEMS, 0), args, accelerator, task)
     reference = frozen_copy(policy) if args.kl_beta else None
     optimizer, _ = make_optimizer(policy, args)
     gradients = []
@@ -145,7 +146,7 @@ def step_of(settings, accelerator, sharded=False):
             return None
 
     _, rollouts, rewards = main.draw_groups(
-        policy, tokenizer, Problems(PROBLEMS, 0), 0, Nowhere(), args, accelerator, Stopwatch()
+        policy, tokenizer, Problems(PROBLEMS, 0), 0, Nowhere(), args, accelerator, Stopwatch(), task
     )
     chosen = main.choose(rewards.total, args)
     advantages = group_advantages(rewards.total, "std", chosen)
@@ -155,9 +156,7 @@ def step_of(settings, accelerator, sharded=False):
     metrics = main.update_policy(
         policy, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch(), chosen
     )
-    summary, records = evaluate_policy(
-        policy, tokenizer, PROBLEMS, args, accelerator, evaluator.REWARD_FUNCTIONS, 1
-    )
+    summary, records = evaluate_policy(policy, tokenizer, PROBLEMS, args, accelerator, TASK, 1)
     del summary["seconds/evaluation"]
     return rollouts.texts, torch.stack(gradients).numpy(), metrics, summary, records
 
@@ -169,9 +168,8 @@ def spread(completion, problem):
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator, monkeypatch):
+def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator):
     """Samples, every gradient to 1e-5 of its norm (in fp64: to rounding), metrics, and answers."""
-    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [spread])
     alone = step_of(SETTINGS[name], accelerator)
     assert abs(alone[1]).max() > 1e-3
     for texts, gradients, metrics, summary, records in in_processes(
@@ -187,7 +185,6 @@ def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator, mo
 
 def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypatch):
     """FSDP2 on two processes that have unequal numbers of passes, and one of them none at all."""
-    monkeypatch.setattr(main, "REWARD_FUNCTIONS", [spread])
     for settings in ({"kl_beta": 0.1, "micro_batch_tokens": 60}, SETTINGS["fewer groups with "
                      "signal than processes"]):  # fmt: skip
         alone = step_of(settings, accelerator)
@@ -212,7 +209,7 @@ def test_each_process_scores_its_own_completions_alone():
         )  # fmt: skip
         asked = []
         own = own_part(PROBLEMS[:5], accelerator)
-        part = main.sample_groups(model, tokenizer, own, range(len(own)), args, accelerator)
+        part = main.sample_groups(model, tokenizer, own, range(len(own)), args, accelerator, TASK)
         score(part, own, [lambda completion, problem: asked.append(problem.question) or 0.0])
         return asked, [len(p.texts) for p in everyones_rollouts(part, accelerator)]
 

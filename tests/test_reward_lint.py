@@ -3,8 +3,10 @@
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
+from conftest import TASK
 
 import evaluator
 import reward_lint
@@ -245,13 +247,14 @@ def test_the_command_prints_the_ranking_and_fails_where_there_is_a_finding(capsy
 
 
 def test_findings_are_one_line_each_and_warnings_at_the_start_of_a_run(capsys, monkeypatch):
-    warn(with_planted(taxed_length()), {})
+    planted = replace(TASK, reward_functions=with_planted(taxed_length()))
+    warn(planted, [], {})
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("main.py: warning: rewards: ") for line in lines)
     monkeypatch.setattr(reward_lint, "WARNINGS", len(lines) - 1)
-    warn(with_planted(taxed_length()), {})
+    warn(planted, [], {})
     shortened = capsys.readouterr().err.splitlines()
     assert shortened[:-1] == lines[:-1] and "and 1 more: see" in shortened[-1]
-    warn(REWARD_FUNCTIONS, {})
+    warn(TASK, [], {})
     assert capsys.readouterr().err == ""
     assert "findings:" in report(lint(with_planted(brevity)))

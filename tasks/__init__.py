@@ -1,0 +1,193 @@
+"""Tasks: what the model is asked and how it is judged. A file here is one task.
+
+To add one, copy countdown.py to NAME.py; `--dataset_name NAME` picks it and no other file changes.
+It defines some of the following; what it leaves out is the default:
+
+problems(split, seed)    the Problems of "train" or "test", two lists without a common question;
+                         default: the lines of --dataset_path
+SYSTEM_PROMPT            default: rldatasets.SYSTEM_PROMPT
+REWARD_FUNCTIONS         functions (completion, problem) -> float; default: those in evaluator.py
+is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
+worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
+VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
+
+`--evaluator FILE.py` names a file anywhere with a REWARD_FUNCTIONS, and a SYSTEM_PROMPT, is_correct
+and worked_answer if it likes, that win over the task's.
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import evaluator
+import rldatasets
+from flags import BUILT_IN, TASKS, has_own_evaluator
+from rldatasets import Problem, Problems, load_problems
+from utils import UserError, hint
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset and its rewards. `problems(split)` are the Problems of "train" or "test"."""
+
+    problems: Callable
+    system_prompt: str
+    reward_functions: list
+    is_correct: Callable
+    worked_answer: Callable
+
+
+def load_task(args):
+    """The Task that these flags name: dataset_name, dataset_path, difficulty, evaluator, seed.
+
+    Raises UserError, naming file and line where there is one, for whatever is wrong with the files
+    of the task and of --evaluator, and for a flag that does not fit the task.
+    """
+    name, _, variant = args.dataset_name.partition("/")
+    task = {} if name in BUILT_IN else definitions(TASKS / f"{name}.py", f"tasks.{name}")
+    _check_variant(name, variant, task.get("VARIANTS"))
+    if "problems" in task:
+        if args.dataset_path is not None:
+            raise UserError(f"--dataset_path: {name} makes its own problems; leave it out")
+        more = (variant,) if variant else ()
+        problems = partial(_made, task["problems"], TASKS / f"{name}.py", args.seed, *more)
+    else:
+        if args.dataset_path is None and name not in BUILT_IN:
+            raise UserError(f"--dataset_name {name}: reads files; name them by --dataset_path")
+        problems = partial(_read, args.dataset_name, args.dataset_path, args.seed, args.difficulty)
+    if has_own_evaluator(args):
+        task = {**task, **own_evaluator(args.evaluator)}
+    return Task(
+        problems=problems,
+        system_prompt=task.get("SYSTEM_PROMPT", rldatasets.SYSTEM_PROMPT),
+        reward_functions=task.get("REWARD_FUNCTIONS", evaluator.REWARD_FUNCTIONS),
+        is_correct=task.get("is_correct", evaluator.is_correct),
+        worked_answer=task.get("worked_answer", rldatasets.worked_answer),
+    )
+
+
+def own_evaluator(path):
+    """What the file of --evaluator defines: REWARD_FUNCTIONS at least. Raises UserError."""
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(
+            f"--evaluator {path}: no such file; expected a FILE.py with REWARD_FUNCTIONS"
+        )
+    found = definitions(path, f"evaluator {os.path.abspath(path)}")
+    if "REWARD_FUNCTIONS" not in found:
+        raise UserError(f"{path}: no REWARD_FUNCTIONS; add REWARD_FUNCTIONS = [your_function]")
+    found.pop("problems", None)  # a task's file serves too, for its rewards
+    return found
+
+
+def _read(name, path, seed, difficulty, split):
+    return load_problems(name, path, split, seed, difficulty)
+
+
+def _made(make, path, seed, *rest):
+    """Problems from a task's own function, on whose errors the user hears of the task's file."""
+    *variant, split = rest
+    with _errors_of(path):
+        problems = make(split, seed, *variant)
+    if not problems or not all(isinstance(problem, Problem) for problem in problems):
+        raise UserError(f"{path}: problems({split!r}, {seed}) is not a list of Problems, or empty; "
+                        "see rldatasets.Problem")  # fmt: skip
+    return Problems(problems, seed)
+
+
+def _check_variant(name, variant, variants):
+    flag = f"--dataset_name {name}/{variant}" if variant else f"--dataset_name {name}"
+    if variants is None and variant:
+        raise UserError(f"{flag}: {name} has no variants; leave out /{variant}")
+    if variants is not None and variant not in variants:
+        advice = hint(variant, variants) if variant else f"add one, e.g. {name}/{variants[0]}"
+        raise UserError(f"{flag}: no such variant; {advice}")
+
+
+# --- files that users write ----------------------------------------------------------------------
+
+
+def definitions(path, module_name):
+    """{name: value} of what a task needs in a file, which is carried out once. Raises UserError."""
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+        try:
+            with _errors_of(path):
+                spec.loader.exec_module(module)
+                _check(vars(module), path)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    found = vars(sys.modules[module_name])
+    names = ("problems", *DEFAULTS, "VARIANTS")
+    # A default that was imported to be used is not a choice.
+    return {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
+
+
+DEFAULTS = {
+    "SYSTEM_PROMPT": rldatasets.SYSTEM_PROMPT,
+    "REWARD_FUNCTIONS": evaluator.REWARD_FUNCTIONS,
+    "is_correct": evaluator.is_correct,
+    "worked_answer": rldatasets.worked_answer,
+}
+
+
+@contextmanager
+def _errors_of(path):
+    """An error of this file becomes a UserError of one line: where, what, and no traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = os.path.abspath(path)
+        if isinstance(error, SyntaxError) and error.filename == file:
+            line, text = error.lineno, error.msg
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line, text = next((f.lineno for f in frames[::-1] if f.filename == file), None), error
+        place = f"{path}:{line}" if line else path
+        text = f"{type(error).__name__}: {' '.join(str(text).split())}"
+        raise UserError(f"{place}: {text[:80]}; mend this line") from None
+
+
+def _check(found, path):
+    """Raise UserError for definitions that are not of the kind that a task needs."""
+
+    def wrong(name, complaint):
+        with open(path, encoding="utf-8") as lines:
+            at = next((n for n, line in enumerate(lines, 1) if line.startswith(name)), 1)
+        raise UserError(f"{path}:{at}: {name} {complaint}")
+
+    for name in ("problems", "is_correct", "worked_answer"):
+        if not callable(found.get(name, print)):
+            wrong(name, "is no function; write it as def")
+    if not isinstance(found.get("SYSTEM_PROMPT", ""), str):
+        wrong("SYSTEM_PROMPT", "is no text; put it in quotes")
+    if "REWARD_FUNCTIONS" not in found:
+        if found.get("is_correct", evaluator.is_correct) is not evaluator.is_correct:
+            wrong(
+                "is_correct", "needs REWARD_FUNCTIONS beside it: the default ones judge otherwise"
+            )
+        return
+    functions = found["REWARD_FUNCTIONS"]
+    if not isinstance(functions, list) or not functions:
+        wrong("REWARD_FUNCTIONS", "is no list of functions; write [one, another]")
+    names = [getattr(function, "__name__", "") for function in functions]
+    for function, name in zip(functions, names):
+        if not callable(function) or not name.isidentifier():
+            wrong("REWARD_FUNCTIONS", f"holds {function!r:.40}, no function with a name; use def")
+        if names.count(name) > 1:
+            wrong("REWARD_FUNCTIONS", f"holds {name} twice; rename one, metrics go by name")
+        try:
+            inspect.signature(function).bind("completion", "problem")
+        except TypeError:
+            wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take (completion, problem)")
+        except ValueError:  # written in C, and does not say what it takes
+            pass
