@@ -39,14 +39,14 @@ def test_the_distribution_is_the_model_s_whatever_its_generation_config_says():
     """Of 60 tokens all turn up: a top_k left unsaid would be 2 by the model's, 50 by default."""
     model = make_model(vocab_size=60, initializer_range=0.02)
     poison(model)
-    group_size, seeds = 700, 2
+    group_size, calls = 700, 2
     counts = torch.zeros(60)
-    for seed in range(seeds):
+    for call in range(calls):
         rollouts = sample_rollouts_paged(
-            model, Words(99), [[3, 3, 1]], group_size, 1, 1.3, seeds(seed)
+            model, Words(99), [[3, 3, 1]], group_size, 1, 1.3, seeds(call)
         )
         counts += torch.bincount(rollouts.completion_ids.flatten(), minlength=60)
-    draws = group_size * seeds
+    draws = group_size * calls
     with torch.no_grad():
         expected = (model(torch.tensor([[3, 3, 1]])).logits[0, -1] / 1.3).softmax(-1)
     assert expected.min() > 0.005
