@@ -66,13 +66,17 @@ from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
 from shared_prefix import micro_batches
 from token_log import watch_tokens
+from trackers import finish_trackers, log_plots, start_trackers
 from weight_meter import WeightMeter
 
 
 def train(args):
     """One run, from the loaded model, or where it stopped (--resume), to the last step's."""
     on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    accelerator = Accelerator(
+        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", log_with=args.track or None,
+        project_dir=args.output_dir,
+    )  # fmt: skip
     set_seed(args.seed)
     check_weights(args.reward_weights, REWARD_FUNCTIONS)
     warn(REWARD_FUNCTIONS, args.reward_weights, args.reward_timeout)
@@ -83,6 +87,7 @@ def train(args):
     run = Run(args.output_dir)
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
+    run.trackers = start_trackers(accelerator, args, run, first)
 
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -140,12 +145,13 @@ def train(args):
             evaluate_if_due(done)
             if is_due(done, args.save_steps):
                 saver.save()
-                plot_run(run.path)
+                log_plots(run.trackers, done, plot_run(run.path))
             sample = rollouts.texts[0][0] if args.verbose else None
             show_progress(bar, metrics, run.last_evaluation, sample)
         saver.publish()
-        plot_run(run.path)
+        log_plots(run.trackers, args.num_train_iters, plot_run(run.path))
         write_report(run.path)
+        finish_trackers(run.trackers)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 

@@ -17,6 +17,7 @@ from comparison import interval, p_against
 from grpo import has_signal
 from rollout_file import save_rollouts
 from runfiles import read_rows
+from trackers import log_evaluation, log_step
 from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
@@ -43,6 +44,7 @@ class Run:
         self.completions.mkdir(parents=True, exist_ok=True)
         self.evaluations = {}  # step: summary
         self.rows = []  # the lines of metrics.jsonl, for the alarms
+        self.trackers = []  # that get it all as well, see trackers.py
 
     def cut_back(self, done):
         """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
@@ -88,6 +90,7 @@ class Run:
         self.rows.append(finite(metrics))
         metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
+        log_step(self.trackers, metrics)
 
     def log_evaluation(self, step, summary, records):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
@@ -100,6 +103,7 @@ class Run:
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
         row = {"step": step, **summary, "alarms": alarms}
         write_jsonl(self.path / "eval.jsonl", [row], mode="a")
+        log_evaluation(self.trackers, step, row, records)
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
         return summary
