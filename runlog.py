@@ -36,6 +36,7 @@ class Run:
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
     report.html        the same as one page
+    grpo/, wandb/      what trackers keep on this disk (--track)
     """
 
     def __init__(self, path):

@@ -20,7 +20,7 @@ import trackers
 from runfiles import read_rows
 from runlog import Run
 from trackers import finish_trackers, log_plots, start_trackers
-from utils import UserError
+from utils import UserError, write_jsonl
 
 API_KEY = "canary" * 7  # nobody's
 RECORD = {"question": "What is 3 + 4?", "answer": "7", "parsed": "7", "correct": True,
@@ -67,12 +67,13 @@ def test_tensorboard_has_the_numbers_of_a_run_s_files_after_resuming_too(
 ):
     monkeypatch.setattr(plotter, "plot_run", draw)
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-    run = tmp_path / "run"
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    write_jsonl(data, [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(30)])
     status, *outputs = command(
         "--preset", "cpu", "--questions_per_step", "2", "--group_size", "2", "--num_train_iters",
         "2", "--eval_problems", "2", "--max_completion_length", "4", "--max_prompt_length", "400",
         "--cold_start_steps", "0", "--save_steps", "1", "--output_dir", run, "--model_name",
-        saved_models["qwen2"], "--track", "tensorboard",
+        saved_models["qwen2"], "--dataset_path", data, "--track", "tensorboard",
     )  # fmt: skip
     assert status == 0, outputs
     assert events_of(run)[0]["reward"].keys() == {0, 1}
@@ -92,8 +93,8 @@ def test_tensorboard_has_the_numbers_of_a_run_s_files_after_resuming_too(
     rows, evaluations = (read_rows(run / f"{name}.jsonl") for name in ("metrics", "eval"))
     of_both = {f"eval/{name}" for name in {*rows[0]} & {*evaluations[0]} - {"step", "alarms"}}
     assert of_both == {name for name in scalars if name.startswith("eval/")}
-    images = reader.Images("plots/kl/0")
-    assert [image.step for image in images][-2:] == [2, 3]
+    images = reader.Images("plots/kl")
+    assert [image.step for image in images] == [2, 3, 3]  # when it saved, and at its end
 
     flags_of_run = json.loads((run / "config.json").read_text())["flags"]
     files = [file for file in run.rglob("*") if file.is_file()]
@@ -209,7 +210,7 @@ def test_tensorboard_gets_alarms_answers_and_pngs(tracked, monkeypatch):
     assert text_of(reader, "alarms") == text_of(reader, "eval/alarms") == (0, "\n".join(ALARMS))
     step, text = text_of(reader, "answers")
     assert step == 0 and text.count("question: What is 3 + 4?") == trackers.ANSWERS
-    [image] = reader.Images("plots/kl/0")
+    [image] = reader.Images("plots/kl")
     assert (image.step, image.width, image.height) == (1, 4, 4)
 
 
@@ -241,7 +242,10 @@ def test_a_tracker_that_cannot_be_started_is_refused(tracked, fakes):
         tracked("wandb")
 
 
-def test_a_resumed_run_goes_on_at_its_step_with_the_evaluation_that_it_starts_from(tracked, fakes):
+def test_a_resumed_run_goes_on_at_its_step_with_the_evaluation_that_it_starts_from(
+    tracked, fakes, monkeypatch
+):
+    monkeypatch.setattr("runlog.new_alarms", lambda *_: [])
     run = tracked("wandb")
     for step in range(3):
         run.log_evaluation(step, {"accuracy": step / 4}, [])
@@ -251,11 +255,15 @@ def test_a_resumed_run_goes_on_at_its_step_with_the_evaluation_that_it_starts_fr
     run.log_step({"step": 2, "reward": 1.0})
     assert fakes["wandb"].run is not before
     assert fakes["wandb"].run.settings["name"] == before.settings["name"]
-    assert fakes["wandb"].run.logged == [(2, {"accuracy": 0.5}), (2, {"reward": 1.0})]
+    assert fakes["wandb"].run.logged == [
+        (2, {"accuracy": 0.5, "mcnemar_p": 1.0}),
+        (2, {"reward": 1.0}),
+    ]
 
 
 def test_only_the_main_process_logs(tracked, fakes, monkeypatch):
     monkeypatch.setattr(PartialState, "is_main_process", False)
+    monkeypatch.setattr(PartialState, "use_distributed", True)
     run = tracked("wandb", "tensorboard")
     run.log_step({"step": 0, "reward": 1.0})
     assert run.trackers == [] and not hasattr(fakes["wandb"], "run")
