@@ -84,10 +84,9 @@ def train(args):
     first = start.step if start else 0
     with phase("loading"):
         policy, tokenizer, train_problems, test_problems, data = load(args, accelerator, start)
-    run = Run(args.output_dir)
+    run = Run(args.output_dir, start_trackers(accelerator, args, first))
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
-    run.trackers = start_trackers(accelerator, args, run, first)
 
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()

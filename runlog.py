@@ -17,14 +17,14 @@ from comparison import interval, p_against
 from grpo import has_signal
 from rollout_file import save_rollouts
 from runfiles import read_rows
-from trackers import log_evaluation, log_step
+from trackers import log_evaluation, log_row
 from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 class Run:
-    """A run's directory, and the only writer of what is in it.
+    """A run's directory, and the only writer of what is in it. `trackers` get the figures as well.
 
     config.json        the command, every flag, versions, device, commit
     metrics.jsonl      one line per training step
@@ -39,13 +39,12 @@ class Run:
     grpo/, wandb/      what trackers keep on this disk (--track)
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, trackers=()):
+        self.path, self.trackers = Path(path), trackers
         self.completions = self.path / "completions"
         self.completions.mkdir(parents=True, exist_ok=True)
         self.evaluations = {}  # step: summary
         self.rows = []  # the lines of metrics.jsonl, for the alarms
-        self.trackers = []  # that get it all as well, see trackers.py
 
     def cut_back(self, done):
         """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
@@ -61,6 +60,8 @@ class Run:
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
         for row in kept["eval.jsonl"]:
+            if row["step"] == done:
+                log_evaluation(self.trackers, row)
             row.pop("alarms", None)
             self.evaluations[row.pop("step")] = row
 
@@ -91,7 +92,7 @@ class Run:
         self.rows.append(finite(metrics))
         metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
         write_jsonl(self.path / "metrics.jsonl", [metrics], mode="a")
-        log_step(self.trackers, metrics)
+        log_row(self.trackers, metrics)
 
     def log_evaluation(self, step, summary, records):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
@@ -104,7 +105,7 @@ class Run:
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
         row = {"step": step, **summary, "alarms": alarms}
         write_jsonl(self.path / "eval.jsonl", [row], mode="a")
-        log_evaluation(self.trackers, step, row, records)
+        log_evaluation(self.trackers, row, records)
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
         return summary

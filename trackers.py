@@ -22,7 +22,7 @@ ANSWERS = 8  # held-out answers to show of an evaluation
 COLUMNS = ("question", "answer", "parsed", "correct", "completion")
 
 
-def start_trackers(accelerator, args, run, first):
+def start_trackers(accelerator, args, first):
     """Start what the accelerator was told to log with. Returns accelerate's trackers, in the main
     process; none in any other.
 
@@ -42,20 +42,23 @@ def start_trackers(accelerator, args, run, first):
     except Exception as error:  # libraries of many layers, each with errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise UserError(f"--track {' '.join(args.track)}: cannot be started: {reason}") from None
-    if first in run.evaluations:
-        log_evaluation(accelerator.trackers, first, run.evaluations[first])
     return accelerator.trackers
 
 
-def log_step(trackers, metrics):
-    """Log a line of metrics.jsonl."""
-    _log_row(trackers, metrics["step"], metrics)
+def log_row(trackers, row):
+    """Log a line of metrics.jsonl: its numbers as they are, its alarms, if any, as text."""
+    values = {
+        name: "\n".join(value) if isinstance(value, list) else value
+        for name, value in finite(row).items()
+        if name != "step" and value not in (None, [])
+    }
+    _send(trackers, lambda tracker: tracker.log(values, step=row["step"]))
 
 
-def log_evaluation(trackers, step, row, records=()):
+def log_evaluation(trackers, row, records=()):
     """Log a line of eval.jsonl, and the first of its records."""
     names = {name: f"eval/{name}" if name.startswith(ALSO_OF_A_STEP) else name for name in row}
-    _log_row(trackers, step, {names[name]: value for name, value in row.items()})
+    log_row(trackers, {names[name]: value for name, value in row.items()})
     answers = [[record[name] for name in COLUMNS] for record in records[:ANSWERS]]
     text = "\n\n".join(
         "\n".join(f"{name}: {value}" for name, value in zip(COLUMNS, answer)) for answer in answers
@@ -63,9 +66,9 @@ def log_evaluation(trackers, step, row, records=()):
 
     def send(tracker):
         if hasattr(tracker, "log_table"):
-            tracker.log_table("answers", columns=list(COLUMNS), data=answers, step=step)
+            tracker.log_table("answers", list(COLUMNS), answers, step=row["step"])
         else:  # indented, for Markdown to leave it as it is
-            tracker.log({"answers": indent(text, "    ")}, step=step)
+            tracker.log({"answers": indent(text, "    ")}, step=row["step"])
 
     if answers:
         _send(trackers, send)
@@ -73,34 +76,20 @@ def log_evaluation(trackers, step, row, records=()):
 
 def log_plots(trackers, step, folder):
     """Log the PNGs in a directory, as plots/NAME, with those trackers that take images."""
-    if not trackers:
-        return
-    images = {
-        f"plots/{file.stem}": np.asarray(Image.open(file).convert("RGB"))[None]  # (1, H, W, 3)
-        for file in sorted(folder.glob("*.png"))
-    }
 
     def send(tracker):
-        if hasattr(tracker, "log_images"):
-            axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(images, step=step, **axes)
+        if not hasattr(tracker, "log_images"):
+            return
+        axes = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        for file in sorted(folder.glob("*.png")):
+            image = np.asarray(Image.open(file).convert("RGB"))[None]  # (1, H, W, 3)
+            tracker.log_images({f"plots/{file.stem}": image}, step=step, **axes)
 
     _send(trackers, send)
 
 
 def finish_trackers(trackers):
     _send(trackers, lambda tracker: tracker.finish())
-
-
-def _log_row(trackers, step, row):
-    """Numbers as they are, lists as lines of text; what is missing or empty is left out."""
-    values = {name: value for name, value in finite(row).items() if name != "step"}
-    values = {
-        name: "\n".join(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if value not in (None, [])
-    }
-    _send(trackers, lambda tracker: tracker.log(values, step=step))
 
 
 def _send(trackers, send):

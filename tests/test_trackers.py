@@ -154,9 +154,8 @@ def tracked(tmp_path, fakes):
     def start(*names, first=0, **more):
         args = SimpleNamespace(output_dir=str(tmp_path / "demo"), track=list(names), **more)
         accelerator = Accelerator(cpu=True, log_with=args.track, project_dir=args.output_dir)
-        run = Run(args.output_dir)
+        run = Run(args.output_dir, start_trackers(accelerator, args, first))
         run.cut_back(first)
-        run.trackers = start_trackers(accelerator, args, run, first)
         return run
 
     return start
@@ -232,7 +231,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(
     assert events_of(run.path)[0]["reward"] == {0: 0.25}
 
 
-def test_a_tracker_that_cannot_be_started_is_refused(tracked, fakes):
+def test_a_tracker_that_cannot_be_started_is_refused(tracked, fakes, tmp_path):
     def refuse(**settings):
         raise RuntimeError("api_key not configured\n(no-tty)")
 
@@ -240,6 +239,7 @@ def test_a_tracker_that_cannot_be_started_is_refused(tracked, fakes):
     with pytest.raises(UserError, match=r"^--track wandb: cannot be started: RuntimeError: api_key "
                                         r"not configured \(no-tty\)$"):  # fmt: skip
         tracked("wandb")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_resumed_run_goes_on_at_its_step_with_the_evaluation_that_it_starts_from(
