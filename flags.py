@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from importlib import util
+from importlib import metadata, util
 from operator import index
 from pathlib import Path
 
@@ -28,6 +28,7 @@ GSM8K_HUB_NAME = "openai/gsm8k"
 BUILT_IN = ("gsm8k", "arithmetic")  # the datasets in rldatasets.py; the others are files in TASKS
 TASKS = Path(__file__).parent / "tasks"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 LATEST = "latest"  # --resume without a path
 # Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
@@ -35,7 +36,7 @@ LATEST = "latest"  # --resume without a path
 MAY_CHANGE = {
     "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
     "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
-    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
+    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track",
 }  # fmt: skip
 
 # A preset is a set of defaults; a flag on the command line wins over it.
@@ -301,6 +302,9 @@ def build_parser(preset, dataset_name=None):
          help="older checkpoints than the last N are removed; at least 2")
     flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
          "and advantages, for benchmarks/replay.py")
+    flag("--track", nargs="*", choices=TRACKERS, default=[], metavar="TRACKER",
+         help="send metrics, evaluations, some answers, alarms and PNGs to these as well: "
+         "tensorboard (files in the run's directory), wandb, trackio; none where none is named")
     # fmt: on
     task = (dataset_name or "").partition("/")[0]
     defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
@@ -365,6 +369,7 @@ def parse_args(argv=None):
     try:
         check_same_flags(args, saved)
         check_flags(args)
+        check_trackers(args)
         if not args.plan:  # which reads no data
             check_dataset(args)
         check_model(args)
@@ -471,6 +476,15 @@ def check_flags(args):
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
+
+
+def check_trackers(args):
+    """Raise UserError for a tracker that is not installed."""
+    for name in args.track:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise UserError(f"--track {name}: run pip install {name}") from None
 
 
 def check_dataset(args):

@@ -2,7 +2,16 @@
 
 Letters: Q questions, R completions, P prompt tokens, C completion tokens, T of them real, D hidden
 size, V vocabulary.
+
+    python llms.py chat MODEL    put questions to a model, as they are put to it in training
 """
+
+import sys
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from commands import main
+
+    sys.exit(main(prog="llms.py"))
 
 import contextlib
 import copy

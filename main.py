@@ -60,7 +60,6 @@ from loading import load
 from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
-from plotter import plot_run
 from processes import (
     everyones,
     everyones_rollouts,
@@ -71,7 +70,6 @@ from processes import (
     sum_gradients,
     summed,
 )
-from report import write_report
 from reward_lint import warn
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
@@ -79,13 +77,17 @@ from sharding import idle_passes, shard_if_configured, whole
 from shared_prefix import micro_batches
 from tasks import load_task
 from token_log import watch_tokens
+from trackers import finish_trackers, start_trackers
 from weight_meter import WeightMeter
 
 
 def train(args):
     """One run, from the loaded model, or where it stopped (--resume), to the last step's."""
     on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    accelerator = Accelerator(
+        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", log_with=args.track or None,
+        project_dir=args.output_dir,
+    )  # fmt: skip
     set_seed(args.seed)
     task = load_task(args)
     check_weights(args.reward_weights, task.reward_functions)
@@ -96,7 +98,8 @@ def train(args):
             args, accelerator, task, start
         )
     warn(task, test_problems, args.reward_weights, args.reward_timeout)
-    run = Run(args.output_dir, writes=accelerator.is_main_process)
+    trackers = start_trackers(accelerator, args, first)
+    run = Run(args.output_dir, trackers, writes=accelerator.is_main_process)
     run.cut_back(first)
     run.save_config(args, str(accelerator.device), **data)
 
@@ -157,14 +160,12 @@ def train(args):
             evaluate_if_due(done)
             if is_due(done, args.save_steps):
                 saver.save()
-                if run.writes:
-                    plot_run(run.path)
+                run.draw(done)
             sample = rollouts.texts[0][0] if args.verbose else None
             show_progress(bar, metrics, run.last_evaluation, sample)
         saver.publish()
-        if run.writes:
-            plot_run(run.path)
-            write_report(run.path)
+        run.draw(args.num_train_iters, with_report=True)
+        finish_trackers(trackers)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
 
 

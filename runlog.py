@@ -15,16 +15,19 @@ from alarms import new_alarms
 from budget import budget_lines, sampled_counts
 from comparison import interval, p_against
 from grpo import has_signal
+from plotter import plot_run
+from report import write_report
 from rollout_file import save_rollouts
 from runfiles import read_rows
+from trackers import log_evaluation, log_plots, log_row
 from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 class Run:
-    """A run's directory, and the only writer of what is in it. Of a run of several processes all
-    have one, and that of the main process alone writes.
+    """A run's directory, and the only writer of what is in it. `trackers` get the figures as well.
+    Of a run of several processes all have one, and that of the main process alone writes.
 
     config.json        the command, every flag, versions, device, commit
     metrics.jsonl      one line per training step
@@ -36,10 +39,11 @@ class Run:
     model/             the final model in Hugging Face format
     plots/             PNGs, drawn from the files above alone
     report.html        the same as one page
+    grpo/, wandb/      what trackers keep on this disk (--track)
     """
 
-    def __init__(self, path, writes=True):
-        self.path, self.writes = Path(path), writes
+    def __init__(self, path, trackers=(), writes=True):
+        self.path, self.trackers, self.writes = Path(path), trackers, writes
         self.completions = self.path / "completions"
         if writes:
             self.completions.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,8 @@ class Run:
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
         for row in kept["eval.jsonl"]:
+            if row["step"] == done:
+                log_evaluation(self.trackers, row)
             row.pop("alarms", None)
             self.evaluations[row.pop("step")] = row
 
@@ -92,6 +98,7 @@ class Run:
         self.rows.append(finite(metrics))
         metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
         self._write("metrics.jsonl", [metrics], mode="a")
+        log_row(self.trackers, metrics)
 
     def _write(self, name, rows, mode="w"):
         if self.writes:
@@ -108,6 +115,7 @@ class Run:
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
         row = {"step": step, **summary, "alarms": alarms}
         self._write("eval.jsonl", [row], mode="a")
+        log_evaluation(self.trackers, row, records)
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
         return summary
@@ -145,6 +153,14 @@ class Run:
         if self.writes:
             path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
             save_rollouts(path, rollouts, rewards, advantages, chosen)
+
+    def draw(self, step, with_report=False):
+        """Draw the plots anew, and write the report where the run is at its end."""
+        if not self.writes:
+            return
+        log_plots(self.trackers, step, plot_run(self.path))
+        if with_report:
+            write_report(self.path)
 
     def save_tokens(self, step, records):
         self._write(f"completions/tokens_{step:05d}.jsonl", records)

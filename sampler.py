@@ -2,7 +2,16 @@
 
 Letters: Q questions, G completions per question, R = Q·G rows (fewer as they finish), P prompt
 tokens, C completion tokens, V vocabulary.
+
+    python sampler.py MODEL "What is 3 + 4?"    a group, its rewards and its advantages
 """
+
+import sys
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from commands import main
+
+    sys.exit(main(prog="sampler.py"))
 
 from dataclasses import dataclass
 
@@ -116,6 +125,7 @@ def sample_rollouts(
     top_p=1.0,
     min_p=0.0,
     compiled=False,
+    watch=None,
 ):
     """Sample `group_size` completions for every prompt, all of them in one batch.
 
@@ -126,7 +136,8 @@ def sample_rollouts(
     seeds: a number per prompt, which fixes every draw for that prompt's group. So a completion does
     not depend on which prompts share its batch, nor on when its neighbours finish. Temperature 0 is
     greedy and needs none. `compiled` runs the model's step through torch.compile (see
-    static_decoder.py): the same tokens, up to rounding.
+    static_decoder.py): the same tokens, up to rounding. `watch(tokens)` is called after every
+    token, with those of the rows that had not finished.
     """
     device = model.get_input_embeddings().weight.device
     pad_id, stop_ids = padding_and_stops(model, tokenizer)
@@ -158,6 +169,8 @@ def sample_rollouts(
         mask[live, t] = writing
         logprobs[live, t] = torch.where(writing, scores.float(), 0.0)
         finished[live] |= (tokens[:, None] == stops).any(-1)
+        if watch:
+            watch(ids[mask[:, t], t])
         if t + 1 == max_new_tokens:
             break
         if (t + 1) % look_every == 0:

@@ -16,12 +16,17 @@ class UserError(Exception):
     """A mistake the user can mend: shown as one line, exit status 2, no traceback."""
 
 
+def printable(text, kept=""):
+    """`text` with all that a terminal would obey, but for the characters in `kept`, written out."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text, limit=200):
     """`text` as one printable line; of a longer one than `limit` characters the middle goes.
 
     A mistake is named at the start of its message and mended at the end.
     """
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = printable(text)
     tail = limit // 2 - 5
     return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-tail:]}"
 
@@ -179,6 +184,7 @@ LOWER = {
     "reference": "--micro_batch_tokens",
     "policy": "--micro_batch_tokens",
     "evaluation": "--eval_batch_size",
+    "answering": "--max_completion_length or --group_size",
 }
 
 

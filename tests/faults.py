@@ -80,7 +80,7 @@ class Process:
                 sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
                 torch.set_num_threads(1)
                 evaluator.REWARD_FUNCTIONS[:] = [variety]
-                main.plot_run = main.write_report = main.warn = lambda *_: None
+                runlog.plot_run = runlog.write_report = main.warn = lambda *_: None
                 main.exit_on_signals()
                 if plant:
                     plant()

@@ -37,10 +37,11 @@ class Mutant:
     tests: str
 
 
-GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVES = (
+(GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVES, TRACKERS,
+ CHAT) = (
     "test_grpo.py", "test_main.py", "test_rldatasets.py", "test_llms.py", "test_sampler.py",
     "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
-    "test_evaluation.py", "test_objectives.py",
+    "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py",
 )  # fmt: skip
 TASKS, COUNTDOWN = "test_tasks.py", "test_countdown.py"
 
@@ -262,6 +263,20 @@ MUTANTS = [
            TASKS),
     Mutant("a verdict that comes late answers the next question",
            "            self.stop()\n            raise", "            raise", TASKS),
+    # --- trackers, and a model tried by hand
+    Mutant("TensorBoard shows what a resumed run makes again twice",
+           '"tensorboard": {"purge_step": first}', '"tensorboard": {}', TRACKERS),
+    Mutant("an evaluation's figures among the steps'",
+           'f"eval/{name}" if name.startswith(ALSO_OF_A_STEP) else name', "name", TRACKERS),
+    Mutant("a tracker that fails ends the run", "except Exception as error:  # the network",
+           "except OverflowError as error:  # the network", TRACKERS),
+    Mutant("a terminal obeys what a model wrote", 'print(printable(text, kept="\\n"), end=',
+           "print(text, end=", CHAT),
+    Mutant("a question without the system prompt",
+           "chat_prompt(tokenizer, task.system_prompt, problem.question)\n    with phase",
+           'chat_prompt(tokenizer, "", problem.question)\n    with phase', CHAT),
+    Mutant("advantages of another baseline", "args.advantage_scale, baseline=args.baseline",
+           'args.advantage_scale, baseline="leave_one_out"', CHAT),
 ]  # fmt: skip
 
 

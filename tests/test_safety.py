@@ -6,7 +6,7 @@ import pytest
 from conftest import CANARY, ROOT
 
 import evaluator
-import plotter
+import runlog
 
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "breakpoint"}
 NEVER_CALLED_ON_A_MODULE = {"system", "popen", "getoutput", "getstatusoutput", "unsafe_load"}
@@ -83,7 +83,7 @@ def test_a_run_and_its_errors_show_the_access_token_nowhere(
 
     if reward == "unlucky":
         monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [unlucky])
-    monkeypatch.setattr(plotter, "plot_run", lambda path: None)  # takes longer than the run
+    monkeypatch.setattr(runlog, "plot_run", lambda path: None)  # takes longer than the run
     run = tmp_path / "run"
     status, *outputs = command(
         "--preset", "cpu", "--questions_per_step", "2", "--group_size", "2", "--num_train_iters",

@@ -21,6 +21,7 @@ import judge
 import main
 import reward_lint
 import rldatasets
+import runlog
 import tasks
 from comparison import compare, read_evaluation
 from flags import parse_args
@@ -42,7 +43,7 @@ needs_gym = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """Which take longer than all else in a run of toys."""
-    monkeypatch.setattr(main, "plot_run", lambda path: None)
+    monkeypatch.setattr(runlog, "plot_run", lambda path: None)
 
 
 def lines(path):

@@ -1,0 +1,195 @@
+"""A model tried by hand: an answer while it is written, and one group with its advantages.
+
+Questions are put to it as in training: one after the system prompt, with no turn before it, and the
+answer sampled by sampler.py. What a model wrote may hold what a terminal obeys: it is printed as
+text, see utils.printable.
+"""
+
+import shutil
+import textwrap
+from contextlib import suppress
+
+import torch
+from accelerate import Accelerator
+from transformers import TextStreamer
+
+from evaluation import check_room, verdicts
+from evaluator import check_weights, score
+from grpo import group_advantages
+from llms import chat_prompt, load_model
+from rldatasets import Problem
+from sampler import sample_rollouts
+from tasks import load_task
+from utils import UserError, hub_token, one_line, phase, printable
+
+NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
+NEEDS_ONE = "none given; correctness is 0 without one (--answer, or --question N)"
+WIDEST = 100  # characters
+FIRST_LINES, LAST_LINES = 2, 4  # of a completion that is shown in short; the answer is at its end
+
+
+class Printer(TextStreamer):
+    """Prints tokens as they come, word by word."""
+
+    def on_finalized_text(self, text, stream_end=False):
+        print(printable(text, kept="\n"), end="\n" if stream_end else "", flush=True)
+
+
+def load(args):
+    """(model, tokenizer, accelerator), as a run has them."""
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    return *load_model(args.model_name, accelerator.device, hub_token()), accelerator
+
+
+def asked_task(args):
+    """The Task that the command line names. Raises UserError, also for --reward_weights."""
+    task = load_task(args)
+    check_weights(args.reward_weights, task.reward_functions)
+    return task
+
+
+def asked_problem(args, task):
+    """The Problem that the command line asks: its own text, or one of a dataset."""
+    if args.question is None:
+        return Problem(args.ask, NO_ANSWER if args.answer is None else args.answer, "")
+    problems = task.problems(args.split)
+    if args.question >= len(problems):
+        raise UserError(f"--question {args.question}: the {args.split} split has "
+                        f"{len(problems)} questions, counted from 0")  # fmt: skip
+    return problems[args.question]
+
+
+def sample_group(model, tokenizer, accelerator, problem, args, task, group_size, watch=None):
+    """The Rollouts (1, G, C) of one question; they depend on --seed alone."""
+    check_room(model, tokenizer, [problem], args.max_completion_length, task)
+    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
+    with phase("answering"), accelerator.autocast():
+        return sample_rollouts(
+            model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
+            [args.seed], args.top_k, args.top_p, args.min_p, watch=watch,
+        )  # fmt: skip
+
+
+def score_group(rollouts, problem, args, task):
+    functions, limit = task.reward_functions, args.reward_timeout
+    return score(rollouts, [problem], functions, args.reward_weights, timeout=limit)
+
+
+def chat(args):
+    """Answer one question and judge the answer, or answer questions until there are no more."""
+    task = asked_task(args)
+    if args.ask is not None or args.question is not None:
+        problem = asked_problem(args, task)
+        model = load(args)
+        print(f"{printable(problem.question, kept=chr(10))}\n")
+        rollouts = stream(*model, problem, args, task)
+        print("\n".join(["", *judged(rollouts, problem, args, task)]), flush=True)
+        return
+    model = load(args)
+    print("One question at a time, none knows of those before it. Ctrl-D ends.")
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then has a line to edit, and a history
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        try:
+            if question:
+                stream(*model, Problem(question, NO_ANSWER, ""), args, task)
+        except UserError as error:  # too long a question, say
+            print(one_line(str(error)))
+
+
+def stream(model, tokenizer, accelerator, problem, args, task):
+    """Print an answer while it is sampled. Returns its Rollouts (1, 1, C)."""
+    printer = Printer(tokenizer, skip_special_tokens=True)
+    rollouts = sample_group(model, tokenizer, accelerator, problem, args, task, 1, printer.put)
+    printer.end()
+    return rollouts
+
+
+def judged(rollouts, problem, args, task):
+    """Lines that say what an answer is worth."""
+    [[text]], rewards = rollouts.texts, score_group(rollouts, problem, args, task)
+    verdict, known = verdicts(text, problem, task, args.reward_timeout), problem.answer != NO_ANSWER
+    parsed = "none: no one pair of answer tags" if verdict["parsed"] is None else verdict["parsed"]
+    rows = {
+        "parsed answer": parsed,
+        "gold answer": problem.answer if known else NEEDS_ONE,
+        "right": ("yes" if verdict["correct"] else "no") if known else "?",
+        "length": length(rollouts, 0),
+        **{name: f"{value:.4g}" for name, value in zip(rewards.names, scores(rewards, 0))},
+        "total reward": f"{rewards.total.item():.4g}",
+    }
+    width = max(map(len, rows))
+    return [one_line(f"{name:{width}}  {value}", WIDEST) for name, value in rows.items()]
+
+
+def length(rollouts, g):
+    cut_off = "" if rollouts.finished[0, g] else ", cut off"
+    return f"{int(rollouts.completion_mask[0, g].sum())} tokens{cut_off}"
+
+
+def scores(rewards, g):
+    return rewards.per_function[0, g].tolist()
+
+
+def show_group(args):
+    """Sample one group and print each completion with its rewards and its advantage."""
+    task = asked_task(args)
+    problem = asked_problem(args, task)
+    model, tokenizer, accelerator = load(args)
+    rollouts = sample_group(model, tokenizer, accelerator, problem, args, task, args.group_size)
+    rewards = score_group(rollouts, problem, args, task)
+    advantages = group_advantages(
+        rewards.total, args.advantage_scale, baseline=args.baseline
+    )  # (1, G)
+    print("\n".join(group_lines(problem, rollouts, rewards, advantages, args)), flush=True)
+
+
+def group_lines(problem, rollouts, rewards, advantages, args):
+    """The group as lines of text. advantages: (1, G)."""
+    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    mean, std = rewards.total.mean().item(), rewards.total.std().item()
+    gold = problem.answer if problem.answer != NO_ANSWER else NEEDS_ONE
+    lines = [
+        *excerpt(f"question  {problem.question}", width, args.full),
+        *excerpt(f"gold      {gold}", width, args.full),
+        f"group     {args.group_size} completions at temperature {args.temperature:g}: "
+        f"reward mean {mean:.3f}, std {std:.3f}",
+    ]
+    if not advantages.any():
+        lines.append("All earned the same: no advantage, nothing to learn from this group.")
+    logprobs = rollouts.logprobs[0].sum(-1) / rollouts.completion_mask[0].sum(-1)  # (G,)
+    for g, text in enumerate(rollouts.texts[0]):
+        pairs = zip(rewards.names, scores(rewards, g))
+        earned = ", ".join(f"{name} {value:.4g}" for name, value in pairs)
+        figures = (
+            f"reward {rewards.total[0, g]:.3f}",
+            f"advantage {advantages[0, g]:+.3f}",
+            length(rollouts, g),
+            f"mean log-prob {logprobs[g]:.3f}",
+        )
+        lines += [
+            "",
+            f"{g + 1:>2}  {'   '.join(figures)}",
+            *textwrap.wrap(earned, width, initial_indent="    ", subsequent_indent="    "),
+            *(f"    | {line}" for line in excerpt(text, width - 6, args.full)),
+        ]
+    return lines
+
+
+def excerpt(text, width, whole=False):
+    """The text's lines, fit to be printed: at most `width` wide and with the middle left out, or
+    `whole` as they are."""
+    lines = printable(text.rstrip("\n"), kept="\n").split("\n")
+    if whole:
+        return lines
+    lines = [part for line in lines for part in textwrap.wrap(line, width) or [""]]
+    left_out = len(lines) - FIRST_LINES - LAST_LINES
+    if left_out <= 1:
+        return lines
+    return [*lines[:FIRST_LINES], f"... {left_out} more lines ...", *lines[-LAST_LINES:]]
