@@ -2,6 +2,7 @@
 
 from evaluation import check_room
 from llms import chat_prompt, load_model
+from lora import add_adapter
 from rldatasets import SYSTEM_PROMPT, Problems, fingerprint, load_problems
 from utils import UserError, hub_token
 
@@ -22,6 +23,7 @@ def load(args, accelerator, start=None):
                         "solutions (field `solution`); set it to 0")  # fmt: skip
     test_problems = test_problems[: args.eval_problems or None]
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    add_adapter(policy, args)
 
     def prompt_length(problem):
         return len(chat_prompt(tokenizer, SYSTEM_PROMPT, problem.question))

@@ -63,6 +63,8 @@ def four_layers(tmp_path_factory):
         ("no", ["--gradient_checkpointing"]),
         ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"]),
         ("bf16", ["--kl_beta", "0.04"]),
+        ("no", ["--lora_rank", "4", "--kl_beta", "0.04", "--gradient_checkpointing"]),
+        ("bf16", ["--lora_rank", "4", "--kl_beta", "0.04", "--cold_start_steps", "0"]),
     ],
 )
 def test_every_phase_peaks_within_a_tenth_of_its_real_tensors(mixed_precision, extra, four_layers):
@@ -121,6 +123,21 @@ def test_parts_have_the_sizes_that_arithmetic_gives_them(four_layers):
     bytes_per_token = 4 * 2 * 4 * 2 * 16  # layers, keys and values, fp32, key-value heads, size
     assert phases["sampling"]["KV cache"] == bytes_per_token * (4 * 33 + 24 * 80)
     assert "reference" not in phases
+
+
+def test_with_lora_gradients_moments_and_reference_are_the_adapter_s_alone(four_layers):
+    model, folder = four_layers
+    flag = ["--kl_beta", "0.04", "--lora_rank", "4", "--lora_targets", "q_proj", "down_proj"]
+    plan = planned(flags("--model_name", folder, *SMALL, *flag), False)
+    parts, weights = plan.phases["policy"], sum(p.numel() for p in model.parameters())
+    adapter = 4 * 4 * (128 + 128 + 384 + 128)  # layers, rank, in and out of both
+    assert (plan.trained, plan.parameters) == (adapter, weights + adapter)
+    assert parts["weights"] == 4 * (weights + adapter)
+    assert parts["gradients"] == parts["reference"] == 4 * adapter
+    assert parts["Adam"] == pytest.approx(8 * adapter, rel=0.01)  # and step counts
+    on_gpu = planned(flags("--model_name", folder, *SMALL, *flag), True).phases["policy"]
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert on_gpu["weights"] == parts["weights"] - 2 * matrices  # frozen in bf16
 
 
 # --- models and work ---------------------------------------------------------------------------
@@ -194,7 +211,7 @@ def test_flags_change_one_by_one_until_it_fits(monkeypatch):
 
     monkeypatch.setattr(planner, "quick_peaks", peaks)
     monkeypatch.setattr(planner, "with_allowance", lambda tensors, on_gpu: tensors)
-    first = Made(flags(preset="h100"), 0, {}, {}, {})
+    first = Made(flags(preset="h100"), 0, 0, {}, {}, {})
     less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
     least = {"micro_batch_tokens": 2048, "eval_batch_size": 32, "gradient_checkpointing": True}
     found = planner.fitting(first, True)
