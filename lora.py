@@ -95,5 +95,7 @@ def with_adapter(model, folder):
     from peft import PeftModel
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
         warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.requires_grad_()  # peft has frozen it
