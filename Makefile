@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-2proc train test test-faults test-benchmarks gpu-check lint clean
+.PHONY: demo demo-lora demo-2proc train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -15,6 +15,11 @@ demo-2proc: $(READY)  ## the demo in two processes, as it would run on two GPUs
 	@if [ -e runs/demo-2proc ]; then mv runs/demo-2proc runs/demo-2proc-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) -m torch.distributed.run --standalone --nproc_per_node 2 main.py --preset cpu \
 	  --output_dir runs/demo-2proc $(ARGS)
+
+demo-lora: $(READY)  ## the same, training adapters of rank 16 instead of all weights
+	@if [ -e runs/demo-lora ]; then mv runs/demo-lora runs/demo-lora-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --lora_rank 16 --learning_rate 1.5e-4 \
+	  --cold_start_learning_rate 5e-4 --output_dir runs/demo-lora $(ARGS)
 
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)

@@ -9,6 +9,8 @@ A checkpoint is a directory, e.g. runs/demo/checkpoints/step_00100:
 
 Nothing else is needed to go on: questions, samples and learning rate are functions of the seed and
 the step. The reference is in every checkpoint, moving or not, so that each is complete by itself.
+With LoRA, policy and reference are adapters alone, and --model_name has the rest:
+adapter_model.safetensors and adapter_config.json stand in place of the model's files.
 """
 
 import errno
@@ -27,9 +29,11 @@ from safetensors.torch import load_file, load_model, save_model
 
 from flags import check_same_flags, checkpoint_step
 from interrupts import SIGNALS, Stopped
+from llms import load_model as load_whole_model
+from lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from processes import everyones
 from sharding import is_sharded, like, whole_state
-from utils import UserError
+from utils import UserError, hub_token
 
 OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -171,6 +175,7 @@ class Saver:
         """
         self.args, self.data, self.policy, self.tokenizer = args, data, policy, tokenizer
         self.reference, self.optimizer = reference, optimizer
+        self.adapted = has_adapter(policy)
         self.run_path = Path(args.output_dir)
         self.folder = self.run_path / "checkpoints"
         self.done = self.on_disk = 0  # steps: completed, and in the newest checkpoint
@@ -192,9 +197,11 @@ class Saver:
     def _restore(self, start):
         device = self.policy.device
         try:
-            self._restore_policy(start.path / "model.safetensors", device)
+            load = load_adapter if self.adapted else self._load_weights
+            weights = ADAPTER if self.adapted else "model.safetensors"
+            load(self.policy, start.path / weights, device=str(device))
             if self.reference is not None:
-                load_model(self.reference, start.path / REFERENCE, device=str(device))
+                load(self.reference, start.path / REFERENCE, device=str(device))
             moments = torch.load(start.path / OPTIMIZER, map_location=device, weights_only=True)
             groups = self.optimizer.state_dict()["param_groups"]  # rates are those of the flags
             if self.sharded:
@@ -214,12 +221,12 @@ class Saver:
         self.done = self.on_disk = start.step
 
     @torch.no_grad()
-    def _restore_policy(self, file, device):
-        if not self.sharded:
-            load_model(self.policy, file, device=str(device))
+    def _load_weights(self, model, file, device):
+        if not is_sharded(model):
+            load_model(model, file, device=device)
             return
         weights = load_file(file)
-        for name, parameter in self.policy.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.copy_(like(weights[name], parameter))
 
     # --- signals and errors
@@ -323,17 +330,21 @@ class Saver:
         new = _new(target)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        reference = [] if self.reference is None else self.reference.parameters()
-        tensors = [*(weights.values() if weights else self.policy.parameters()), *reference]
+        reference = [] if self.reference is None else trained_parameters(self.reference)
+        tensors = [*(weights.values() if weights else trained_parameters(self.policy)), *reference]
         tensors += [tensor for state in moments.values() for tensor in state.values()]
         needed = sum(tensor.nbytes for tensor in tensors) + SMALL_FILES
         free = shutil.disk_usage(new).free
         if free < needed:
             raise OSError(f"it needs {needed:,} bytes of disk, {free:,} are free")
-        self.policy.save_pretrained(new, state_dict=weights, max_shard_size="1TB")  # one file
+        if self.adapted:
+            save_adapter(self.policy, new / ADAPTER)
+        else:
+            self.policy.save_pretrained(new, state_dict=weights, max_shard_size="1TB")  # one file
         self.tokenizer.save_pretrained(new)
         if self.reference is not None:
-            save_model(self.reference, new / REFERENCE)
+            save = save_adapter if self.adapted else save_model
+            save(self.reference, new / REFERENCE)
         with open(new / OPTIMIZER, "wb") as file:
             torch.save(moments, file)
         manifest = {
@@ -354,17 +365,24 @@ class Saver:
             raise OSError(f"read back, {problem}")
 
     def publish(self):
-        """The newest checkpoint's model alone as `model/`, sharing its files on the disk."""
+        """The newest checkpoint's model alone as `model/`, sharing its files on the disk.
+
+        With --merge_lora, the whole model with the checkpoint's adapter folded in.
+        """
         self.save()
         if not self.main:
             return
-        target = self.run_path / "model"
+        target, checkpoint = self.run_path / "model", self.folder / f"step_{self.done:05d}"
         new = _new(target)
         shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(
-            self.folder / f"step_{self.done:05d}", new, copy_function=_link,
-            ignore=shutil.ignore_patterns(OPTIMIZER, REFERENCE, MANIFEST),
-        )  # fmt: skip
+        if self.adapted and self.args.merge_lora:
+            for part in load_whole_model(str(checkpoint), "cpu", hub_token()):
+                part.save_pretrained(new)
+        else:
+            shutil.copytree(
+                checkpoint, new, copy_function=_link,
+                ignore=shutil.ignore_patterns(OPTIMIZER, REFERENCE, MANIFEST),
+            )  # fmt: skip
         _flush(new)
         _discard(target)
         os.replace(new, target)

@@ -5,6 +5,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llms import chat_prompt, completion_logprobs
+from lora import trained_parameters
 from optimizer import apply_gradients
 from processes import own_groups, sum_gradients, summed
 from sharding import idle_passes
@@ -18,7 +19,7 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
     the same stream of problems, mean loss per token, a fresh AdamW at a constant rate.
     """
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
+        trained_parameters(policy), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
     steps = range(-args.cold_start_steps, 0)
     for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):

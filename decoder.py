@@ -15,6 +15,8 @@ from itertools import takewhile
 import torch
 import torch.nn.functional as F
 
+from lora import whole_weight
+
 
 def to_device(tensor, device):
     """The host's tensor there; where that is a GPU, the host does not wait for the copy."""
@@ -34,12 +36,13 @@ def left_padded(prompts, device):
 def joined(linears, dtype):
     """Linear layers that read the same input as one function, with a copy of their weights.
 
-    The copy is made anew for every batch of rollouts, since the weights have moved. On a GPU under
+    The copy is made anew for every batch of rollouts, since the weights have moved; an adapter is
+    folded into it and costs nothing more. On a GPU under
     autocast it is in bf16; autocast alone would round every weight again at every token. On a CPU
     oneDNN lays it out for its kernels once, which otherwise happens at every token as well.
     The function takes the input and, optionally, what to add to the output.
     """
-    weight = torch.cat([linear.weight for linear in linears]).to(dtype)
+    weight = torch.cat([whole_weight(linear) for linear in linears]).to(dtype)
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)

@@ -31,12 +31,17 @@ MODEL_TYPES = ("qwen2", "qwen3", "llama")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 LATEST = "latest"  # --resume without a path
+PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
+LORA_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 # Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
 # those for memory, which leave the result as it is.
 MAY_CHANGE = {
     "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
     "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
-    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track",
+    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track", "merge_lora",
 }  # fmt: skip
 
 # A preset is a set of defaults; a flag on the command line wins over it.
@@ -278,8 +283,9 @@ def build_parser(preset, dataset_name=None):
     flag("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="on matrices only")
     flag("--max_grad_norm", type=NOT_NEGATIVE, help="gradients are clipped to this norm; 0: never")
     flag("--weights_dtype", choices=("float32", "bfloat16"), default="float32", help="of the "
-         "weights between updates. bfloat16 is an experiment: they are rounded after every update, "
-         "which undoes small ones, so that most never move at a low rate. It saves no memory")
+         "trained weights between updates. bfloat16 is an experiment: they are rounded after every "
+         "update, which undoes small ones, so that most never move at a low rate. It saves no "
+         "memory")
     flag("--micro_batch_tokens", type=COUNT, metavar="TOKENS", help="tokens per forward and "
          "backward pass, prompts included, for memory; the result is the same; 0: the whole step")
     flag("--gradient_checkpointing", action="store_true", help="compute a layer's activations "
@@ -287,6 +293,17 @@ def build_parser(preset, dataset_name=None):
     flag("--cold_start_steps", type=COUNT, metavar="STEPS",
          help="supervised steps on worked solutions before GRPO; 0: none")
     flag("--cold_start_learning_rate", type=RATE, metavar="RATE", help="constant; AdamW")
+
+    flag = group("LoRA").add_argument
+    flag("--lora_rank", type=COUNT, default=0, metavar="R", help="freeze the model and train "
+         "matrices of rank R beside its linear layers: far less memory, and about ten times the "
+         "--learning_rate is needed; 0: train all weights")
+    flag("--lora_alpha", type=POSITIVE, default=32.0,
+         help="they are scaled by this over R, so that a good learning rate hardly depends on R")
+    flag("--lora_targets", nargs="+", choices=LORA_TARGETS, default=[*LORA_TARGETS],
+         metavar="LAYER", help="the linear layers that have them, by name")
+    flag("--merge_lora", action="store_true", help="make model/ a whole model, not an adapter; for "
+         "a run that has ended: --resume with it")
 
     flag = group("evaluation and saving").add_argument
     flag("--eval_iterations", type=COUNT, metavar="STEPS",
@@ -297,7 +314,7 @@ def build_parser(preset, dataset_name=None):
          "sample N answers to every held-out problem at --temperature, for pass@k; 0: none")
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between checkpoints, each model, AdamW's moments and reference (21 GB at "
-         "1.5B); 0: only after the last step, or when the run is interrupted")
+         "1.5B, with LoRA little); 0: only after the last step, or when the run is interrupted")
     flag("--keep_checkpoints", type=_number(int, 2), default=2, metavar="N",
          help="older checkpoints than the last N are removed; at least 2")
     flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
@@ -452,6 +469,7 @@ def check_flags(args):
     hub_token()
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    check_lora(args)
     if 0 < args.sampling_batch_size < args.group_size:
         raise UserError(f"--sampling_batch_size {args.sampling_batch_size}: less than one group; "
                         f"set it to --group_size {args.group_size} or more, or to 0")  # fmt: skip
@@ -487,6 +505,44 @@ def check_trackers(args):
             raise UserError(f"--track {name}: run pip install {name}") from None
 
 
+def check_lora(args):
+    """Raise UserError where the flags of LoRA do not go together, or it is not there."""
+    if args.lora_rank == 0:
+        for flag, off in (("lora_alpha", 32), ("lora_targets", [*LORA_TARGETS]),
+                          ("merge_lora", False)):  # fmt: skip
+            if getattr(args, flag) != off:
+                raise UserError(f"--{flag}: --lora_rank 0 trains all weights; set it above 0")
+        return
+    if args.update_ref_model:
+        raise UserError("--update_ref_model: would move weights that --lora_rank freezes; leave it "
+                        "out")  # fmt: skip
+    check_peft(f"--lora_rank {args.lora_rank}")
+
+
+def check_peft(flag):
+    if not util.find_spec("peft"):
+        raise UserError(f"{flag}: run pip install --no-deps {PEFT}")
+
+
+def base_and_adapters(name):
+    """(the model that `name` stands for, directories of adapters to fold into it, one by one).
+
+    A directory with an adapter says which model it is for, and that may be another such directory.
+    Raises UserError where it does not.
+    """
+    adapters = []
+    while os.path.isfile(file := os.path.join(name, ADAPTER_CONFIG)):
+        try:
+            if name in adapters:
+                raise ValueError
+            base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            adapters, name = [name, *adapters], os.fspath(base)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"--model_name {name}: its {ADAPTER_CONFIG} is damaged or names no "
+                            "base model; fetch it again") from None  # fmt: skip
+    return name, adapters
+
+
 def check_dataset(args):
     """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
     that has them be reached."""
@@ -508,7 +564,14 @@ def check_dataset(args):
 
 def check_model(args):
     """Raise UserError where the model is unknown, of another family, or its context too short."""
-    name, flag = args.model_name, f"--model_name {args.model_name}"
+    name, adapters = base_and_adapters(args.model_name)
+    flag = f"--model_name {args.model_name}"
+    if adapters:
+        check_peft(flag)
+        for folder in adapters:
+            if not (args.plan or any(Path(folder).glob("adapter_model.*"))):
+                raise UserError(f"{flag}: no weights there (adapter_model.safetensors)")
+        flag += f", an adapter of {name}"
     if args.plan and name in KNOWN_MODELS:
         check_context(args, KNOWN_MODELS[name]["max_position_embeddings"])
         return

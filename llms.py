@@ -23,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from flags import EMBEDDED_MODEL
+from flags import EMBEDDED_MODEL, base_and_adapters
+from lora import has_adapter, with_adapter
 from sharding import gathering, is_sharded, whole_copy
 from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 from utils import UserError
@@ -35,6 +36,7 @@ SOFTMAX_ROWS = 128  # of these, how many are normalised at once, which needs the
 def load_model(model_name, device, token=None):
     """Load policy and tokenizer: `smollm2-135m`, a Hugging Face hub name, or a local directory.
 
+    A directory may hold an adapter alone: then the model that it names, with the adapter folded in.
     Weights are fp32 whatever the file holds: at a learning rate of 1e-6, a bf16 weight of 0.02
     does not move at all. The caller runs the forward passes under autocast where it wants bf16.
     It comes in eval mode. On a GPU, what is left in fp32 under autocast (the head, scores while
@@ -46,13 +48,14 @@ def load_model(model_name, device, token=None):
         torch.set_float32_matmul_precision("high")
     transformers_logging.disable_progress_bar()
     flag = f"--model_name {model_name}"
+    base, adapters = base_and_adapters(model_name)
     with refusing(f"{flag}: cannot be loaded, fetch its files again"):
-        if model_name == EMBEDDED_MODEL:
+        if base == EMBEDDED_MODEL:
             model, tokenizer = _load_embedded()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(model_name, token=token)
+            tokenizer = AutoTokenizer.from_pretrained(base, token=token)
             model, report = AutoModelForCausalLM.from_pretrained(
-                model_name, dtype=torch.float32, attn_implementation="sdpa", token=token,
+                base, dtype=torch.float32, attn_implementation="sdpa", token=token,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
             misfits = [*report["missing_keys"], *report["unexpected_keys"]]
@@ -60,6 +63,8 @@ def load_model(model_name, device, token=None):
             if misfits:  # transformers would fill them at random, or leave them out
                 raise UserError(f"{flag}: weights and config.json disagree on {misfits[0]}; they "
                                 "are of two models, or damaged")  # fmt: skip
+        for folder in adapters:
+            model = with_adapter(model, folder)
         stops = stop_token_ids(model, tokenizer)
     if not stops:
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
@@ -118,29 +123,37 @@ def _load_embedded():
 
 
 def frozen_copy(model, dtype=None):
-    """A copy of the model that holds no gradient: the KL reference.
+    """A copy of the model that holds no gradient: the KL reference. What is frozen in the model
+    already, all that an adapter leaves alone, the two share.
 
     dtype: that of its layers' matrices, the model's own by default. Under autocast in the same
     dtype the result is exactly that of fp32 matrices, which autocast would round at every use.
     Embedding, norms and head stay fp32.
     """
-    reference = whole_copy(model) if is_sharded(model) else copy.deepcopy(model)
-    reference.requires_grad_(False).eval()
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    copied = whole_copy(model) if is_sharded(model) else copy.deepcopy(model, dict(shared))
+    reference = copied.requires_grad_(False).eval()
     for module in reference.get_decoder().modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in shared:
             module.to(dtype)
     return reference
 
 
-def kl_reference(policy, args):
+def kl_reference(policy, args, on_gpu=None):
     """The frozen copy that the KL term compares with, None where --kl_beta is 0.
 
-    On a GPU its matrices are bf16, unless it moves: bf16 would lose what little mixing changes.
+    On a GPU its matrices are bf16, unless it moves: bf16 would lose what little mixing changes. Of
+    a policy with an adapter it is that adapter as it is now on the same weights, or, where nothing
+    has been learnt before, these weights alone.
     """
     if args.kl_beta == 0:
         return None
-    rounded = policy.device.type == "cuda" and not args.update_ref_model
-    return frozen_copy(policy, torch.bfloat16 if rounded else None)
+    on_gpu = policy.device.type == "cuda" if on_gpu is None else on_gpu
+    rounded = on_gpu and not args.update_ref_model
+    reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
+    if has_adapter(policy) and args.cold_start_steps == 0:
+        reference.disable_adapters()  # it adds 0: the result is the same and takes less
+    return reference
 
 
 @torch.no_grad()

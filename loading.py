@@ -4,6 +4,7 @@ import os
 
 from evaluation import check_room
 from llms import chat_prompt, load_model
+from lora import add_adapter
 from rldatasets import Problems, fingerprint
 from utils import UserError, hub_token
 
@@ -27,6 +28,7 @@ def load(args, accelerator, task, start=None):
                             "raise it, or start fewer")  # fmt: skip
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    add_adapter(policy, args)
 
     def prompt_length(problem):
         return len(chat_prompt(tokenizer, task.system_prompt, problem.question))

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from lora import trained_parameters
 from sharding import whole_tensor
 from weight_meter import keep_in_bfloat16
 
@@ -28,8 +29,9 @@ def make_optimizer(policy, args, done=0):
 
     The learning rate is a function of the steps `done` so far, so that no state of it is saved.
     """
-    matrices = [p for p in policy.parameters() if p.ndim >= 2]
-    vectors = [p for p in policy.parameters() if p.ndim < 2]  # norms and biases
+    parameters = trained_parameters(policy)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]  # norms and biases
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": args.weight_decay},

@@ -11,7 +11,6 @@ import copy
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from llms import frozen_copy
 from sampler import as_rollouts, padding_and_stops
 from utils import UserError
 
@@ -98,7 +97,8 @@ def engine_model(model):
     (Autocast holds for a thread, and the engine has its own.) Under autocast the copy has that
     precision throughout, but for the head: see llms.TokenLogprobs.
     """
-    engine, device_type = frozen_copy(model), model.device.type
+    engine = copy.deepcopy(model).requires_grad_(False).eval()
+    device_type = model.device.type
     engine.set_attn_implementation("sdpa")  # training has put shared_prefix.py's in its place
     if torch.is_autocast_enabled(device_type):
         head = copy.deepcopy(engine.get_output_embeddings())  # no longer tied to the embedding

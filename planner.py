@@ -14,6 +14,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import util
 from unittest import mock
 
 import torch
@@ -23,9 +24,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoder import Decoder
+from flags import base_and_adapters
 from grpo import grpo_loss
 from known_models import KNOWN_MODELS
-from llms import completion_logprobs, frozen_copy, refusing
+from llms import completion_logprobs, kl_reference, refusing
+from lora import add_adapter, trained_parameters
 from optimizer import make_optimizer
 from sampler import sample_tokens
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
@@ -39,7 +42,8 @@ PARTS = (
 )  # fmt: skip
 PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
 CARDS = (24, 40, 80)  # GB
-SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH = 2048, 16  # how far a plan goes to make a run fit
+# How far a plan goes to make a run fit, and the last thing that it tries.
+SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH, LORA_RANK = 2048, 16, 16
 GSM8K_TEST = 1319  # problems in its official test split
 
 # What is not tensors is assumed: gaps that the allocator cannot fill, as a share of the tensors,
@@ -65,6 +69,7 @@ class Plan:
 
     args: object
     parameters: int
+    trained: int  # of these
     phases: dict  # phase: {part: bytes} at that phase's peak
     work: dict  # phase: Work of one step, for `evaluation` that of one evaluation
     tokens: dict  # phase: tokens that go through the model
@@ -110,9 +115,10 @@ def planned(args, on_gpu, machine=None, layers=None):
 
 def config_of(model_name):
     """A model's configuration: known, or from its directory, or as flags.py fetched it."""
-    if model_name in KNOWN_MODELS:
-        return AutoConfig.for_model(**KNOWN_MODELS[model_name])
-    return AutoConfig.from_pretrained(model_name, token=hub_token())
+    base, _ = base_and_adapters(model_name)
+    if base in KNOWN_MODELS:
+        return AutoConfig.for_model(**KNOWN_MODELS[base])
+    return AutoConfig.from_pretrained(base, token=hub_token())
 
 
 def this_machine():
@@ -157,10 +163,12 @@ def as_if(on_gpu):
         yield
 
 
-def converted(module, dtype):
+def converted(module, *to, **more):
     """What Linear.to does; torch's own cannot exchange a fake weight that is referred to."""
     for name, parameter in list(module.named_parameters()):
-        setattr(module, name, torch.nn.Parameter(parameter.to(dtype), parameter.requires_grad))
+        to_tensor = parameter.detach().to(*to, **more)
+        setattr(module, name, torch.nn.Parameter(to_tensor, parameter.requires_grad))
+    return module
 
 
 class FakeTensors(FakeTensorMode):
@@ -222,8 +230,11 @@ def next_change(args, phase):
             return {"micro_batch_tokens": max(halved, SMALLEST_MICRO_BATCH)}
         if not args.gradient_checkpointing:
             return {"gradient_checkpointing": True}
-    if args.kl_beta > 0 and not args.update_ref_model:
-        return {"kl_beta": 0.0}
+    if not args.update_ref_model:
+        if args.kl_beta > 0 and not args.lora_rank:
+            return {"kl_beta": 0.0}
+        if not args.lora_rank and util.find_spec("peft"):
+            return {"lora_rank": LORA_RANK}
     return {}
 
 
@@ -263,7 +274,8 @@ def report(plan, on_gpu, machine):
     why = "there is one here" if torch.cuda.is_available() else f"--preset {args.preset}"
     allowance = ALLOWANCE["gpu" if on_gpu else "cpu"]
     lines = [
-        f"{args.model_name}, {plan.parameters:,} parameters",
+        f"{args.model_name}, {plan.parameters:,} parameters"
+        + (f", {plan.trained:,} of them trained" if args.lora_rank else ""),
         f"On {device} ({why}).",
         f"Worst case: all prompts have {args.max_prompt_length} tokens, all completions "
         f"{args.max_completion_length}.",
@@ -325,6 +337,8 @@ def step_plan(policy, args, on_gpu=False, machine=None):
 
     The order is that of the loop from its second step on: Adam's moments are there throughout.
     """
+    add_adapter(policy, args, on_gpu)
+    trained = trained_parameters(policy)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()
@@ -333,15 +347,12 @@ def step_plan(policy, args, on_gpu=False, machine=None):
     work, tokens = {}, {}
     with tracker:
         tracker.label(policy.parameters(), "weights")
-        reference = None
-        if args.kl_beta > 0:
-            with tracker.part("reference"):
-                rounded = on_gpu and not args.update_ref_model  # as in llms.kl_reference
-                reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
+        with tracker.part("reference"):
+            reference = kl_reference(policy, args, on_gpu)
         optimizer, _ = make_optimizer(policy, args)
         with tracker.part("Adam"):
             fill_moments(optimizer)
-        for parameter in policy.parameters():
+        for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: tracker.label([parameter.grad], "gradients")
             )
@@ -372,7 +383,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
         tokens["policy"] = read * args.num_inner_epochs
         with tracker.phase("optimizer"):
             before = tracker.work
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+            torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
         work["optimizer"] = (tracker.work - before) * args.num_inner_epochs
@@ -384,8 +395,8 @@ def step_plan(policy, args, on_gpu=False, machine=None):
             work["evaluation"], tokens["evaluation"] = sample(policy, rows, 1, 0, args, tracker)
         work["evaluation"] *= math.ceil(answers / rows)
         tokens["evaluation"] = tokens["evaluation"] // rows * answers
-    parameters = sum(parameter.numel() for parameter in policy.parameters())
-    return Plan(args, parameters, tracker.phases, work, tokens)
+    counts = [sum(p.numel() for p in ps) for ps in (policy.parameters(), trained)]
+    return Plan(args, *counts, tracker.phases, work, tokens)
 
 
 def fill_moments(optimizer):

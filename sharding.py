@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from lora import has_adapter
 from processes import everyones
 from shared_prefix import micro_batches
 from utils import UserError
@@ -25,6 +26,8 @@ def shard_if_configured(policy, accelerator):
     """Cut the policy up where accelerate is configured for FSDP2. Raises UserError where it is
     configured for anything else that this program does not do."""
     if accelerator.is_fsdp2:
+        if has_adapter(policy):
+            raise UserError("--lora_rank: adapters are not cut up; use 8x80gb_ddp.yaml")
         shard(policy)
     elif accelerator.distributed_type not in SUPPORTED:
         kind = accelerator.distributed_type.value

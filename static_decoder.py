@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from decoder import Decoder
+from lora import whole_weight
 from utils import UserError
 
 COMPILER = {"cuda": {"mode": "reduce-overhead"}}  # arguments of torch.compile, by device type
@@ -55,16 +56,18 @@ class StaticLinear:
 
     def __init__(self, linears, dtype):
         self.linears = linears
-        self.weight = static(torch.cat([linear.weight.to(dtype) for linear in linears]))
+        self.weight = static(torch.cat([whole_weight(linear).to(dtype) for linear in linears]))
         self.bias = None
         if linears[0].bias is not None:
             self.bias = static(torch.cat([linear.bias.to(dtype) for linear in linears]))
 
     def copy_weights(self):
         sizes = [linear.out_features for linear in self.linears]
-        for name in ("weight", "bias") if self.bias is not None else ("weight",):
-            for part, linear in zip(getattr(self, name).split(sizes), self.linears):
-                part.copy_(getattr(linear, name))
+        for part, linear in zip(self.weight.split(sizes), self.linears):
+            part.copy_(whole_weight(linear))
+        if self.bias is not None:
+            for part, linear in zip(self.bias.split(sizes), self.linears):
+                part.copy_(linear.bias)
 
     def __call__(self, x, plus=None):
         y = F.linear(x, self.weight, self.bias)

@@ -131,13 +131,14 @@ def load_questions(args):
     return load_problems(name, args.dataset_path, "train", 0)
 
 
-def set_up(args, model_name, questions, mixed_precision=None):
+def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     """What main.train has at hand when its loop begins. Mixed precision: as there, unless given."""
     import torch
     from accelerate import Accelerator
 
     from flags import parse_args
     from llms import frozen_copy, kl_reference, load_model
+    from lora import add_adapter
     from optimizer import make_optimizer
     from tasks import load_task
 
@@ -155,6 +156,7 @@ def set_up(args, model_name, questions, mixed_precision=None):
         "lr_schedule": "constant",
         "warmup_percent": 0,
         "max_grad_norm": 1,
+        "lora_rank": lora_rank,
     }
     if args.dataset_path:
         argv["dataset_path"] = args.dataset_path
@@ -168,6 +170,7 @@ def set_up(args, model_name, questions, mixed_precision=None):
     mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
     ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
+    add_adapter(ours.policy, ours.flags)
     ours.reference = kl_reference(ours.policy, ours.flags)
     if ours.reference is not None and mixed_precision == "no":
         ours.reference = frozen_copy(ours.policy)

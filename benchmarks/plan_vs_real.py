@@ -94,7 +94,8 @@ def real_steps(model, args, accelerator, tracker=None):
     """
     import torch
 
-    from llms import frozen_copy
+    from llms import kl_reference
+    from lora import add_adapter
     from main import update_policy
     from optimizer import make_optimizer
     from planner import worst_prompts
@@ -107,16 +108,15 @@ def real_steps(model, args, accelerator, tracker=None):
     )
     model.generation_config.eos_token_id = None
     advantages = torch.ones(args.questions_per_step, args.group_size)
+    on_gpu = accelerator.mixed_precision == "bf16"
+    add_adapter(model, args, on_gpu)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
         model.train()
     with tracker or nullcontext():
         if tracker:
             tracker.label(model.parameters(), "weights")
-        reference = None
-        if args.kl_beta > 0:
-            rounded = accelerator.mixed_precision == "bf16"
-            reference = frozen_copy(model, torch.bfloat16 if rounded else None)
+        reference = kl_reference(model, args, on_gpu)
         optimizer, _ = make_optimizer(model, args)
         for _ in range(2):
             with phase("sampling"), accelerator.autocast():

@@ -24,6 +24,7 @@ from transformers import (
 
 import reward_lint
 import utils
+from flags import LORA_TARGETS
 from lean_layers import make_lean
 from tasks import load_task
 
@@ -127,6 +128,13 @@ def make_args(**overrides):
         "tis_cap": 0.0,
         "entropy_bonus": 0.0,
         "weights_dtype": "float32",
+        "lora_rank": 0,
+        "lora_alpha": 32.0,
+        "lora_targets": [*LORA_TARGETS],
+        "merge_lora": False,
+        "update_ref_model": False,
+        "cold_start_steps": 0,
+        "model_name": "toy",
         "mask_truncated": False,
         "micro_batch_tokens": 0,
         "num_inner_epochs": 1,

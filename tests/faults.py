@@ -124,8 +124,9 @@ def lines(path):
 
 
 def weights(run):
-    """The SHA-256 of a finished run's model."""
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    """The SHA-256 of a finished run's model or adapter."""
+    [file] = (run / "model").glob("*model.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def assert_same_run(run, straight):

@@ -38,10 +38,10 @@ class Mutant:
 
 
 (GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVES, TRACKERS,
- CHAT) = (
+ CHAT, LORA) = (
     "test_grpo.py", "test_main.py", "test_rldatasets.py", "test_llms.py", "test_sampler.py",
     "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
-    "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py",
+    "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py", "test_lora.py",
 )  # fmt: skip
 TASKS, COUNTDOWN = "test_tasks.py", "test_countdown.py"
 
@@ -178,13 +178,26 @@ MUTANTS = [
     Mutant("weights in the file's precision",
            'dtype=torch.float32, attn_implementation="sdpa", token=token',
            'dtype="auto", attn_implementation="sdpa", token=token', LLMS),
-    Mutant("a reference that learns", "copy.deepcopy(model).requires_grad_(False).eval()",
-           "copy.deepcopy(model).eval()", LLMS),
+    Mutant("a reference that learns",
+           "copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()",
+           "copy.deepcopy(model, dict(shared)).eval()", LLMS),
     Mutant("a reference that is the policy",
-           "return frozen_copy(policy, torch.bfloat16 if rounded else None)",
-           "return policy", LLMS),
+           "reference = frozen_copy(policy, torch.bfloat16 if rounded else None)",
+           "reference = policy", LLMS),
     Mutant("the reference moves by 1 - alpha", "old.lerp_(new, alpha)", "old.lerp_(new, 1 - alpha)",
            LLMS),
+    # --- adapters
+    Mutant("the sampler leaves the adapter out",
+           'names = [] if getattr(linear, "disable_adapters", True) else linear.active_adapters',
+           "names = []", LORA),
+    Mutant("a reference with the policy's adapter",
+           "shared = {id(p): p for p in model.parameters() if not p.requires_grad}",
+           "shared = {id(p): p for p in model.parameters()}", LORA),
+    Mutant("a reference from before the cold start",
+           "if has_adapter(policy) and args.cold_start_steps == 0:", "if has_adapter(policy):",
+           LORA),
+    Mutant("moments of frozen weights", "    if has_adapter(model):\n        named",
+           "    if False:\n        named", LORA),
     # --- the shared prefix
     Mutant("positions start anew after the prompt",
            "position = prompt_lengths[question, None] + c", "position = 0 * question[:, None] + c",

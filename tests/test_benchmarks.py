@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 import gpu_check
 import limit
+import lora_vs_full
 import memory
 import replay
 import vs_trl
@@ -55,6 +56,18 @@ def test_trl_has_the_same_loss_and_a_step_of_both_is_compared(saved_models, capf
     assert result["memory_ratio"] == pytest.approx(
         result["ours_peak_gib"] / result["trl_peak_gib"], abs=0.05
     )
+
+
+@pytest.mark.benchmark
+def test_lora_and_all_weights_take_turns(saved_models, capfd):
+    flags = ["--questions", "2", "--warm_up", "0", "--lora_rank", "2"]
+    result = ran(lora_vs_full, saved_models["qwen2"], capfd, *flags)
+    for name in ("sampling", "update", "step"):
+        low, middle, high = (result[f"{name}_ratio{end}"] for end in ("_min", "", "_max"))
+        assert low <= middle <= high
+    for side in ("lora", "full"):
+        assert result[f"{side}_step_seconds"] > result[f"{side}_update_seconds"] > 0
+        assert result[f"{side}_peak_gib"] > 0
 
 
 def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):

@@ -67,11 +67,21 @@ def four_layers(tmp_path_factory):
 )
 def test_every_phase_peaks_within_a_tenth_of_its_real_tensors(mixed_precision, extra, four_layers):
     _, folder = four_layers
-    args = flags("--model_name", folder, *SMALL, *extra)
-    plan = planned(args, on_gpu=mixed_precision == "bf16").peaks
+    assert_real(flags("--model_name", folder, *SMALL, *extra), mixed_precision)
+
+
+def test_so_does_every_phase_with_lora(four_layers):
+    _, folder = four_layers
+    extra = ["--kl_beta", "0.04", "--lora_rank", "4", "--questions_per_step", "1"]
+    assert_real(flags("--model_name", folder, *SMALL, *extra), "bf16", layers=1)
+
+
+def assert_real(args, mixed_precision, layers=4):
+    plan = planned(args, on_gpu=mixed_precision == "bf16", layers=layers).peaks
     update = max(plan[phase] for phase in plan if phase not in ("sampling", "evaluation"))
     tracker, accelerator = Tracker(), Accelerator(cpu=True, mixed_precision=mixed_precision)
-    real_steps(make_model(**FOUR_LAYERS), args, accelerator, tracker)
+    model = make_model(**{**FOUR_LAYERS, "num_hidden_layers": layers})
+    real_steps(model, args, accelerator, tracker)
     real = {phase: sum(parts.values()) for phase, parts in tracker.phases.items()}
     assert len(real) == 3
     for phase, peak in real.items():
@@ -121,6 +131,24 @@ def test_parts_have_the_sizes_that_arithmetic_gives_them(four_layers):
     bytes_per_token = 4 * 2 * 4 * 2 * 16  # layers, keys and values, fp32, key-value heads, size
     assert phases["sampling"]["KV cache"] == bytes_per_token * (4 * 33 + 24 * 80)
     assert "reference" not in phases
+
+
+def test_with_lora_gradients_moments_and_reference_are_the_adapter_s_alone(four_layers):
+    model, folder = four_layers
+    flag = ["--kl_beta", "0.04", "--lora_rank", "4", "--lora_targets", "q_proj", "down_proj"]
+    args = flags("--model_name", folder, *SMALL, *flag)
+    plan, on_gpu = (planned(args, on_gpu, layers=1) for on_gpu in (False, True))
+    layer = list(model.model.layers[0].parameters())
+    weights = sum(p.numel() for p in (*layer, model.lm_head.weight, model.model.norm.weight))
+    adapter = 4 * (128 + 128 + 384 + 128)  # rank, in and out of both
+    assert (plan.trained, plan.parameters) == (adapter, weights + adapter)
+    parts = plan.phases["policy"]
+    assert parts["weights"] == 4 * (weights + adapter)
+    assert parts["gradients"] == 4 * adapter
+    assert parts["reference"] == pytest.approx(4 * adapter, rel=0.01)  # and frequencies
+    assert parts["Adam"] == pytest.approx(8 * adapter, rel=0.01)  # and step counts
+    linear = sum(p.numel() for p in layer) - 2 * 128  # but for two norms
+    assert on_gpu.phases["policy"]["weights"] == parts["weights"] - 2 * linear  # in bf16
 
 
 # --- models and work ---------------------------------------------------------------------------
@@ -194,7 +222,7 @@ def test_flags_change_one_by_one_until_it_fits(monkeypatch):
 
     monkeypatch.setattr(planner, "quick_peaks", peaks)
     monkeypatch.setattr(planner, "with_allowance", lambda tensors, on_gpu: tensors)
-    first = Made(flags(preset="h100"), 0, {}, {}, {})
+    first = Made(flags(preset="h100"), 0, 0, {}, {}, {})
     less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
     least = {"micro_batch_tokens": 2048, "eval_batch_size": 32, "gradient_checkpointing": True}
     found = planner.fitting(first, True)

@@ -1,0 +1,101 @@
+"""LoRA (arXiv 2106.09685): the model is frozen and small matrices beside its linear layers learn.
+
+    y = W x + alpha / r · B A x        A: (r, in), B: (out, r), which is 0 at first
+
+The layers are peft's, the adapter is one of peft's: in here is what the rest has to know of it.
+Whoever reads a weight takes `whole_weight`, whoever changes some takes `trained_parameters`.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ADAPTER = "adapter_model.safetensors"  # as peft names it, and what it puts before a tensor's name
+PREFIX = "base_model.model."
+
+
+def add_adapter(policy, args, on_gpu=None):
+    """Freeze the policy and give it an adapter as --lora_rank says, in place; 0 leaves it as it is.
+
+    A is drawn from torch's global generator. On a GPU the frozen matrices are stored in bf16, as
+    those of llms.kl_reference are and for the same reason; the adapter is fp32 as any weight that
+    learns.
+    """
+    if not args.lora_rank:
+        return
+    from peft import LoraConfig  # seconds, and not a requirement
+
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets),
+        lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    policy.add_adapter(config)
+    base = args.model_name  # an absolute path where it is one: an adapter may be moved
+    config.base_model_name_or_path = str(Path(base).resolve()) if os.path.isdir(base) else base
+    if policy.device.type == "cuda" if on_gpu is None else on_gpu:
+        for name, module in policy.get_decoder().named_modules():
+            if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
+                module.to(torch.bfloat16)
+
+
+def has_adapter(model):
+    return hasattr(model, "peft_config")
+
+
+def trained_parameters(model):
+    """What training may change: the adapter, of a model without one all parameters."""
+    named = list(model.named_parameters())
+    if has_adapter(model):
+        named = [(name, parameter) for name, parameter in named if ".lora_" in name]
+    return [parameter for _, parameter in named]
+
+
+def whole_weight(linear):
+    """The matrix (out, in) that a linear layer multiplies by, with its adapter folded in."""
+    names = [] if getattr(linear, "disable_adapters", True) else linear.active_adapters
+    return sum((linear.get_delta_weight(name) for name in names), linear.weight)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def adapter_tensors(model):
+    from peft import get_peft_model_state_dict
+
+    # Left to itself, peft would ask the hub whether the vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def save_adapter(model, file):
+    """Write the adapter alone, as peft does: its tensors, and beside them what it is."""
+    save_file(adapter_tensors(model), file)
+    model.peft_config["default"].save_pretrained(file.parent)
+
+
+def load_adapter(model, file, device="cpu"):
+    """Set the model's adapter to that in a file. Raises ValueError where it is another one's."""
+    from peft import set_peft_model_state_dict
+
+    tensors = load_file(file, device)
+    expected = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise ValueError(f"{Path(file).name} is of another adapter")
+    set_peft_model_state_dict(model, tensors)
+
+
+def with_adapter(model, folder):
+    """The model with the adapter in a directory, any that peft can merge, folded into its weights.
+
+    Raises whatever peft does where the two do not fit.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.requires_grad_()  # peft has frozen it
