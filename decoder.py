@@ -42,7 +42,7 @@ def joined(linears, dtype):
     oneDNN lays it out for its kernels once, which otherwise happens at every token as well.
     The function takes the input and, optionally, what to add to the output.
     """
-    weight = torch.cat([whole_weight(linear) for linear in linears]).to(dtype)
+    weight = torch.cat([whole_weight(linear, dtype) for linear in linears])
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)

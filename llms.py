@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flags import EMBEDDED_MODEL, base_and_adapters
-from lora import has_adapter, with_adapter
+from lora import has_adapter, settle_in_bfloat16, with_adapter
 from sharding import gathering, is_sharded, whole_copy
 from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 from utils import UserError
@@ -65,6 +65,8 @@ def load_model(model_name, device, token=None):
                                 "are of two models, or damaged")  # fmt: skip
         for folder in adapters:
             model = with_adapter(model, folder)
+        if adapters and torch.device(device).type == "cuda":
+            settle_in_bfloat16(model)
         stops = stop_token_ids(model, tokenizer)
     if not stops:
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "

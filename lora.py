@@ -53,10 +53,27 @@ def trained_parameters(model):
     return [parameter for _, parameter in named]
 
 
-def whole_weight(linear):
+def whole_weight(linear, dtype):
     """The matrix (out, in) that a linear layer multiplies by, with its adapter folded in."""
     names = [] if getattr(linear, "disable_adapters", True) else linear.active_adapters
-    return sum((linear.get_delta_weight(name) for name in names), linear.weight)
+    weight = sum((linear.get_delta_weight(name) for name in names), linear.weight)
+    return dithered(weight) if names and dtype == torch.bfloat16 else weight.to(dtype)
+
+
+def dithered(weight):
+    """fp32 as bf16, up or down by chance so that the mean is kept. What is bf16 already stays.
+
+    Most models come in bf16, and to the nearest an adapter's small changes would mostly be undone:
+    after a first step at 1.5e-4, two thirds of what it had done to SmolLM2-135M's log-probs were
+    gone, against 2 % this way.
+    """
+    generator = torch.Generator(weight.device).manual_seed(0)  # the same chance for all batches
+    noise = torch.randint(
+        2**16, weight.shape, generator=generator, dtype=torch.int32, device=weight.device
+    )
+    # bf16 is the upper half of fp32.
+    bits = weight.float().contiguous().view(torch.int32).add(noise).bitwise_and(-(2**16))
+    return bits.view(torch.float32).bfloat16()
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -99,3 +116,11 @@ def with_adapter(model, folder):
         warnings.filterwarnings("error", "Found missing adapter keys")
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return merged.requires_grad_()  # peft has frozen it
+
+
+@torch.no_grad()
+def settle_in_bfloat16(model):
+    """Give the decoder's matrices values that bf16 has, for autocast would take the nearest."""
+    for module in model.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.copy_(dithered(module.weight))

@@ -102,7 +102,7 @@ class Run:
 
     def _write(self, name, rows, mode="w"):
         if self.writes:
-            write_jsonl(self.path / name, rows, mode)
+            write_jsonl(self.path / name, rows, mode=mode)
 
     def log_evaluation(self, step, summary, records):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""

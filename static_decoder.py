@@ -56,7 +56,7 @@ class StaticLinear:
 
     def __init__(self, linears, dtype):
         self.linears = linears
-        self.weight = static(torch.cat([whole_weight(linear).to(dtype) for linear in linears]))
+        self.weight = static(torch.cat([whole_weight(linear, dtype) for linear in linears]))
         self.bias = None
         if linears[0].bias is not None:
             self.bias = static(torch.cat([linear.bias.to(dtype) for linear in linears]))
@@ -64,7 +64,7 @@ class StaticLinear:
     def copy_weights(self):
         sizes = [linear.out_features for linear in self.linears]
         for part, linear in zip(self.weight.split(sizes), self.linears):
-            part.copy_(whole_weight(linear))
+            part.copy_(whole_weight(linear, part.dtype))
         if self.bias is not None:
             for part, linear in zip(self.bias.split(sizes), self.linears):
                 part.copy_(linear.bias)

@@ -57,6 +57,8 @@ def log_row(trackers, row):
 
 def log_evaluation(trackers, row, records=()):
     """Log a line of eval.jsonl, and the first of its records."""
+    if not trackers:
+        return
     names = {name: f"eval/{name}" if name.startswith(ALSO_OF_A_STEP) else name for name in row}
     log_row(trackers, {names[name]: value for name, value in row.items()})
     answers = [[record[name] for name in COLUMNS] for record in records[:ANSWERS]]

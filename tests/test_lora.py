@@ -23,7 +23,14 @@ from decoder import Decoder
 from evaluation import evaluate
 from flags import PEFT, parse_args
 from llms import kl_reference, load_model
-from lora import ADAPTER, add_adapter, save_adapter, trained_parameters, whole_weight
+from lora import (
+    ADAPTER,
+    add_adapter,
+    save_adapter,
+    settle_in_bfloat16,
+    trained_parameters,
+    whole_weight,
+)
 from main import update_policy
 from optimizer import make_optimizer
 from paged_sampler import engine_model
@@ -98,13 +105,32 @@ def test_what_is_sampled_has_the_log_probs_of_the_model_with_its_adapter():
 def test_a_folded_weight_does_what_the_layer_does(dtype, tolerance):
     layer = adapted(dtype=dtype).model.layers[0].self_attn.q_proj
     x = torch.randn(5, 32, dtype=dtype, generator=generator())
-    folded = torch.nn.functional.linear(x, whole_weight(layer), layer.bias)
+    folded = torch.nn.functional.linear(x, whole_weight(layer, dtype), layer.bias)
     assert (folded - layer(x)).abs().max() < tolerance
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     by_hand = layer.base_layer.weight + 6 / 3 * b @ a
-    assert (whole_weight(layer) - by_hand).abs().max() < tolerance
+    assert (whole_weight(layer, dtype) - by_hand).abs().max() < tolerance
     plain = layer.base_layer
-    assert whole_weight(plain) is plain.weight
+    assert whole_weight(plain, dtype) is plain.weight
+
+
+def test_folded_into_bf16_an_adapter_too_small_for_it_keeps_its_mean():
+    model = adapted(dtype=torch.float32, learnt=False)
+    layer, step = model.model.layers[0].mlp.gate_proj, 2**-7  # of bf16 from 1 on
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(-1.0)
+        assert torch.equal(whole_weight(layer, torch.bfloat16), layer.weight.bfloat16())
+        layer.lora_A["default"].weight.fill_(1.0)
+        layer.lora_B["default"].weight.fill_(-0.3 * step / 6)  # 3 ranks, scaled by 2
+        whole = whole_weight(layer, torch.bfloat16)
+        settled = make_model(vocab_size=40)
+        settled.model.layers[0].mlp.gate_proj.weight.copy_(whole_weight(layer, torch.float32))
+        settle_in_bfloat16(settled)
+    assert set(whole.unique().tolist()) == {-1.0, -1.0 - step}
+    assert (whole == -1 - step).float().mean().item() == pytest.approx(0.3, abs=0.04)  # of 1536
+    assert torch.equal(settled.model.layers[0].mlp.gate_proj.weight, whole.float())
+    weight = settled.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(weight, weight.bfloat16().float())
 
 
 def test_the_static_decoder_renews_its_copy_when_the_adapter_has_learnt():

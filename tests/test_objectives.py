@@ -314,7 +314,9 @@ def test_an_update_with_any_objective_has_the_naive_gradient_however_it_is_cut(
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     parts, part_metrics = gradients(model, rollouts, accelerator, micro_batch_tokens=30, **settings)
     assert distance(parts, actual) < 1e-5
-    assert part_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    assert part_metrics == pytest.approx(
+        {**metrics, "tokens/padded": part_metrics["tokens/padded"]}, rel=1e-5, abs=1e-7
+    )
 
 
 def test_a_flat_group_takes_part_in_the_entropy_bonus(off_policy, accelerator):

@@ -507,9 +507,10 @@ def test_what_is_judged_is_never_carried_out(monkeypatch):
     module = type(sys)("careless.verifier")
     monkeypatch.setitem(sys.modules, "careless.verifier", module)
     with judge.without_eval("careless"):
-        assert module.eval("[1, 'a']") == [1, "a"]
+        read = vars(module)["eval"]
+        assert read("[1, 'a']") == [1, "a"]
         with pytest.raises(ValueError, match="malformed"):
-            module.eval("print(1)")
+            read("print(1)")
     assert not hasattr(module, "eval")
 
 
