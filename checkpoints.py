@@ -207,13 +207,8 @@ class Saver:
             if self.sharded:
                 parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
                 for parameter, state in zip(parameters, moments.values()):
-                    state.update(
-                        {
-                            k: like(v, parameter)
-                            for k, v in state.items()
-                            if v.shape == parameter.shape
-                        }
-                    )
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = like(state[name], parameter)
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise UserError(f"--resume: {start.path} does not fit --model_name "
@@ -247,11 +242,10 @@ class Saver:
         """From here on the weights are of no step, or files are being written: signals wait."""
         self.held = True
 
-    def _release(self):
+    def _release(self, together=False):
         self.held = False
-        if (
-            self.signal is not None and self.main and not self.sharded
-        ):  # it waited, or something has swallowed its exception
+        heeded = together or (self.main and not self.sharded)
+        if self.signal is not None and heeded:  # it waited, or something swallowed its exception
             raise Stopped(self.signal)
 
     def completed(self, done, skipped=0):
@@ -261,12 +255,9 @@ class Saver:
         """
         self.done = done
         if self.sharded:
-            signals = everyones(self.signal, self.accelerator)
-            self.signal = next(filter(None, signals), None)
-            if self.signal is not None:
-                raise Stopped(self.signal)
+            self.signal = next(filter(None, everyones(self.signal, self.accelerator)), None)
         self.skips = self.skips + 1 if skipped else 0
-        self._release()
+        self._release(together=self.sharded)
         if self.skips == SKIPS:
             raise UserError(f"loss or gradient not finite in {SKIPS} steps in a row, all skipped"
                             f"{self._whole()}; lower --learning_rate in a new run")  # fmt: skip

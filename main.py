@@ -167,6 +167,7 @@ def train(args):
         run.draw(args.num_train_iters, with_report=True)
         finish_trackers(trackers)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
+    accelerator.state.destroy_process_group()
 
 
 def is_due(done, every):

@@ -102,10 +102,10 @@ def whole_state(policy, optimizer, keep):
         return None, moments
 
     def gathered(value):
-        value = whole_tensor(value)
+        value = whole_tensor(value.detach())
         return value.cpu() if keep else None
 
-    return _mapped(gathered, policy.state_dict()), _mapped(gathered, moments)
+    return _mapped(gathered, dict(policy.named_parameters())), _mapped(gathered, moments)
 
 
 def _mapped(function, tree):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -15,12 +16,15 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
+from safetensors.torch import load_file
 
 import main
+from checkpoints import Saver, checkpoint_to_resume
 from cold_start import cold_start
 from evaluation import evaluate_policy
 from evaluator import score
 from grpo import group_advantages
+from interrupts import Stopped
 from llms import frozen_copy
 from optimizer import make_optimizer
 from processes import everyones, everyones_rollouts, from_main, own_groups, own_part
@@ -166,8 +170,7 @@ def spread(completion, problem):
     return len(completion) % 5 / 4
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "name"), zip((2, 3, 2, 3), SETTINGS))
 def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator):
     """Samples, every gradient to 1e-5 of its norm (in fp64: to rounding), metrics, and answers."""
     alone = step_of(SETTINGS[name], accelerator)
@@ -196,6 +199,51 @@ def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypa
             counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}
             assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
             assert summary == pytest.approx(alone[3]) and records == alone[4]
+
+
+def steps_of_ones(path, accelerator, sharded, until, resume=None, interrupted=None):
+    """AdamW's steps from gradients of one, saved at the last. Returns the saver's steps done."""
+    policy = make_model(seed=3)
+    args = make_args(
+        output_dir=str(path), keep_checkpoints=9, seed=1, resume=resume, learning_rate=0.01
+    )
+    if sharded:
+        shard(policy)
+    optimizer, _ = make_optimizer(policy, args)
+    start = from_main(lambda: checkpoint_to_resume(args), accelerator)
+    saver = Saver(args, {}, policy, make_tokenizer(), None, optimizer, start, accelerator)
+    try:
+        with saver:
+            while saver.done < until:
+                for parameter in policy.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+                if (saver.done, accelerator.process_index) == interrupted:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                saver.completed(saver.done + 1)
+            saver.save()
+    except Stopped as stop:
+        assert stop.number == signal.SIGTERM
+    return saver.done
+
+
+def test_a_sharded_policy_s_checkpoint_is_any_run_s_and_a_signal_to_one_process_stops_all(
+    tmp_path, accelerator
+):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert steps_of_ones(straight, accelerator, False, 4) == 4
+    stopped = in_processes(2, lambda both: steps_of_ones(run, both, True, 4, interrupted=(1, 1)))
+    assert stopped == [2, 2]
+    saved = run / "checkpoints" / "step_00002"
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    assert in_processes(2, lambda both: steps_of_ones(run, both, True, 3, "latest")) == [3, 3]
+    assert steps_of_ones(run, accelerator, False, 4, "latest") == 4
+    ends = [path / "checkpoints" / "step_00004" for path in (straight, run)]
+    for (name, whole), (again, resumed) in zip(
+        *(load_file(end / "model.safetensors").items() for end in ends), strict=True
+    ):
+        assert name == again and torch.equal(whole, resumed)
 
 
 def test_each_process_scores_its_own_completions_alone():
@@ -279,6 +327,7 @@ def data(tmp_path):
     return file
 
 
+@pytest.mark.faults  # for its length
 def test_a_run_of_several_processes_is_that_of_one_and_resumes_with_another_number(
     saved_models, data, tmp_path, several, command
 ):
