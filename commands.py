@@ -20,8 +20,8 @@ EVALUATION_FLAGS = (
     "reward_timeout",
 )  # fmt: skip
 CHAT_FLAGS = (
-    "preset", "seed", "dataset_name", "dataset_path", "difficulty", "max_completion_length",
-    "reward_weights", "reward_timeout",
+    "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
+    "max_completion_length", "reward_weights", "reward_timeout",
 )  # fmt: skip
 GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",

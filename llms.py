@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from flags import EMBEDDED_MODEL, base_and_adapters
 from lora import has_adapter, settle_in_bfloat16, with_adapter
-from sharding import gathering, is_sharded, whole_copy
+from sharding import gathering, is_sharded, whole_copy, whole_tensor
 from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 from utils import UserError
 
@@ -162,7 +162,7 @@ def kl_reference(policy, args, on_gpu=None):
 def mix_into(reference, policy, alpha):
     """Move the reference towards the policy: reference = (1 - alpha) reference + alpha policy."""
     for old, new in zip(reference.parameters(), policy.parameters()):
-        old.lerp_(new, alpha)
+        old.lerp_(whole_tensor(new), alpha)
 
 
 def chat_prompt(tokenizer, system_prompt, question):

@@ -106,7 +106,7 @@ def train(args):
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
-    shard_if_configured(policy, accelerator)
+    shard_if_configured(policy, args, accelerator)
     if not start:
         with phase("cold start"):
             cold_start(policy, tokenizer, train_problems, args, accelerator, task)

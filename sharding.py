@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from lora import has_adapter
 from processes import everyones
 from shared_prefix import micro_batches
 from utils import UserError
@@ -22,12 +21,15 @@ from utils import UserError
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def shard_if_configured(policy, accelerator):
+def shard_if_configured(policy, args, accelerator):
     """Cut the policy up where accelerate is configured for FSDP2. Raises UserError where it is
-    configured for anything else that this program does not do."""
+    configured for anything else that this program does not do, and for flags that do not fit."""
     if accelerator.is_fsdp2:
-        if has_adapter(policy):
+        if args.lora_rank:
             raise UserError("--lora_rank: adapters are not cut up; use 8x80gb_ddp.yaml")
+        if args.compile_sampler:
+            raise UserError("--compile_sampler: its graphs need weights that stay where they are, "
+                            "which FSDP2 moves; leave it out")  # fmt: skip
         shard(policy)
     elif accelerator.distributed_type not in SUPPORTED:
         kind = accelerator.distributed_type.value

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
 from safetensors.torch import load_file
 
@@ -29,8 +30,8 @@ from llms import frozen_copy
 from optimizer import make_optimizer
 from processes import everyones, everyones_rollouts, from_main, own_groups, own_part
 from rldatasets import Problem, Problems
-from sharding import shard, whole_tensor
-from utils import Stopwatch, read_jsonl
+from sharding import shard, shard_if_configured, whole_tensor
+from utils import Stopwatch, UserError, read_jsonl
 
 PROBLEMS = [Problem(f"{n} + {n * n}?", str(n + n * n), f"{n} + {n * n}") for n in range(7)]
 
@@ -277,6 +278,26 @@ def test_accelerate_reads_the_configurations(name, kind, processes):
     assert config.mixed_precision == "bf16"
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
+
+
+class Configured:
+    def __init__(self, kind, is_fsdp2):
+        self.distributed_type, self.is_fsdp2 = kind, is_fsdp2
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_fsdp2", "flags", "complaint"),
+    [
+        (DistributedType.FSDP, False, {}, "asks for FSDP, which is not supported"),
+        (DistributedType.DEEPSPEED, False, {}, "asks for DEEPSPEED, which is not supported"),
+        (DistributedType.FSDP, True, {"lora_rank": 8}, "--lora_rank: adapters are not cut up"),
+        (DistributedType.FSDP, True, {"compile_sampler": True}, "--compile_sampler: its graphs"),
+    ],
+)
+def test_configurations_that_would_not_work_are_refused(kind, is_fsdp2, flags, complaint):
+    args = make_args(**{"lora_rank": 0, "compile_sampler": False, **flags})
+    with pytest.raises(UserError, match=complaint):
+        shard_if_configured(None, args, Configured(kind, is_fsdp2))
 
 
 # --- the whole command -------------------------------------------------------------------------
