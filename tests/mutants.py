@@ -43,7 +43,7 @@ class Mutant:
     "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
     "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py", "test_lora.py",
 )  # fmt: skip
-TASKS, COUNTDOWN = "test_tasks.py", "test_countdown.py"
+TASKS, COUNTDOWN, PROCESSES = "test_tasks.py", "test_countdown.py", "test_processes.py"
 
 MUTANTS = [
     # --- advantages
@@ -146,10 +146,9 @@ MUTANTS = [
     Mutant("dynamic sampling draws once",
            "if has_signal(rewards.total).sum() >= args.questions_per_step:", "if True:", RUNS),
     Mutant("every step samples with the same numbers",
-           "manual_seed(mixed_seed(args.seed, draw))", "manual_seed(args.seed)",
-           "test_paged_sampler.py"),
-    Mutant("the cold start averages each solution", "share = -logprobs.sum() / tokens",
-           "share = -logprobs.sum() / logprobs.numel()", RUNS),
+           "[mixed_seed(args.seed, draw, q)", "[mixed_seed(args.seed, q)", RUNS),
+    Mutant("the cold start averages each solution", "mine[batch.rows]).sum() / tokens",
+           "mine[batch.rows]).sum() / logprobs.numel()", RUNS),
     Mutant("the cold start teaches no end", "return prompt, [*ids, tokenizer.eos_token_id]",
            "return prompt, ids", RUNS),
     Mutant("a resumed run warms up again", "last_epoch=done - 1", "last_epoch=-1",
@@ -179,13 +178,25 @@ MUTANTS = [
            'dtype=torch.float32, attn_implementation="sdpa", token=token',
            'dtype="auto", attn_implementation="sdpa", token=token', LLMS),
     Mutant("a reference that learns",
-           "copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()",
-           "copy.deepcopy(model, dict(shared)).eval()", LLMS),
+           "reference = copied.requires_grad_(False).eval()",
+           "reference = copied.eval()", LLMS),
     Mutant("a reference that is the policy",
            "reference = frozen_copy(policy, torch.bfloat16 if rounded else None)",
            "reference = policy", LLMS),
-    Mutant("the reference moves by 1 - alpha", "old.lerp_(new, alpha)", "old.lerp_(new, 1 - alpha)",
+    Mutant("the reference moves by 1 - alpha", "old.lerp_(whole_tensor(new), alpha)",
+           "old.lerp_(whole_tensor(new), 1 - alpha)",
            LLMS),
+    # --- several processes
+    Mutant("every process keeps its own gradient", "torch.distributed.all_reduce(parameter.grad)",
+           "pass", PROCESSES),
+    Mutant("all processes train on all groups", "[owner == accelerator.process_index for owner",
+           "[True for owner", PROCESSES),
+    Mutant("every process samples the same numbers", "seeds = own_part([mixed_seed",
+           "seeds = list([mixed_seed", PROCESSES),
+    Mutant("sharded gradients are averaged", "module.set_gradient_divide_factor(1.0)",
+           "module.set_gradient_divide_factor(2.0)", PROCESSES),
+    Mutant("an idle pass has weight", "weights * weights.new_tensor(own)[:, None, None]",
+           "weights", PROCESSES),
     # --- adapters
     Mutant("the sampler leaves the adapter out",
            'names = [] if getattr(linear, "disable_adapters", True) else linear.active_adapters',

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -419,6 +420,28 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     assert main.sample_groups(
         model, tokenizer, problems, range(5), args, accelerator, TASK
     ).texts == (rollouts.texts)
+
+
+def test_every_draw_of_every_question_has_a_seed_of_its_own(accelerator, monkeypatch):
+    seen = []
+    real = main.sample_groups
+    monkeypatch.setattr(
+        main, "sample_groups", lambda *inputs: seen.extend(inputs[3]) or real(*inputs)
+    )
+    tokenizer = make_tokenizer()
+    args = make_args(
+        seed=3, group_size=2, questions_per_step=3, max_draws=2, sampling_batch_size=0, top_k=0,
+        top_p=1.0, min_p=0.0, sampler="shared_prefix", compile_sampler=False, reward_weights={},
+        reward_timeout=None, overlong_buffer=0, max_completion_length=2,
+    )  # fmt: skip
+    problems = Problems([Problem(f"{n}?", str(n), "") for n in range(5)], 0)
+    run = SimpleNamespace(save_step=lambda *_: None)
+    for step in range(2):
+        main.draw_groups(
+            make_model(vocab_size=len(tokenizer)), tokenizer, problems, step, run, args,
+            accelerator, Stopwatch(), TASK,
+        )  # fmt: skip
+    assert len(seen) == len(set(seen)) == 12
 
 
 # --- the optimizer's recipe --------------------------------------------------------------------
