@@ -343,7 +343,7 @@ def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
             8,
             200,
             0.9,
-            seeds(),
+            seeds(9),
             top_k=20,
             top_p=0.9,
             min_p=0.01,
