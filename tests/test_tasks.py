@@ -653,25 +653,15 @@ def latex():
         task.JUDGE.stop()
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer", "right"),
-    [
-        (r"\frac{3}{4}", "0.75", True), (r"\frac{3}{4}", r"\boxed{\frac{6}{8}}", True),
-        (r"\frac{3}{4}", "3/4", True), (r"\frac{3}{4}", r"$\dfrac34$", True),
-        (r"2\sqrt{3}", r"\sqrt{12}", True), (r"(3, \frac{\pi}{2})", r"\left(3, \pi/2\right)", True),
-        ("1,080", "1080", True), ("12", r"12^\circ", True), (r"\text{Evelyn}", "Evelyn", True),
-        (r"\frac{3}{4}", "0.74", False), ("12", "13", False), (r"2\sqrt{3}", "3.46", False),
-        ("12", "12 or 13", False), ("12", r"\boxed{12}\boxed{13}", False), ("5", "", False),
-        ("5", "9" * 10_000, False), ("5", r"\frac{", False), ("5", "(" * 12 + "5", False),
-        ("5", "__import__('os').abort()", False), ("5", r"\boxed{print(5)}", False),
-        ("5", r"9^{9^{9^{9^9}}}", False), (r"\frac{5}{2}", "2.5", True),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_an_answer_in_latex_is_right_where_it_equals_the_gold_one(latex, gold, answer, right):
-    problem = Problem("?", gold, "")
-    assert latex.is_correct(written(answer), problem) is right
-    assert latex.correctness(written(answer), problem) == 2.0 * right
+def test_math_is_read_from_a_file(latex, tmp_path):
+    row = {"answer": r"\frac{1}{2}", "solution": "It is.", "level": 1}
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({**row, "problem": f"{i}?"}) + "\n" for i in range(20)))
+    task = load_task(args_of("math", dataset_path=str(path)))
+    problem = task.problems("test")[0]
+    assert (problem.answer, problem.extra) == (r"\frac{1}{2}", {"level": 1})
+    assert task.is_correct(written("0.5"), problem)
+    assert next(f(written("0.5"), problem) for f in task.reward_functions) == 2.0
 
 
 def test_numbers_on_the_way_are_read_and_nothing_is_carried_out(latex):
@@ -683,12 +673,22 @@ def test_numbers_on_the_way_are_read_and_nothing_is_carried_out(latex):
             latex.number_or_name(code)
 
 
-def test_math_is_read_from_a_file(latex, tmp_path):
-    row = {"answer": r"\frac{1}{2}", "solution": "It is.", "level": 1}
-    path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps({**row, "problem": f"{i}?"}) + "\n" for i in range(20)))
-    task = load_task(args_of("math", dataset_path=str(path)))
-    problem = task.problems("test")[0]
-    assert (problem.answer, problem.extra) == (r"\frac{1}{2}", {"level": 1})
-    assert task.is_correct(written("0.5"), problem)
-    assert next(f(written("0.5"), problem) for f in task.reward_functions) == 2.0
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\frac{3}{4}", "0.75", True), (r"\frac{3}{4}", r"\boxed{\frac{6}{8}}", True),
+        (r"\frac{3}{4}", "3/4", True), (r"\frac{3}{4}", r"$\dfrac34$", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True), (r"(3, \frac{\pi}{2})", r"\left(3, \pi/2\right)", True),
+        ("1,080", "1080", True), ("12", r"12^\circ", True), (r"\text{Evelyn}", "Evelyn", True),
+        (r"\frac{3}{4}", "0.74", False), ("12", "13", False), (r"2\sqrt{3}", "3.46", False),
+        ("12", "12 or 13", False), ("12", r"\boxed{12}\boxed{13}", False), ("5", "", False),
+        ("5", "9" * 10_000, False), ("5", r"\frac{", False), ("5", "(" * 12 + "5", False),
+        ("5", "__import__('os').abort()", False), ("5", r"\boxed{print(5)}", False),
+        (r"\frac{5}{2}", "2.5", True), ("5", r"9^{9^{9^{9^9}}}", False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_in_latex_is_right_where_it_equals_the_gold_one(latex, gold, answer, right):
+    problem = Problem("?", gold, "")
+    assert latex.is_correct(written(answer), problem) is right
+    assert latex.correctness(written(answer), problem) == 2.0 * right
