@@ -1,7 +1,17 @@
 """Tasks: what the model is asked and how it is judged. A file here is one task.
 
-To add one, copy countdown.py to NAME.py; `--dataset_name NAME` picks it and no other file changes.
-It defines some of the following; what it leaves out is the default:
+To add one, write NAME.py here; `--dataset_name NAME` picks it and no other file changes (with
+`--preset cpu`, give --max_completion_length and --temperature too). A whole task:
+
+    from rldatasets import Problem
+
+    def problems(split, seed):
+        numbers = range(0, 100, 2) if split == "train" else range(1, 100, 2)
+        return [Problem(f"What is twice {n}?", str(2 * n), f"{n} + {n} = {2 * n}") for n in numbers]
+
+A Problem is (question, answer, solution, extra={}); where the solution is "", --cold_start_steps is
+0. "test" is the same for every seed, or runs could not be compared. A file defines some of the
+following; what it leaves out is the default:
 
 problems(split, seed)    the Problems of "train" or "test", two lists without a common question;
                          default: the lines of --dataset_path
