@@ -210,7 +210,7 @@ class Saver:
                     for name in ("exp_avg", "exp_avg_sq"):
                         state[name] = like(state[name], parameter)
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise UserError(f"--resume: {start.path} does not fit --model_name "
                             f"{self.args.model_name}: {str(error)[:80]!r}") from None  # fmt: skip
         self.done = self.on_disk = start.step
@@ -295,10 +295,10 @@ class Saver:
         written; the earlier ones are left as they are.
         """
         target = self.folder / f"step_{self.done:05d}"
-        if self.on_disk == self.done and (target.exists() or not self.main):
-            state = None
-        else:
-            state = whole_state(self.policy, self.optimizer, self.main)
+        there = self.on_disk == self.done and target.exists()
+        if self.sharded:  # it takes all of them to gather it
+            there = everyones(there, self.accelerator)[0]
+        state = None if there else whole_state(self.policy, self.optimizer, self.main)
         if not self.main:
             self.on_disk = self.done
             return
@@ -369,6 +369,8 @@ class Saver:
         if self.adapted and self.args.merge_lora:
             for part in load_whole_model(str(checkpoint), "cpu", hub_token()):
                 part.save_pretrained(new)
+            for path in new.iterdir():
+                _flush(path)
         else:
             shutil.copytree(
                 checkpoint, new, copy_function=_link,

@@ -229,8 +229,9 @@ def call(function, completion, problem, file=None, timeout=None, kind="reward fu
             complaint = f"returned {value!r}, not a finite number"
     if complaint:
         place = f"; see {file}" if file else ""
+        name = getattr(function, "__name__", "is_correct")
         raise UserError(
-            f"{kind} {function.__name__} {complaint[:80]} for {problem.question[:40]!r}, "
+            f"{kind} {name} {complaint[:80]} for {problem.question[:40]!r}, "
             f"completion {completion[:40]!r}{place}"
         )
     return float(value)

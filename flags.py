@@ -449,10 +449,14 @@ def saved_flags(output_dir):
 
 def check_same_flags(args, saved):
     """Raise UserError for flags that differ from the `saved` ones and may not."""
+    # That engine's draws depend on what is sampled together.
+    may_change = MAY_CHANGE - (
+        {"sampling_batch_size"} if getattr(args, "sampler", None) == "paged" else set()
+    )
     differing = [
         f"--{name} (was {value})"
         for name, value in saved.items()
-        if name not in MAY_CHANGE and hasattr(args, name) and getattr(args, name) != value
+        if name not in may_change and hasattr(args, name) and getattr(args, name) != value
     ]
     if differing:
         raise UserError(f"--resume: the run has other flags: {', '.join(differing)[:85]}; leave "

@@ -61,6 +61,7 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from processes import (
+    PATIENCE,
     everyones,
     everyones_rollouts,
     from_main,
@@ -86,7 +87,7 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", log_with=args.track or None,
-        project_dir=args.output_dir,
+        project_dir=args.output_dir, kwargs_handlers=[PATIENCE],
     )  # fmt: skip
     set_seed(args.seed)
     task = load_task(args)
@@ -218,13 +219,13 @@ def sample_groups(policy, tokenizer, problems, seeds, args, accelerator, task):
     prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
     parts = []
-    for start in range(0, len(prompts), at_once):
-        now = slice(start, start + at_once)
-        common = (
-            policy, tokenizer, prompts[now], args.group_size, args.max_completion_length,
-            args.temperature, seeds[now],
-        )  # fmt: skip
-        with accelerator.autocast(), whole(policy):
+    with accelerator.autocast(), whole(policy):
+        for start in range(0, len(prompts), at_once):
+            now = slice(start, start + at_once)
+            common = (
+                policy, tokenizer, prompts[now], args.group_size, args.max_completion_length,
+                args.temperature, seeds[now],
+            )  # fmt: skip
             if args.sampler == "paged":
                 parts.append(sample_rollouts_paged(*common))
             else:

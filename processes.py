@@ -10,10 +10,14 @@ With one process nothing in here does anything.
 
 import re
 from dataclasses import fields, replace
+from datetime import timedelta
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
+
+# How long processes wait for one another: the main one may fetch a model or write a checkpoint.
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=3))
 
 
 def own_part(items, accelerator):
@@ -64,16 +68,18 @@ def own_groups(sizes, accelerator):
 
 
 def sum_gradients(optimizer, accelerator):
-    """Make every gradient the sum of all processes'; where one has none, it counts as 0."""
+    """Make every gradient the sum of all processes'; where one has none, it counts as 0. Where none
+    has any, as in a step without signal, there is none, and the optimizer does nothing."""
     if accelerator.num_processes == 1:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if isinstance(parameter, DTensor):  # its backward pass has done it, see sharding.py
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # done, see sharding.py
+    if not any(everyones(any(p.grad is not None for p in parameters), accelerator)):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
 
 
 def summed(numbers, accelerator):
@@ -89,5 +95,5 @@ def summed(numbers, accelerator):
 
 def is_lost_contact(error):
     """Whether an error means that another process has ended, which has said why."""
-    text = "closed by peer|reset by peer|Broken pipe|Socket closed|Connection refused"
-    return isinstance(error, torch.distributed.DistError) or bool(re.search(text, str(error)))
+    text = "closed by peer|reset by peer|Broken pipe|Socket closed|remote process exited"
+    return bool(re.search(text, str(error)))

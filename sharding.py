@@ -30,6 +30,8 @@ def shard_if_configured(policy, args, accelerator):
         if args.compile_sampler:
             raise UserError("--compile_sampler: its graphs need weights that stay where they are, "
                             "which FSDP2 moves; leave it out")  # fmt: skip
+        if args.sampler == "paged":
+            raise UserError("--sampler paged: copies the model, which FSDP2 cannot; leave it out")
         shard(policy)
     elif accelerator.distributed_type not in SUPPORTED:
         kind = accelerator.distributed_type.value

@@ -103,7 +103,7 @@ def _made(make, path, seed, *rest):
     """Problems from a task's own function, on whose errors the user hears of the task's file."""
     *variant, split = rest
     with _errors_of(path):
-        problems = make(split, seed, *variant)
+        problems = list(make(split, seed, *variant))
     if not problems or not all(isinstance(problem, Problem) for problem in problems):
         raise UserError(f"{path}: problems({split!r}, {seed}) is not a list of Problems, or empty; "
                         "see rldatasets.Problem")  # fmt: skip

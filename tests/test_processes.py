@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
 from safetensors.torch import load_file
+from test_main import rollouts_from
 
 import main
 from checkpoints import Saver, checkpoint_to_resume
@@ -116,6 +117,7 @@ SETTINGS = {
     "dr_grpo, down-sampled": {"aggregation": "dr_grpo", "train_group_size": 2, "max_draws": 2},
     "fewer groups with signal than processes": {"kl_beta": 0.0, "only": 0},
 }
+UNEVEN = {"questions_per_step": 5, "sampling_batch_size": 6, "micro_batch_tokens": 60}
 
 
 def step_of(settings, accelerator, sharded=False):
@@ -189,7 +191,7 @@ def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator):
 
 def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypatch):
     """FSDP2 on two processes that have unequal numbers of passes, and one of them none at all."""
-    for settings in ({"kl_beta": 0.1, "micro_batch_tokens": 60}, SETTINGS["fewer groups with "
+    for settings in ({"kl_beta": 0.1, **UNEVEN}, SETTINGS["fewer groups with "
                      "signal than processes"]):  # fmt: skip
         alone = step_of(settings, accelerator)
         for texts, gradients, metrics, summary, records in in_processes(
@@ -200,6 +202,23 @@ def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypa
             counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}
             assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
             assert summary == pytest.approx(alone[3]) and records == alone[4]
+
+
+def test_a_step_without_signal_changes_nothing_in_several_processes_either(accelerator):
+    def weights(accelerator):
+        policy = make_model(vocab_size=20)
+        args = make_args(learning_rate=0.1)
+        optimizer, _ = make_optimizer(policy, args)
+        rollouts = rollouts_from(policy)
+        for advantages in (torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 3), torch.zeros(3, 4)):
+            before = [p.detach().clone() for p in policy.parameters()]
+            main.update_policy(
+                policy, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
+            )
+        return all(map(torch.equal, before, policy.parameters()))
+
+    assert weights(accelerator)
+    assert in_processes(2, weights) == [True, True]
 
 
 def steps_of_ones(path, accelerator, sharded, until, resume=None, interrupted=None):
@@ -292,10 +311,13 @@ class Configured:
         (DistributedType.DEEPSPEED, False, {}, "asks for DEEPSPEED, which is not supported"),
         (DistributedType.FSDP, True, {"lora_rank": 8}, "--lora_rank: adapters are not cut up"),
         (DistributedType.FSDP, True, {"compile_sampler": True}, "--compile_sampler: its graphs"),
+        (DistributedType.FSDP, True, {"sampler": "paged"}, "--sampler paged: copies the model"),
     ],
 )
 def test_configurations_that_would_not_work_are_refused(kind, is_fsdp2, flags, complaint):
-    args = make_args(**{"lora_rank": 0, "compile_sampler": False, **flags})
+    args = make_args(
+        **{"lora_rank": 0, "compile_sampler": False, "sampler": "shared_prefix", **flags}
+    )
     with pytest.raises(UserError, match=complaint):
         shard_if_configured(None, args, Configured(kind, is_fsdp2))
 
