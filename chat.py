@@ -9,14 +9,13 @@ import shutil
 import textwrap
 from contextlib import suppress
 
-import torch
-from accelerate import Accelerator
 from transformers import TextStreamer
 
 from evaluation import check_room, verdicts
 from evaluator import check_weights, score
 from grpo import group_advantages
 from llms import chat_prompt, load_model
+from processes import make_accelerator
 from rldatasets import Problem
 from sampler import sample_rollouts
 from tasks import load_task
@@ -37,8 +36,7 @@ class Printer(TextStreamer):
 
 def load(args):
     """(model, tokenizer, accelerator), as a run has them."""
-    on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    accelerator = make_accelerator()
     return *load_model(args.model_name, accelerator.device, hub_token()), accelerator
 
 

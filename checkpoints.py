@@ -33,7 +33,7 @@ from llms import load_model as load_whole_model
 from lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from processes import everyones
 from sharding import is_sharded, like, whole_state
-from utils import UserError, hub_token
+from utils import UserError, hub_token, parameters_of
 
 OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -205,8 +205,7 @@ class Saver:
             moments = torch.load(start.path / OPTIMIZER, map_location=device, weights_only=True)
             groups = self.optimizer.state_dict()["param_groups"]  # rates are those of the flags
             if self.sharded:
-                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                for parameter, state in zip(parameters, moments.values()):
+                for parameter, state in zip(parameters_of(self.optimizer), moments.values()):
                     for name in ("exp_avg", "exp_avg_sq"):
                         state[name] = like(state[name], parameter)
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

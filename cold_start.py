@@ -7,9 +7,8 @@ from tqdm import tqdm
 from llms import chat_prompt, completion_logprobs
 from lora import trained_parameters
 from optimizer import apply_gradients
-from processes import own_groups, sum_gradients, summed
-from sharding import idle_passes
-from shared_prefix import micro_batches
+from processes import sum_gradients, summed
+from sharding import own_batches
 
 
 def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
@@ -29,13 +28,14 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
             for rows in zip(*(worked_ids(tokenizer, problem, task) for problem in problems))
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
-        own = own_groups([len(target) for target in targets], accelerator)
-        lengths = [[len(target) * is_own] for target, is_own in zip(targets, own)]  # 0: left out
+        lengths = [[len(target)] for target in targets]
+        own, _, batches, idle = own_batches(
+            policy, prompts, lengths, args.micro_batch_tokens, accelerator
+        )
         tokens = sum(map(len, targets))
         mine = torch.tensor(own, device=accelerator.device)[:, None]  # (Q, 1)
         loss = torch.zeros((), device=accelerator.device)
-        batches = micro_batches(prompts, lengths, args.micro_batch_tokens)
-        for batch in batches + idle_passes(policy, prompts, lengths, own, batches, accelerator):
+        for batch in batches + idle:
             with accelerator.autocast():
                 logprobs = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
             share = -(logprobs * mine[batch.rows]).sum() / tokens

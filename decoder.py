@@ -37,9 +37,9 @@ def joined(linears, dtype):
     """Linear layers that read the same input as one function, with a copy of their weights.
 
     The copy is made anew for every batch of rollouts, since the weights have moved; an adapter is
-    folded into it and costs nothing more. On a GPU under
-    autocast it is in bf16; autocast alone would round every weight again at every token. On a CPU
-    oneDNN lays it out for its kernels once, which otherwise happens at every token as well.
+    folded into it and costs nothing more. On a GPU under autocast it is in bf16; autocast alone
+    would round every weight again at every token. On a CPU oneDNN lays it out for its kernels once,
+    which otherwise happens at every token as well.
     The function takes the input and, optionally, what to add to the output.
     """
     weight = torch.cat([whole_weight(linear, dtype) for linear in linears])

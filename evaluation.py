@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from comparison import summarize
@@ -16,7 +14,7 @@ from evaluator import (
     score,
 )
 from llms import chat_prompt, load_model
-from processes import everyones, own_part
+from processes import everyones, make_accelerator, own_part
 from runlog import Run, evaluation_table
 from sampler import sample_rollouts
 from sharding import whole
@@ -28,7 +26,7 @@ def evaluate(
     model, tokenizer, problems, max_new_tokens, batch_size, task, tick=None,
     samples=0, temperature=1.0, seed=0, reward_timeout=None,
 ):  # fmt: skip
-    """Answer every problem greedily. Returns (summary, records), one record per problem.
+    """Answer every problem greedily. Returns records, one per problem, for `summarize`.
 
     Accuracy is the task's `is_correct`, not a reward, so that editing the rewards cannot change
     it. With `samples`, that many more answers to each problem are drawn at `temperature`,
@@ -81,7 +79,7 @@ def evaluate(
                     {"completion": text, **verdicts(text, problems[i], task, reward_timeout)}
                     for text in texts
                 ]
-    return summarize(records), records
+    return records
 
 
 def verdicts(completion, problem, task, timeout):
@@ -108,7 +106,7 @@ def evaluate_policy(policy, tokenizer, problems, args, accelerator, task, step):
         accelerator.autocast(),
         whole(policy),
     ):
-        _, records = evaluate(
+        records = evaluate(
             policy, tokenizer, own, args.max_completion_length, args.eval_batch_size,
             task, bar.update, args.eval_samples, args.temperature,
             mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
@@ -130,8 +128,7 @@ def check_room(policy, tokenizer, problems, max_completion_length, task):
 
 def evaluate_and_save(args):
     """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
-    on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    accelerator = make_accelerator()
     task = load_task(args)
     problems = task.problems("test")[: args.eval_problems or None]
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())

@@ -39,7 +39,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from statistics import fmean
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -61,12 +60,11 @@ from optimizer import apply_gradients, make_optimizer
 from paged_sampler import sample_rollouts_paged
 from planner import plan
 from processes import (
-    PATIENCE,
     everyones,
     everyones_rollouts,
     from_main,
     is_lost_contact,
-    own_groups,
+    make_accelerator,
     own_part,
     sum_gradients,
     summed,
@@ -74,8 +72,7 @@ from processes import (
 from reward_lint import warn
 from runlog import Run, show_progress, step_metrics, summary_table
 from sampler import joined_rollouts, sample_rollouts
-from sharding import idle_passes, shard_if_configured, whole
-from shared_prefix import micro_batches
+from sharding import own_batches, shard_if_configured, whole
 from tasks import load_task
 from token_log import watch_tokens
 from trackers import finish_trackers, start_trackers
@@ -85,10 +82,7 @@ from weight_meter import WeightMeter
 def train(args):
     """One run, from the loaded model, or where it stopped (--resume), to the last step's."""
     on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", log_with=args.track or None,
-        project_dir=args.output_dir, kwargs_handlers=[PATIENCE],
-    )  # fmt: skip
+    accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
     check_weights(args.reward_weights, task.reward_functions)
@@ -259,11 +253,10 @@ def update_policy(
         mask = mask & learnable[:, :, None]
     trained_tokens = mask.sum().clamp(min=1)
     lengths = mask.sum(-1).tolist()
-    own = own_groups([sum(group) for group in lengths], accelerator)
-    lengths = [[n * mine for n in group] for group, mine in zip(lengths, own)]  # 0: left out
+    own, lengths, batches, idle = own_batches(
+        policy, rollouts.prompt_ids, lengths, args.micro_batch_tokens, accelerator
+    )
     weights = weights * weights.new_tensor(own)[:, None, None]
-    batches = micro_batches(rollouts.prompt_ids, lengths, args.micro_batch_tokens)
-    idle = idle_passes(policy, rollouts.prompt_ids, lengths, own, batches, accelerator)
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
 

@@ -6,6 +6,7 @@ import torch
 
 from lora import trained_parameters
 from sharding import whole_tensor
+from utils import parameters_of
 from weight_meter import keep_in_bfloat16
 
 
@@ -14,7 +15,7 @@ def apply_gradients(optimizer, loss, max_grad_norm):
 
     A loss or gradient that is not finite leaves weights and Adam's moments untouched.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     grad_norm = whole_tensor(grad_norm)
     finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))

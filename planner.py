@@ -33,7 +33,7 @@ from optimizer import make_optimizer
 from sampler import sample_tokens
 from shared_prefix import WITHOUT_GRADIENT, micro_batches
 from tracker import Machine, Tracker
-from utils import hub_token
+from utils import hub_token, parameters_of
 
 GB = 1e9
 PARTS = (
@@ -401,9 +401,8 @@ def step_plan(policy, args, on_gpu=False, machine=None):
 
 def fill_moments(optimizer):
     """Have Adam make its moments, as its first step does."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in parameters_of(optimizer):
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -13,11 +13,23 @@ from dataclasses import fields, replace
 from datetime import timedelta
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
+from utils import parameters_of
+
 # How long processes wait for one another: the main one may fetch a model or write a checkpoint.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+
+
+def make_accelerator(**more):
+    """accelerate's Accelerator for this machine: bf16 autocast on a GPU, plain fp32 on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    return Accelerator(
+        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", kwargs_handlers=[PATIENCE],
+        **more,
+    )  # fmt: skip
 
 
 def own_part(items, accelerator):
@@ -72,8 +84,8 @@ def sum_gradients(optimizer, accelerator):
     has any, as in a step without signal, there is none, and the optimizer does nothing."""
     if accelerator.num_processes == 1:
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # done, see sharding.py
+    # A sharded one's backward pass has summed it, see sharding.py.
+    parameters = [p for p in parameters_of(optimizer) if not isinstance(p, DTensor)]
     if not any(everyones(any(p.grad is not None for p in parameters), accelerator)):
         return
     for parameter in parameters:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from processes import everyones
+from processes import everyones, own_groups
 from shared_prefix import micro_batches
 from utils import UserError
 
@@ -133,16 +133,28 @@ def whole_copy(policy):
 
 def like(value, sharded):
     """A whole tensor cut up as another one is."""
-    if not isinstance(sharded, DTensor):
-        return value
     value = value.to(sharded.device_mesh.device_type)
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
-def idle_passes(policy, prompt_ids, lengths, own, batches, accelerator):
+def own_batches(policy, prompt_ids, lengths, budget, accelerator):
+    """What this process trains on: (own, lengths, batches, idle).
+
+    prompt_ids: Q tensors (P,), lengths: Q lists of numbers of tokens, budget: see micro_batches.
+    `own` (Q,) says which groups are this process's; `lengths` are those, 0 in other groups, and
+    `batches` their MicroBatches. `idle` are passes on top, over tokens of other groups, which must
+    have no weight here.
+    """
+    own = own_groups([sum(group) for group in lengths], accelerator)
+    lengths = [[n * is_own for n in group] for group, is_own in zip(lengths, own)]
+    batches = micro_batches(prompt_ids, lengths, budget)
+    idle = _idle_passes(policy, prompt_ids, lengths, own, batches, accelerator)
+    return own, lengths, batches, idle
+
+
+def _idle_passes(policy, prompt_ids, lengths, own, batches, accelerator):
     """Passes over a token that another process trains on, for all processes to have as many
-    MicroBatches: a sharded layer runs in all of them at once. `own` (Q,) says which groups are this
-    process's, whose `batches` are cut from `lengths` (Q, G); other groups must have no weight."""
+    MicroBatches: a sharded layer runs in all of them at once."""
     if not is_sharded(policy):
         return []
     missing = max(everyones(len(batches), accelerator)) - len(batches)

@@ -84,6 +84,11 @@ def mixed_seed(*parts):
     return random.Random(repr(parts)).getrandbits(63)
 
 
+def parameters_of(optimizer):
+    """What an optimizer changes, group by group, as a list."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def read_jsonl(path, torn_end=False):
     """The objects in a file of one JSON object per line, as (line number, object).
 

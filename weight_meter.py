@@ -11,6 +11,7 @@ import math
 import torch
 
 from sharding import local_tensor
+from utils import parameters_of
 
 SAMPLE = 2**20  # weights that are looked at, about
 
@@ -23,7 +24,7 @@ class WeightMeter:
     """
 
     def __init__(self, optimizer, sample=SAMPLE):
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = parameters_of(optimizer)
         total = sum(p.numel() for p in self.parameters)
         self.stride = next(filter(_is_prime, itertools.count(math.ceil(total / sample))))
         self.seen = []  # both shares (2,) of every update, on the device
@@ -72,9 +73,8 @@ def keep_in_bfloat16(optimizer):
 
     @torch.no_grad()
     def round_weights(*_):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.copy_(parameter.bfloat16())
+        for parameter in parameters_of(optimizer):
+            parameter.copy_(parameter.bfloat16())
 
     round_weights()
     optimizer.register_step_post_hook(round_weights)

@@ -8,6 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,6 +121,11 @@ def ratios(ours, theirs, prefix=""):
     return {name: round(value, 2) for name, value in zip(names, summary)}
 
 
+def span(result, prefix=""):
+    """What `ratios` gave, as a table shows it."""
+    return "{} ({}–{})".format(*(result[f"{prefix}ratio{end}"] for end in ("", "_min", "_max")))
+
+
 # --- ours --------------------------------------------------------------------------------------
 
 
@@ -137,7 +143,7 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     from accelerate import Accelerator
 
     from flags import parse_args
-    from llms import frozen_copy, kl_reference, load_model
+    from llms import kl_reference, load_model
     from lora import add_adapter
     from optimizer import make_optimizer
     from tasks import load_task
@@ -171,9 +177,7 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
     add_adapter(ours.policy, ours.flags)
-    ours.reference = kl_reference(ours.policy, ours.flags)
-    if ours.reference is not None and mixed_precision == "no":
-        ours.reference = frozen_copy(ours.policy)
+    ours.reference = kl_reference(ours.policy, ours.flags, mixed_precision == "bf16")
     ours.optimizer, ours.scheduler = make_optimizer(ours.policy, ours.flags)
     return ours
 
@@ -202,6 +206,35 @@ def our_step(ours, problems, number):
     )  # fmt: skip
     ours.scheduler.step()
     return rollouts, stopwatch.seconds
+
+
+def work_ours(args, lora_rank=0):
+    """One worker: a step of ours for every round on standard input. Each reply is the number of
+    tokens sampled, the seconds of sampling, of what follows the rewards (the update) and of all of
+    it, and the process's peak of memory so far."""
+    reply = reply_channel()
+    from utils import keep_freed_memory
+
+    keep_freed_memory()
+    import torch
+
+    from utils import parameters_of
+
+    ours = set_up(args, args.model_name, args.questions, lora_rank=lora_rank)
+    problems = load_questions(args)
+    trained = sum(parameter.numel() for parameter in parameters_of(ours.optimizer))
+    reply(f"{torch.get_num_threads()} threads, {ours.accelerator.device}, "
+          f"{ours.flags.micro_batch_tokens or 'all'} tokens per micro-batch, {trained:,} weights "
+          "trained")  # fmt: skip
+    for line in sys.stdin:
+        started = time.perf_counter()
+        rollouts, seconds = our_step(ours, problems.batch(int(line), args.questions), int(line))
+        step = time.perf_counter() - started
+        reply({
+            "tokens": int(rollouts.completion_mask.sum()), "sampling": seconds["sampling"],
+            "update": step - seconds["sampling"] - seconds["rewards"], "step": step,
+            "peak_gib": peak_gib(),
+        })  # fmt: skip
 
 
 def peak_gib():

@@ -12,19 +12,15 @@ The last line is JSON: medians over rounds, ratios LoRA / full with their range 
 
 import json
 import sys
-import time
 
 from common import (
-    load_questions,
     median,
-    our_step,
-    peak_gib,
     ratios,
-    reply_channel,
-    set_up,
+    span,
     table,
     take_turns,
     training_flags,
+    work_ours,
     workload_parser,
 )
 
@@ -37,7 +33,7 @@ def main(argv=None):
     parser.add_argument("--lora_rank", type=int, default=16)
     args = parser.parse_args(argv)
     if args.worker:
-        return work(args)
+        return work_ours(args, args.lora_rank if args.worker == "lora" else 0)
     replies = take_turns(__file__, argv, ("full", "lora"), args, show)
     print(json.dumps(summary(args, replies)))
 
@@ -61,9 +57,8 @@ def summary(args, replies):
         for side in replies:
             result[f"{side}_{name}_seconds"] = median(seconds[side][name], 3)
         result |= ratios(seconds["lora"][name], seconds["full"][name], f"{name}_")
-        span = "{} ({}–{})".format(*(result[f"{name}_ratio{end}"] for end in ("", "_min", "_max")))
         rows.append((f"{name}, s", *(result[f"{side}_{name}_seconds"] for side in ("lora", "full")),
-                     span))  # fmt: skip
+                     span(result, f"{name}_")))  # fmt: skip
     for side in replies:
         result[f"{side}_peak_gib"] = round(peaks[side], 2)
     result["memory_ratio"] = round(peaks["lora"] / peaks["full"], 2)
@@ -71,31 +66,6 @@ def summary(args, replies):
                  result["memory_ratio"]))  # fmt: skip
     print(table(rows))
     return result
-
-
-def work(args):
-    """One worker: a step for every round on standard input."""
-    reply = reply_channel()
-    from utils import keep_freed_memory
-
-    keep_freed_memory()
-    import torch
-
-    rank = args.lora_rank if args.worker == "lora" else 0
-    ours = set_up(args, args.model_name, args.questions, lora_rank=rank)
-    trained = sum(p.numel() for group in ours.optimizer.param_groups for p in group["params"])
-    problems = load_questions(args)
-    reply(f"{trained:,} weights trained, {torch.get_num_threads()} threads, "
-          f"{ours.accelerator.device}")  # fmt: skip
-    for line in sys.stdin:
-        started = time.perf_counter()
-        rollouts, spent = our_step(ours, problems.batch(int(line), args.questions), int(line))
-        step = time.perf_counter() - started
-        reply({
-            "tokens": int(rollouts.completion_mask.sum()), "sampling": spent["sampling"],
-            "update": step - spent["sampling"] - spent["rewards"], "step": step,
-            "peak_gib": peak_gib(),
-        })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,14 +121,11 @@ def sampler_of(run, step, flags):
 
 def point(file, step, model, names, flags):
     """The table of one place to look from; returns its figures."""
-    import torch
-    from accelerate import Accelerator
-
     from llms import load_model
+    from processes import make_accelerator
     from rollout_file import load_rollouts
 
-    on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    accelerator = make_accelerator()
     policy, _ = load_model(model, accelerator.device)
     rollouts, rewards, _, chosen = load_rollouts(file, accelerator.device)
     print(f"\nrollouts of step {step}, seen by {model}", flush=True)

@@ -33,14 +33,15 @@ from common import (
     load_questions,
     median,
     only_answer,
-    our_step,
     peak_gib,
     ratios,
     reply_channel,
     set_up,
+    span,
     table,
     take_turns,
     training_flags,
+    work_ours,
     workload_parser,
 )
 
@@ -103,16 +104,13 @@ def summary(args, replies):
     result["memory_ratio"] = round(peaks["ours"] / peaks["trl"], 2)
 
     def row(label, key, ratio):
-        span = f"{result[f'{ratio}_ratio']}"
-        if f"{ratio}_ratio_min" in result:
-            span += f" ({result[f'{ratio}_ratio_min']}–{result[f'{ratio}_ratio_max']})"
-        return label, result[f"ours_{key}"], result[f"trl_{key}"], span
+        return label, result[f"ours_{key}"], result[f"trl_{key}"], ratio
 
     print(table([
         ("", "ours", "TRL", "ratio"),
-        row("sampling, tokens/s", "sampling_tokens_per_second", "sampling"),
-        row("whole step, completions/s", "completions_per_second", "step"),
-        row("peak memory, GiB", "peak_gib", "memory"),
+        row("sampling, tokens/s", "sampling_tokens_per_second", span(result, "sampling_")),
+        row("whole step, completions/s", "completions_per_second", span(result, "step_")),
+        row("peak memory, GiB", "peak_gib", result["memory_ratio"]),
     ]))  # fmt: skip
     return result
 
@@ -167,14 +165,9 @@ def compare_losses(args, folder):
     ours.flags.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
     problems = load_questions(args).batch(0, args.questions)
     rollouts = sample_groups(
-        ours.policy,
-        ours.tokenizer,
-        problems,
-        range(len(problems)),
-        ours.flags,
-        ours.accelerator,
+        ours.policy, ours.tokenizer, problems, range(len(problems)), ours.flags, ours.accelerator,
         ours.task,
-    )
+    )  # fmt: skip
     advantages = group_advantages(score(rollouts, problems, [spread]).total)  # (Q, G)
     generator = torch.Generator(ours.policy.device).manual_seed(0)
     with torch.no_grad():
@@ -227,27 +220,6 @@ def compare_losses(args, folder):
 
 
 # --- workers -----------------------------------------------------------------------------------
-
-
-def work_ours(args):
-    """One worker: a step of ours for every round on standard input."""
-    reply = reply_channel()
-    from utils import keep_freed_memory
-
-    keep_freed_memory()
-    import torch
-
-    ours = set_up(args, args.model_name, args.questions)
-    problems = load_questions(args)
-    reply(f"{torch.get_num_threads()} threads, {ours.accelerator.device}, "
-          f"{ours.flags.micro_batch_tokens or 'all'} tokens per micro-batch")  # fmt: skip
-    for line in sys.stdin:
-        started = time.perf_counter()
-        rollouts, seconds = our_step(ours, problems.batch(int(line), args.questions), int(line))
-        spent = time.perf_counter() - started
-        tokens = int(rollouts.completion_mask.sum())
-        reply({"tokens": tokens, "sampling": seconds["sampling"], "step": spent,
-               "peak_gib": peak_gib()})  # fmt: skip
 
 
 def work_trl(args):

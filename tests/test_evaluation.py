@@ -10,6 +10,7 @@ from scipy import stats
 from test_evaluator import written
 
 import evaluation
+from comparison import summarize
 from evaluation import evaluate, evaluate_policy
 from llms import chat_prompt
 from rldatasets import SYSTEM_PROMPT, Problem
@@ -32,14 +33,13 @@ def toy():
 def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size(toy):
     runs = [evaluate(*toy, PROBLEMS, 12, size, TASK) for size in (1, 3, 100)]
     assert runs[0] == runs[1] == runs[2]
-    summary, records = runs[0]
-    assert [record["question"] for record in records] == [p.question for p in PROBLEMS]
-    assert summary["problems"] == 7
+    assert [record["question"] for record in runs[0]] == [p.question for p in PROBLEMS]
+    assert summarize(runs[0])["problems"] == 7
 
 
 def test_a_record_holds_all_that_was_asked_answered_and_judged(toy):
     model, tokenizer = toy
-    _, records = evaluate(model, tokenizer, PROBLEMS, 12, 4, TASK)
+    records = evaluate(model, tokenizer, PROBLEMS, 12, 4, TASK)
     assert list(records[2]) == [
         "question", "prompt", "answer", "completion", "parsed", "lenient_parsed", "correct",
         "lenient_correct", "format", "length", "finished", "rewards",
@@ -66,14 +66,15 @@ def saying(*texts):
 
 @pytest.fixture
 def judged(monkeypatch):
-    """evaluate(...) of given texts: problem i asks "i" and has the answer i."""
+    """(summary, records) of given texts: problem i asks "i" and has the answer i."""
 
     def judge(*texts, task=TASK, samples=0):
         monkeypatch.setattr(evaluation, "sample_rollouts", saying(*texts))
         monkeypatch.setattr(evaluation, "chat_prompt", lambda tokenizer, system, question: question)
         problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]
         model, tokenizer = SimpleNamespace(device="cpu"), SimpleNamespace(decode=str)
-        return evaluate(model, tokenizer, problems, 8, 2, task, samples=samples)
+        records = evaluate(model, tokenizer, problems, 8, 2, task, samples=samples)
+        return summarize(records), records
 
     return judge
 

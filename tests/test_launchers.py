@@ -1,6 +1,5 @@
 """main.py as torchrun and accelerate launch start it: real launchers, processes and signals."""
 
-import json
 import os
 import signal
 import subprocess
@@ -37,16 +36,13 @@ REWARD_FUNCTIONS = [patient, spiteful]
 @pytest.fixture
 def run(saved_models, tmp_path):
     """run(launcher, ...) starts a toy run in tmp_path/run."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     processes = []
 
     def start(launcher, *more, seconds=0.0, spite=False, resume=False):
         metrics = str(tmp_path / "run" / "metrics.jsonl") if spite else "/nowhere"
         rewards = tmp_path / "rewards.py"
         rewards.write_text(REWARDS.format(seconds=seconds, metrics=metrics))
-        flags = (*flags_of(saved_models, data, tmp_path / "run"), "--evaluator", rewards)
+        flags = (*flags_of(saved_models, tmp_path / "run"), "--evaluator", rewards)
         flags = ("--resume", "--output_dir", tmp_path / "run") if resume else flags
         process = subprocess.Popen(
             [*launcher, str(ROOT / "main.py"), *map(str, flags), *map(str, more)],

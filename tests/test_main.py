@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cold_start as cold_start_module
 import evaluator
 import main
+import sharding
 from cold_start import cold_start, worked_ids
+from comparison import summarize
 from evaluation import evaluate
 from flags import parse_args
 from llms import frozen_copy
@@ -182,7 +184,7 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     monkeypatch.setattr(main, "completion_logprobs", spy)
     without, _ = gradients(model, rollouts, accelerator)
     assert scored == [[5, 9, 3], [7, 7, 1, 3]]
-    monkeypatch.setattr(main, "micro_batches", lambda prompts, lengths, budget: [
+    monkeypatch.setattr(sharding, "micro_batches", lambda prompts, lengths, budget: [
         *micro_batches(prompts, rollouts.completion_mask.sum(-1).tolist(), 0)
     ])  # fmt: skip
     everything, _ = gradients(model, rollouts, accelerator)
@@ -391,11 +393,11 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
             accelerator,
             Stopwatch(),
         )
-        summary, _ = evaluate(model, tokenizer, [problem], 8, 4, TASK)
+        records = evaluate(model, tokenizer, [problem], 8, 4, TASK)
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    assert summary["problems"] == 1
+    assert summarize(records)["problems"] == 1
 
 
 def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
@@ -544,9 +546,9 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
         cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
     )
     cold_start(model, tokenizer, Problems([problem], 0), args, accelerator, TASK)
-    summary, [record] = evaluate(model, tokenizer, [problem], 80, 1, TASK)
+    [record] = evaluate(model, tokenizer, [problem], 80, 1, TASK)
     assert record["completion"] == WORKED
-    assert summary["accuracy"] == 1.0
+    assert summarize([record])["accuracy"] == 1.0
 
 
 # --- whole runs --------------------------------------------------------------------------------

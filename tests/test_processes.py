@@ -178,30 +178,29 @@ def test_a_step_of_several_processes_is_that_of_one(name, count, accelerator):
     """Samples, every gradient to 1e-5 of its norm (in fp64: to rounding), metrics, and answers."""
     alone = step_of(SETTINGS[name], accelerator)
     assert abs(alone[1]).max() > 1e-3
-    for texts, gradients, metrics, summary, records in in_processes(
-        count, lambda several: step_of(SETTINGS[name], several)
-    ):
-        assert texts == alone[0]
-        gap = abs(gradients - alone[1]).max() / abs(alone[1]).max()
-        assert gap < 1e-9
-        counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}  # passes differ
-        assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
-        assert summary == pytest.approx(alone[3]) and records == alone[4]
+    for step in in_processes(count, lambda several: step_of(SETTINGS[name], several)):
+        assert_same_step(step, alone, gap=1e-9)
 
 
-def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator, monkeypatch):
+def assert_same_step(step, alone, gap):
+    """Gradients may differ by `gap`, relative to the largest."""
+    texts, gradients, metrics, summary, records = step
+    assert texts == alone[0]
+    assert abs(gradients - alone[1]).max() / abs(alone[1]).max() < gap
+    counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}  # passes differ
+    assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
+    assert summary == pytest.approx(alone[3]) and records == alone[4]
+
+
+def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator):
     """FSDP2 on two processes that have unequal numbers of passes, and one of them none at all."""
     for settings in ({"kl_beta": 0.1, **UNEVEN}, SETTINGS["fewer groups with "
                      "signal than processes"]):  # fmt: skip
         alone = step_of(settings, accelerator)
-        for texts, gradients, metrics, summary, records in in_processes(
+        for step in in_processes(
             2, lambda several, settings=settings: step_of(settings, several, sharded=True)
         ):
-            assert texts == alone[0]
-            assert abs(gradients - alone[1]).max() / abs(alone[1]).max() < 1e-6
-            counted = {k: v for k, v in metrics.items() if k != "tokens/padded"}
-            assert counted == pytest.approx({k: alone[2][k] for k in counted}, rel=1e-6, abs=1e-6)
-            assert summary == pytest.approx(alone[3]) and records == alone[4]
+            assert_same_step(step, alone, gap=1e-6)
 
 
 def test_a_step_without_signal_changes_nothing_in_several_processes_either(accelerator):
@@ -352,7 +351,11 @@ def several(tmp_path):
     return run
 
 
-def flags_of(saved_models, data, path, *more):
+def flags_of(saved_models, path, *more):
+    """The flags of a toy run in `path`, whose data are beside it."""
+    data = path.parent / "data.jsonl"
+    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return (
         "--preset", "cpu", "--model_name", saved_models["qwen2"], "--dataset_path", data,
         "--output_dir", path, "--questions_per_step", 6, "--group_size", 3, "--num_train_iters", 3,
@@ -362,22 +365,14 @@ def flags_of(saved_models, data, path, *more):
     )  # fmt: skip
 
 
-@pytest.fixture
-def data(tmp_path):
-    file = tmp_path / "data.jsonl"
-    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.mark.faults  # for its length
 def test_a_run_of_several_processes_is_that_of_one_and_resumes_with_another_number(
-    saved_models, data, tmp_path, several, command
+    saved_models, tmp_path, several, command
 ):
     runs = {name: tmp_path / name for name in ("one", "two")}
-    status, *_ = command(*flags_of(saved_models, data, runs["one"]))
+    status, *_ = command(*flags_of(saved_models, runs["one"]))
     assert status == 0
-    (first, shown), (second, silent) = several(2, *flags_of(saved_models, data, runs["two"]))
+    (first, shown), (second, silent) = several(2, *flags_of(saved_models, runs["two"]))
     assert (first, second) == (0, 0)
     assert "The report, to open in a browser" in shown and silent == ""
     assert {p.name for p in runs["one"].iterdir()} == {p.name for p in runs["two"].iterdir()}
@@ -399,9 +394,9 @@ def test_a_run_of_several_processes_is_that_of_one_and_resumes_with_another_numb
 
 
 def test_a_mistake_is_told_once_and_a_failing_process_ends_all_with_its_own_message(
-    saved_models, data, tmp_path, several
+    saved_models, tmp_path, several
 ):
-    several_flags = flags_of(saved_models, data, tmp_path / "run")
+    several_flags = flags_of(saved_models, tmp_path / "run")
     outputs = several(2, *several_flags, "--group_sise", 4)
     assert [status for status, _ in outputs] == [2, 2]
     assert "did you mean --group_size?" in outputs[0][1] and outputs[1][1] == ""
