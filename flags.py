@@ -229,8 +229,8 @@ def build_parser(preset, dataset_name=None):
          "continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
          "seed gives the same samples with either, but other ones")
     flag("--compile_sampler", action="store_true", help="torch.compile the steps of the "
-         "training samples, on a GPU into CUDA graphs: less time per token, for minutes of "
-         "compiling, memory that stays taken (weights and cache), and finished rows not dropped")
+         "training samples: fewer and larger kernels, for minutes of compiling, memory that stays "
+         "taken (weights and cache), and finished rows not dropped")
 
     flag = group("objective").add_argument
     flag("--advantage_scale", choices=("std", "none"), default="std",

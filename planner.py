@@ -14,8 +14,10 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import util
 from unittest import mock
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoder import Decoder
 from flags import base_and_adapters
+from graph_decoder import GraphDecoder
 from grpo import grpo_loss
 from known_models import KNOWN_MODELS
 from llms import completion_logprobs, kl_reference, refusing
@@ -51,14 +54,14 @@ GSM8K_TEST = 1319  # problems in its official test split
 # between those of three measurements, 15 to 32 % (benchmarks/plan_vs_real.py).
 ALLOWANCE = {"gpu": {"gaps": 0.05, "other": 1.0}, "cpu": {"gaps": 0.2, "other": 0.7}}
 
-# Data sheet: 989 TFLOP/s in bf16 and 494 in TF32 (dense), 3.35 TB/s. A product of the sizes here
-# reaches about 60 % of the first two, operations that move data about 75 % of the last. Eager torch
-# needs some 8 microseconds to start an operation, which is what decoding waits for.
+# Data sheet: 989 TFLOP/s in bf16 and 494 in TF32 (dense), 3.35 TB/s. What is reached of that, and
+# what an operation costs the host and the device at least, is as measured (LOG.md, 2026-11-27).
 H100 = Machine(
-    name="H100 SXM, 60 % of 989 bf16 and 494 TF32 TFLOP/s, 75 % of 3.35 TB/s",
-    flops={torch.bfloat16: 0.6 * 989e12, torch.float32: 0.6 * 494e12},
+    name="H100 SXM, 50 % of 989 bf16 and 494 TF32 TFLOP/s, 75 % of 3.35 TB/s",
+    flops={torch.bfloat16: 0.5 * 989e12, torch.float32: 0.5 * 494e12},
     bandwidth=0.75 * 3.35e12,
-    host_seconds=8e-6,
+    least_seconds=4e-6,
+    host_seconds=27e-6,
     overlaps=True,
 )
 
@@ -131,6 +134,7 @@ def this_machine():
         name=f"this CPU at 70 % of the {products / 1e9:,.0f} GFLOP/s measured just now",
         flops={torch.float32: 0.7 * products},
         bandwidth=bandwidth,
+        least_seconds=0.0,
         host_seconds=5e-6,
         overlaps=False,
     )
@@ -286,7 +290,8 @@ def report(plan, on_gpu, machine):
         f"{args.num_train_iters:,} steps and {evaluations} evaluations",
         f"of {args.eval_problems or GSM8K_TEST:,} problems, without rewards, cold start and files.",
         f"Assumed: {machine.name};",
-        f"{machine.host_seconds * 1e6:.0f} microseconds for the host to start an operation.",
+        f"{machine.host_seconds * 1e6:.0f} microseconds for the host to start an operation"
+        + (f", {machine.least_seconds * 1e6:.0f} for the device to do one." if on_gpu else "."),
         "",
         f"Memory, with {allowance['gaps']:.0%} for gaps and {allowance['other']} GB "
         f"for libraries: {with_allowance(plan.peak, on_gpu) / GB:.1f} GB.",
@@ -361,7 +366,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
             at_once = args.sampling_batch_size // args.group_size or args.questions_per_step
             at_once = min(at_once, args.questions_per_step)
             work["sampling"], tokens["sampling"] = sample(
-                policy, at_once, args.group_size, args.temperature, args, tracker
+                policy, at_once, args.group_size, args.temperature, args, tracker, on_gpu
             )
         batches = args.questions_per_step / at_once * args.max_draws
         work["sampling"] *= batches
@@ -392,7 +397,9 @@ def step_plan(policy, args, on_gpu=False, machine=None):
             problems = args.eval_problems or GSM8K_TEST
             rows = max(min(args.eval_batch_size, problems), args.eval_samples)
             answers = problems * (1 + args.eval_samples)
-            work["evaluation"], tokens["evaluation"] = sample(policy, rows, 1, 0, args, tracker)
+            work["evaluation"], tokens["evaluation"] = sample(
+                policy, rows, 1, 0, args, tracker, on_gpu
+            )
         work["evaluation"] *= math.ceil(answers / rows)
         tokens["evaluation"] = tokens["evaluation"] // rows * answers
     counts = [sum(p.numel() for p in ps) for ps in (policy.parameters(), trained)]
@@ -416,28 +423,45 @@ def worst_prompts(questions, args):
 
 
 @torch.no_grad()
-def sample(policy, questions, group_size, temperature, args, tracker):
-    """What sampler.sample_rollouts does, its loop cut short to two tokens: one half-way, for the
-    work of a token on average, and the last, for memory. Returns work and tokens of all of it."""
+def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
+    """What sampler.sample_rollouts does, its loop cut short to two tokens: the last, for memory,
+    and one half-way, for the work of a token on average. Returns work and tokens of all of it."""
     rows, length = questions * group_size, args.max_completion_length
     before = tracker.work
     with tracker.part("sampling copy"):
-        decoder = Decoder(policy, group_size, length)
+        if on_gpu:
+            decoder = GraphDecoder(policy, group_size, length, partial(PlannedGraph, tracker))
+        else:
+            decoder = Decoder(policy, group_size, length)
     uniforms = torch.zeros((length, rows), dtype=torch.float64)
     logits = decoder.prefill(worst_prompts(questions, args))  # (R, V)
     caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
     tracker.label([tensor for part in caches for tensor in part], "KV cache")
-    after = tracker.work
-    for place in (length // 2, length - 1):
+    prompts = tracker.work - before
+    for place in (length - 1, length // 2):
+        before = tracker.work
         decoder.written = place
         tokens, _ = sample_tokens(
             logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p
         )
         logits = decoder.step(tokens)
-    of_a_token = (tracker.work - after) * 0.5
+    of_a_token = tracker.work - before
     return (
-        after - before
-    ) + of_a_token * length, questions * args.max_prompt_length + rows * length
+        prompts + of_a_token * length,
+        questions * args.max_prompt_length + rows * length,
+    )
+
+
+class PlannedGraph:
+    """In place of a CUDA graph, what it would do."""
+
+    def __init__(self, tracker, function):
+        self.tracker = tracker
+        self.function = WeakMethod(function)  # of the decoder, which refers to this
+
+    def replay(self):
+        with self.tracker.graph():
+            return self.function()()
 
 
 def tokens_read(batch):

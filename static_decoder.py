@@ -1,10 +1,9 @@
-"""The decoder for torch.compile: all steps have the same shapes, so that a GPU runs one CUDA graph
-per token instead of some thousand kernels that the host would have to launch one by one.
+"""The decoder for torch.compile, which makes fewer and larger kernels of a step.
 
-What differs from decoder.py: rows that have finished go on until all have; the completions' cache
-is read in lengths that double, with a mask; and whatever a step reads or writes lies where it lay
-in the last batch, since a graph remembers addresses. The price is memory: a copy of the weights and
-the caches of a whole batch stay allocated during training.
+Since compiling takes minutes, what is compiled has to serve all batches of a run. What differs from
+graph_decoder.py: rows that have finished go on until all have, and whatever a step reads or writes
+lies where it lay in the last batch, since a graph remembers addresses. The price is memory: a copy
+of the weights and the caches of a whole batch stay allocated during training.
 
 Letters as in decoder.py.
 """
@@ -14,13 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder
+from graph_decoder import GraphDecoder
 from lora import whole_weight
 from utils import UserError
 
 COMPILER = {"cuda": {"mode": "reduce-overhead"}}  # arguments of torch.compile, by device type
-SHORTEST = 128  # tokens of the cache that the first steps read; prompts' room is a multiple of it
 LENGTHS = 16  # how many lengths of the cache, each a graph of its own, may be compiled
+ROOM = 128  # the room for prompts is a multiple of this
 
 # For every model the decoder last made. It lives as long as the model, which it must not refer to.
 DECODERS = WeakKeyDictionary()
@@ -33,7 +32,7 @@ def static_decoder(model, prompts, group_size, max_new_tokens):
     and compiles again.
     """
     longest = max(len(prompt) for prompt in prompts)
-    room = -(-longest // SHORTEST) * SHORTEST
+    room = -(-longest // ROOM) * ROOM
     shape = (len(prompts), group_size, max_new_tokens, torch.is_autocast_enabled(model.device.type))
     decoder = DECODERS.get(model)
     if decoder is None or decoder.shape != shape or decoder.room < room:
@@ -74,14 +73,14 @@ class StaticLinear:
         return y if plus is None else plus + y
 
 
-class StaticDecoder(Decoder):
-    """Decoder, used in the same way, for any number of batches of one shape."""
+class StaticDecoder(GraphDecoder):
+    """GraphDecoder, used in the same way, for any number of batches of one shape."""
 
     joined = StaticLinear
 
     def __init__(self, model, shape, room):
         _, group_size, max_new_tokens, _ = shape
-        super().__init__(model, group_size, max_new_tokens)
+        super().__init__(model, group_size, max_new_tokens, recorder=None)
         for parameter in self.decoder.parameters():  # norms and embedding, read where they are
             torch._dynamo.mark_static_address(parameter)
         self.shape, self.room = shape, room
@@ -103,22 +102,18 @@ class StaticDecoder(Decoder):
         self.head.copy_weights()
 
     def step(self, tokens):
-        # Powers of two, as long as `written` and the token at hand fit in.
-        length = max(SHORTEST, 1 << self.written.bit_length())
-        self.length = min(length, self.max_new_tokens)
+        self.length = self._length_to_read()
         torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been used
         try:
             logits = self.compiled(self, tokens)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"--compile_sampler: torch.compile failed: {reason}") from error
-        self.position += 1
-        self.now += 1
-        self.written += 1
+        self._advance()
         return logits
 
     def keep(self, alive):
-        """All rows stay: every number of rows would be a graph of its own."""
+        """All rows stay: every number of rows would have to be compiled."""
         return torch.arange(len(alive), device=self.device)
 
     def _one_token(self, tokens):
@@ -136,23 +131,13 @@ class StaticDecoder(Decoder):
         if self.buffers is None:
             self.buffers = {name: [static(x) for x in tensors] for name, tensors in fresh.items()}
             super()._make_room()
-            self.place = static(self.place)
-            # Zeros, since what is masked must still be finite.
-            self.keys = [static(torch.zeros_like(keys)) for keys in self.keys]
-            self.values = [static(torch.zeros_like(values)) for values in self.values]
-            self.now = static(torch.zeros(1, dtype=torch.long, device=self.device))
+            self.place, self.now = static(self.place), static(self.now)
+            self.keys = [static(keys) for keys in self.keys]
+            self.values = [static(values) for values in self.values]
         for name, tensors in fresh.items():
             for buffer, tensor in zip(self.buffers[name], tensors):
                 buffer.copy_(tensor)
         [self.position], [self.prompt_bias] = self.buffers["position"], self.buffers["prompt_bias"]
         self.prompt_keys = self.buffers["prompt_keys"]
         self.prompt_values = self.buffers["prompt_values"]
-        self.now.zero_()  # `written`, where a graph can read it
-
-    def _remember(self, layer, k, v):
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.now, k.transpose(1, 2))
-        values.index_copy_(2, self.now, v.transpose(1, 2))
-        ahead = torch.arange(self.length, device=self.device) > self.now  # (C,)
-        bias = torch.zeros_like(ahead, dtype=k.dtype).masked_fill(ahead, -torch.inf)
-        return keys[:, :, : self.length], values[:, :, : self.length], bias
+        self.now.zero_()

@@ -8,7 +8,7 @@ for itself meanwhile.
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 aten = torch.ops.aten
 
 # Operations that read only as much of their inputs as they write.
-LOOK_UPS = (aten.embedding, aten.index_select, aten.gather, aten.index, aten.index_copy_)
+LOOK_UPS = (aten.embedding, aten.index_select, aten.gather, aten.index)
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Machine:
     name: str
     flops: dict  # dtype: floating-point operations per second in matrix products
     bandwidth: float  # bytes per second
+    least_seconds: float  # of the device, for however small an operation
     host_seconds: float  # what the host needs to start one operation
     overlaps: bool  # whether it starts operations while others run
 
@@ -102,6 +103,13 @@ class Tracker(TorchDispatchMode):
         yield
         self.phases[name] = self.peak
 
+    @contextmanager
+    def graph(self):
+        """What is done inside, the host starts as one operation."""
+        before = self.work.operations
+        yield
+        self.work = replace(self.work, operations=before + 1)
+
     def label(self, tensors, part):
         """These tensors belong to the part `part`, from now on."""
         for tensor in tensors:
@@ -132,16 +140,19 @@ class Tracker(TorchDispatchMode):
         self.live[part] -= size
 
     def _work_of(self, func, args, kwargs, out, results):
-        """An operation takes as long as its arithmetic or its bytes do, whichever is longer."""
+        """An operation takes as long as its arithmetic or its bytes do, whichever is longer, and as
+        long as the device needs for anything."""
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if func.overloadpacket in LOOK_UPS:
+        if func.overloadpacket is aten.index_copy_:
+            read = results = read[-1:]
+        elif func.overloadpacket in LOOK_UPS:
             read = results
         moved = sum(x.numel() * x.element_size() for x in (*read, *results))
         flops = flops_of(func, args, kwargs, out)
         seconds = moved / self.machine.bandwidth
         if flops:
             seconds = max(seconds, flops / self.machine.flops[read[0].dtype])
-        return Work(flops, seconds, 1)
+        return Work(flops, max(seconds, self.machine.least_seconds), 1)
 
 
 def _storage(tensor):

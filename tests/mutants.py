@@ -44,6 +44,7 @@ class Mutant:
     "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py", "test_lora.py",
 )  # fmt: skip
 TASKS, COUNTDOWN, PROCESSES = "test_tasks.py", "test_countdown.py", "test_processes.py"
+GRAPHS = "test_graph_decoder.py"
 
 MUTANTS = [
     # --- advantages
@@ -233,6 +234,15 @@ MUTANTS = [
            "padded = [list(ids) + [0] * (longest - len(ids)) for", DECODER),
     Mutant("padding counts as position", "(mask.cumsum(-1) - 1).clamp(min=0)",
            "torch.arange(mask.shape[1], device=mask.device)", DECODER),
+    Mutant("graphs let a row read what it has not written",
+           "> self.now  # (C,)", "> self.now + 1  # (C,)", GRAPHS),
+    Mutant("graphs write every token to the same place", "        self.now += 1\n", "", GRAPHS),
+    Mutant("a graph for the rows there were goes on", "        self.length = self.graph = None\n"
+           "        return order", "        return order", GRAPHS),
+    Mutant("graphs read the token they were recorded with", "self.tokens.copy_(tokens)",
+           "self.tokens = tokens", GRAPHS),
+    Mutant("rows of graphs are never dropped", "if 2 * int(alive.sum()) > len(alive):", "if True:",
+           GRAPHS),
     Mutant("positions stay with the row that has gone", "self.position = self.position[order]",
            "self.position = self.position[: len(order)]", DECODER),
     Mutant("rows change places when others finish",

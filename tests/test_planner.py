@@ -167,7 +167,7 @@ def test_base_models_are_known_with_their_instruct_models():
         assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
 
 
-ONE = Machine("all rates 1", {torch.float32: 1.0}, 1.0, 0.0, False)
+ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0, 0.0, False)
 
 
 def test_work_is_that_of_the_formulas(four_layers):
@@ -188,7 +188,7 @@ def test_work_is_that_of_the_formulas(four_layers):
 
 
 def test_an_operation_takes_as_long_as_its_arithmetic_or_its_bytes():
-    tracker = Tracker(Machine("", {torch.float32: 10.0}, 1e9, 0.5, True))
+    tracker = Tracker(Machine("", {torch.float32: 10.0}, 1e9, 0.0, 0.5, True))
     with tracker:
         a = torch.ones(4, 4)
         before = tracker.work
@@ -203,6 +203,40 @@ def test_an_operation_takes_as_long_as_its_arithmetic_or_its_bytes():
     assert addition.seconds == pytest.approx(128e-9)
     assert product.predicted_seconds(tracker.machine) == pytest.approx(12.8)
     assert addition.predicted_seconds(tracker.machine) == 0.5  # the host is slower
+
+
+def test_an_operation_takes_the_least_time_that_the_device_needs_for_any():
+    tracker = Tracker(Machine("", {torch.float32: 10.0}, 1e9, 2.0, 0.0, True))
+    with tracker:
+        torch.ones(3) + 1
+    assert tracker.work.seconds == 4.0
+
+
+def test_what_a_graph_does_the_host_starts_at_once():
+    tracker = Tracker(Machine("", {torch.float32: 1.0}, 1e9, 1.0, 0.0, True))
+    with tracker:
+        a = torch.ones(3) + 1
+        with tracker.graph():
+            for _ in range(5):
+                a += 1
+    assert (tracker.work.operations, tracker.work.seconds) == (3, 7)
+
+
+def test_writing_into_a_cache_costs_what_is_written_and_not_the_cache():
+    tracker = Tracker(Machine("", {}, 1.0, 0.0, 0.0, True))
+    cache, new, now = torch.zeros(4, 100), torch.ones(4, 1), torch.zeros(1, dtype=torch.long)
+    with tracker:
+        cache.index_copy_(1, now, new)
+    assert tracker.work.seconds == 2 * new.nbytes
+
+
+def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
+    _, folder = four_layers
+    args = flags("--model_name", folder, *SMALL, "--max_completion_length", "80")
+    eager, graphs = (planned(args, on_gpu, ONE) for on_gpu in (False, True))
+    assert graphs.work["sampling"].operations < 0.5 * eager.work["sampling"].operations
+    assert graphs.phases["sampling"]["KV cache"] > 0 == graphs.phases["policy"]["KV cache"]
+    assert graphs.phases["policy"]["sampling copy"] == 0
 
 
 # --- the report and the command ----------------------------------------------------------------
