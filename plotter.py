@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from flags import Parser
 from report import write_report
-from runfiles import LABELS, NO_FIGURE, SHARES, Series, smooth
+from runfiles import LABELS, NO_FIGURE, SHARES, Mean, Series, over_seeds, smooth
 from utils import UserError, one_line
 
 BUDGET = ("seconds/", "tokens/", "completions/")
@@ -23,29 +23,35 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
          "axes.titlelocation": "left", "figure.facecolor": "white"}  # fmt: skip
 
 
-def _line(axes, steps, values, colour, label=None):
-    """The raw line, faint, and its moving average."""
+def _line(axes, steps, values, colour, label=None, band=None):
+    """The raw line, faint, and its moving average; or, with a band around it, the raw line."""
     marker = "o" if len(values) == 1 else None
-    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth(values), color=colour, linewidth=2, marker=marker, label=label)
+    if band:
+        axes.fill_between(steps, *band, color=colour, alpha=0.15, linewidth=0)
+    else:
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+        values = smooth(values)
+    axes.plot(steps, values, color=colour, linewidth=2, marker=marker, label=label)
 
 
 def _metric(axes, runs, key):
     for run, colour in zip(runs, COLOURS * len(runs)):
         if key in run.metrics:
-            _line(axes, *run.metrics[key], colour, run.name)
+            _line(axes, *run.metrics[key], colour, run.name, run.metric_ranges.get(key))
     _finish(axes, runs, key, legend=len(runs) > 1)
 
 
 def _evaluation(axes, runs, key):
-    """A held-out figure over steps, with its 95 % interval where it has one."""
-    for run, colour in zip(runs, COLOURS * len(runs)):
+    """A held-out figure over steps, with its interval where it has one."""
+    apart = [0.012 * (place - (len(runs) - 1) / 2) for place in range(len(runs))]
+    for run, colour, aside in zip(runs, COLOURS * len(runs), apart):
         if key not in run.evaluations:
             continue
         steps, values = run.evaluations[key]
+        steps = [step + aside * (max(steps) or 1) for step in steps]  # lest intervals hide others
         axes.plot(steps, values, "o:", color=colour, linewidth=1.2, markersize=7, label=run.name)
-        if len(run.evaluations.get(f"{key}_low", [()])[0]) == len(steps):
-            low, high = (run.evaluations[f"{key}_{end}"][1] for end in ("low", "high"))
+        if key in run.intervals:
+            low, high = run.intervals[key]
             below = [value - bound for value, bound in zip(values, low)]
             above = [bound - value for value, bound in zip(values, high)]
             axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
@@ -61,7 +67,7 @@ def _rewards(axes, runs):
     for key, colour in zip(keys, COLOURS * len(keys)):
         if key in metrics:
             label = "total" if key == "reward" else key.removeprefix("rewards/")
-            _line(axes, *metrics[key], colour, label)
+            _line(axes, *metrics[key], colour, label, runs[0].metric_ranges.get(key))
     _finish(axes, runs, "reward", legend=True)
 
 
@@ -126,7 +132,7 @@ def _alarms(axes, runs):
 
 
 def _finish(axes, runs, key, legend):
-    axes.set_title(LABELS.get(key, key.replace("rewards/", "reward: ")))
+    axes.set_title(_title(runs, key))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, right = axes.get_xlim()
@@ -137,6 +143,13 @@ def _finish(axes, runs, key, legend):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _title(runs, key, default=None):
+    title = LABELS.get(key, default or key.replace("rewards/", "reward: "))
+    if isinstance(runs[0], Mean):
+        title = title.replace("95 % interval", "range of seeds")
+    return title
 
 
 def _figure(rows=1, columns=1, size=(7, 4.2)):
@@ -183,7 +196,7 @@ def plot_runs(runs, folder):
             if not key.endswith(NO_FIGURE):
                 figure, [axes] = _figure()
                 _evaluation(axes, runs, key)
-                axes.set_title(LABELS.get(key, f"held-out {key}".replace("rewards/", "")))
+                axes.set_title(_title(runs, key, f"held-out {key}".replace("rewards/", "")))
                 figure.savefig(folder / f"eval_{key.replace('/', '_')}.png")
     return folder
 
@@ -211,6 +224,11 @@ def main(argv=None):
     parser.add_argument(
         "--output_dir", metavar="DIR", help="default: RUN/plots; for several runs: comparison"
     )
+    parser.add_argument(
+        "--mean", action="store_true",
+        help="runs that differ in nothing but --seed become one line, their mean, and a band from "
+        "the lowest to the highest",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write every RUN/report.html too")
     args = parser.parse_args(argv)
     paths = [*args.runs, *([args.log_dir] if args.log_dir else [])]
@@ -220,6 +238,8 @@ def main(argv=None):
     try:
         runs = [Series(path) for path in paths]
         default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
+        if args.mean and len(paths) > 1:
+            runs = over_seeds(runs)
         print(plot_runs(runs, Path(args.output_dir or default)))
         for path in paths if args.report else []:
             print(write_report(path))

@@ -5,6 +5,7 @@ Nothing here needs torch or a model: config.json, metrics.jsonl and eval.jsonl a
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from utils import UserError, read_jsonl
 
@@ -43,9 +44,16 @@ SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_grou
 NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
 
 
+# Flags in which runs of one recipe differ.
+OF_A_RUN = {"seed", "output_dir", "resume", "verbose", "dataset_path", "keep_checkpoints"}
+
+
 class Series:
-    """One run's records: `metrics` and `evaluations` map a key to (steps, values), `rows` are the
-    lines of metrics.jsonl, `alarms` are (step, line of text)."""
+    """One run's records: `metrics` and `evaluations` map a key to (steps, values), `intervals` a
+    key of the latter to (lows, highs); `rows` are the lines of metrics.jsonl, `alarms` are (step,
+    line of text)."""
+
+    metric_ranges: ClassVar = {}  # see Mean
 
     def __init__(self, path):
         self.path = Path(path)
@@ -59,8 +67,50 @@ class Series:
         self.metrics = _columns(self.rows)
         self.evaluation_rows = _rows_of_steps(self.path / "eval.jsonl")
         self.evaluations = _columns(self.evaluation_rows)
+        self.intervals = {}
+        for key, (steps, _) in self.evaluations.items():
+            low, high = (self.evaluations.get(f"{key}_{end}") for end in ("low", "high"))
+            if low and high and low[0] == high[0] == steps:
+                self.intervals[key] = low[1], high[1]
         rows = sorted([*self.rows, *self.evaluation_rows], key=lambda row: row["step"])
         self.alarms = [(row["step"], line) for row in rows for line in row.get("alarms", [])]
+
+
+class Mean:
+    """Runs of several seeds as one, to be drawn as a `Series` is: at every step that all have, the
+    mean, and in `metric_ranges` and `intervals` the lowest and the highest value."""
+
+    def __init__(self, name, runs):
+        self.name = f"{name}, {len(runs)} seeds" if name else f"mean of {len(runs)} seeds"
+        self.flags, self.alarms = runs[0].flags, []
+        self.metrics, self.metric_ranges = _joined([run.metrics for run in runs])
+        self.evaluations, self.intervals = _joined([run.evaluations for run in runs])
+
+
+def _joined(columns):
+    means, ranges = {}, {}
+    for key in sorted(set.intersection(*map(set, columns)), key=list(columns[0]).index):
+        by_step = [dict(zip(*column[key])) for column in columns]
+        steps = sorted(set.intersection(*map(set, by_step)))
+        values = [[of_run[step] for of_run in by_step] for step in steps]
+        if steps:
+            means[key] = steps, [sum(row) / len(row) for row in values]
+            ranges[key] = [min(row) for row in values], [max(row) for row in values]
+    return means, ranges
+
+
+def over_seeds(runs):
+    """Runs that differ in nothing but their seed as one `Mean` each, named by what differs."""
+    recipes = {}
+    for run in runs:
+        recipe = {key: value for key, value in run.flags.items() if key not in OF_A_RUN}
+        recipes.setdefault(json.dumps(recipe, sort_keys=True), (recipe, []))[1].append(run)
+    flags = [recipe for recipe, _ in recipes.values()]
+    apart = [key for key in flags[0] if len({str(other.get(key)) for other in flags}) > 1]
+    return [
+        Mean(", ".join(f"{key} {recipe.get(key)}" for key in apart), members)
+        for recipe, members in recipes.values()
+    ]
 
 
 def read_rows(path):

@@ -1,11 +1,13 @@
 """Plots are drawn from the files alone."""
 
+import json
+
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import plotter
-from plotter import Series, plot_run, smooth
+from plotter import Series, over_seeds, plot_run, smooth
 from utils import write_jsonl
 
 
@@ -116,6 +118,48 @@ def test_the_budget_s_bars_add_up_to_what_was_sampled(runs):
     assert trained == [60] * 3 and whole == [90] * 3
     plot_run(runs[0])
     assert imread(runs[0] / "plots" / "budget.png").shape[1] > 1500
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two seeds of each of two recipes; one run has a step and a metric more than the others."""
+    folders = []
+    for place, (kl_beta, seed) in enumerate([(0.0, 1), (0.0, 2), (0.04, 1), (0.04, 2)]):
+        folder = tmp_path / f"run{place}"
+        folder.mkdir()
+        flags = {"kl_beta": kl_beta, "seed": seed, "output_dir": str(folder)}
+        (folder / "config.json").write_text(json.dumps({"flags": flags}))
+        steps = range(3 if place else 4)
+        extra = {} if place else {"novelty": 1.0}
+        rows = [{"step": n, "entropy": n + 2 * seed, "reward": 1.0, **extra} for n in steps]
+        write_jsonl(folder / "metrics.jsonl", rows)
+        score = {"accuracy": seed / 10, "accuracy_low": 0.0, "accuracy_high": 1.0, "entropy": 5.0}
+        write_jsonl(folder / "eval.jsonl", [{"step": 0, **score}])
+        folders.append(folder)
+    return folders
+
+
+def test_runs_that_differ_in_their_seed_alone_become_their_mean_and_range(seeds):
+    without, with_kl = over_seeds([Series(folder) for folder in seeds])
+    assert [mean.name for mean in (without, with_kl)] == [
+        "kl_beta 0.0, 2 seeds", "kl_beta 0.04, 2 seeds",
+    ]  # fmt: skip
+    assert without.metrics["entropy"] == ([0, 1, 2], [3, 4, 5])  # the steps that both have
+    assert without.metric_ranges["entropy"] == ([2, 3, 4], [4, 5, 6])
+    assert "novelty" not in without.metrics
+    assert without.evaluations["accuracy"] == ([0], [pytest.approx(0.15)])
+    assert without.intervals["accuracy"] == ([0.1], [0.2])  # not the runs' own
+    [alone] = over_seeds([Series(folder) for folder in seeds[:2]])
+    assert alone.name == "mean of 2 seeds"
+
+
+def test_means_are_drawn_with_their_bands(seeds, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.fill_between", lambda *args, **_: drawn.append(args))
+    assert not plotter.main(["--mean", *map(str, seeds), "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "entropy.png").exists()
+    assert [list(low) for _, _, low, _ in drawn].count([2, 3, 4]) == 4  # overview and own, twice
+    assert not plotter.main(["--mean", *map(str, seeds[:2]), "--output_dir", str(tmp_path / "o")])
 
 
 def test_the_smooth_line_is_a_moving_average():
