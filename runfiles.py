@@ -33,6 +33,7 @@ LABELS = {
     "tokens/truncated": "tokens in truncated completions",
     "tokens/padded": "padding in the attention of training passes (tokens)",
     "completions/sampled": "completions sampled",
+    "peak_memory_gb": "peak memory of tensors so far (GB)",
     "completions/trained": "completions that carried gradient",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",

@@ -6,9 +6,11 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from alarms import new_alarms
@@ -22,7 +24,8 @@ from runfiles import read_rows
 from trackers import log_evaluation, log_plots, log_row
 from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "peft", "reasoning-gym",
+            "math-verify")  # fmt: skip
 
 
 class Run:
@@ -86,7 +89,7 @@ class Run:
             **facts,
             "device": device,
             "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in PACKAGES},
+            "packages": _versions(),
             "commit": _commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -166,6 +169,15 @@ class Run:
         self._write(f"completions/tokens_{step:05d}.jsonl", records)
 
 
+def _versions():
+    """{package: version} of those installed; the last few are optional."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
 def _commit():
     """The checkout's commit, with `+changes` where files differ from it; None outside git."""
     here = Path(__file__).parent
@@ -190,7 +202,7 @@ def step_metrics(step, rollouts, rewards, update, seconds):
     policy's entropy at the sampling temperature where no filter (top_k, top_p, min_p) is on.
     """
     tokens = int(rollouts.completion_mask.sum())
-    total = rewards.total
+    total, on_gpu = rewards.total, torch.cuda.is_available()
     per_function = rewards.per_function.mean((0, 1)).tolist()
     return {
         "step": step,
@@ -205,6 +217,7 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "tokens_per_second": tokens / seconds["sampling"],
         **sampled_counts(rollouts, total),
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
+        **({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}),
     }
 
 

@@ -230,6 +230,7 @@ def work_ours(args, lora_rank=0):
         started = time.perf_counter()
         rollouts, seconds = our_step(ours, problems.batch(int(line), args.questions), int(line))
         step = time.perf_counter() - started
+        torch.cuda.empty_cache()  # for the other's turn
         reply({
             "tokens": int(rollouts.completion_mask.sum()), "sampling": seconds["sampling"],
             "update": step - seconds["sampling"] - seconds["rewards"], "step": step,

@@ -249,8 +249,10 @@ def work_trl(args):
         def on_step_end(self, *_, **__):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            reply({"tokens": now["tokens"], "sampling": now["sampling"],
-                   "step": time.perf_counter() - now["begun"], "peak_gib": peak_gib()})  # fmt: skip
+            step = time.perf_counter() - now["begun"]
+            torch.cuda.empty_cache()  # for the other's turn
+            reply({"tokens": now["tokens"], "sampling": now["sampling"], "step": step,
+                   "peak_gib": peak_gib()})  # fmt: skip
 
     generate = trainer._generate
 
