@@ -187,6 +187,10 @@ class Decoder:
         self.written += 1
         return logits
 
+    def length_to_read(self):
+        """Of the completions' cache, by the next step: what is written and the token at hand."""
+        return self.written + 1
+
     @torch.inference_mode()
     def keep(self, alive):
         """Drop the rows where alive (R,), on the host, is False. Returns the order of the rest."""
@@ -285,7 +289,7 @@ class Decoder:
 
     def _remember(self, layer, k, v):
         """Write one token per row, k and v: (R, 1, K, S). What the row has written by then."""
-        rows, length = len(k), self.written + 1
+        rows, length = len(k), self.length_to_read()
         self.keys[layer][:rows, :, self.written] = k[:, 0]
         self.values[layer][:rows, :, self.written] = v[:, 0]
         return self.keys[layer][:rows, :, :length], self.values[layer][:rows, :, :length]

@@ -3,9 +3,9 @@ would have to launch one by one, which takes it several times as long as the GPU
 
 A graph does again what was recorded: the same kernels, on the same addresses, with whatever numbers
 the host had then. So all steps have the same shapes. What differs from decoder.py: rows that have
-finished go on until half of them have; the completions' cache is read in lengths that double, with
-a mask; and how much is written stands where a graph can read it. A new shape is a new graph, which
-takes about as long to record as two steps without one.
+finished stay until they are half of all; the completions' cache is read in lengths that double,
+with a mask; and how much is written stands where a graph can read it. A new shape is a new graph,
+which takes about as long to record as two steps without one.
 
 Letters as in decoder.py.
 """
@@ -39,6 +39,14 @@ class CudaGraph:
 RECORDERS = {"cuda": CudaGraph}  # by device type; elsewhere the host is quick enough
 
 
+def recorder_for(model, device_type):
+    """How to record this model's steps there; None where the host takes them one by one, as it has
+    to for rotary embeddings whose frequencies depend on how far a text has come."""
+    if model.get_decoder().rotary_emb.rope_type in ("dynamic", "longrope"):
+        return None
+    return RECORDERS.get(device_type)
+
+
 class GraphDecoder(Decoder):
     """Decoder, used in the same way."""
 
@@ -49,13 +57,17 @@ class GraphDecoder(Decoder):
     @torch.inference_mode()
     def step(self, tokens):
         self.tokens.copy_(tokens)
-        if self.length != self._length_to_read():
+        if self.length != self.length_to_read():
             self.graph = None  # frees its memory before the next takes its own
-            self.length = self._length_to_read()
+            self.length = self.length_to_read()
             self.graph = self.recorder(self._one_token)
         logits = self.graph.replay()
         self._advance()
         return logits
+
+    def length_to_read(self):
+        """The least power of two that `written` and the token at hand fit in."""
+        return min(max(SHORTEST, 1 << self.written.bit_length()), self.max_new_tokens)
 
     def keep(self, alive):
         """Drop rows once half of them have finished. Returns the order of the rest."""
@@ -78,10 +90,6 @@ class GraphDecoder(Decoder):
         self.position += 1
         self.now += 1
         self.written += 1
-
-    def _length_to_read(self):
-        """The least power of two that `written` and the token at hand fit in."""
-        return min(max(SHORTEST, 1 << self.written.bit_length()), self.max_new_tokens)
 
     def _one_token(self):
         return self._layers(self.tokens[:, None], self.position[:, None], self._attend_group)

@@ -110,6 +110,8 @@ def planned(args, on_gpu, machine=None, layers=None):
         ):
             config = config_of(args.model_name)
             config.num_hidden_layers = layers or config.num_hidden_layers
+            # Some kinds read positions, which fake tensors do not have; of all, the shapes agree.
+            config.rope_parameters["rope_type"] = "default"
             policy = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
@@ -201,19 +203,32 @@ class CudaAttention(TorchFunctionMode):
 def fitting(first, on_gpu):
     """{card: (changed flags, peak with allowance)}, None for the flags where none are enough.
 
-    Flags are changed one after the other, always for the phase that takes most.
+    Flags are changed one after the other, always for the phase that takes most, and where that is
+    not enough, all over again with LoRA.
     """
-    found, args, changed, peaks = {}, first.args, {}, first.peaks
-    while True:
-        needed = with_allowance(max(peaks.values()), on_gpu)
-        found.update({c: (changed, needed) for c in CARDS if needed <= c * GB and c not in found})
-        change = next_change(args, max(peaks, key=peaks.get))
-        if len(found) == len(CARDS) or not change:
-            return {**{card: (None, needed) for card in CARDS}, **found}
-        changed = {**changed, **change}
-        args = copy.copy(args)
-        vars(args).update(change)
-        peaks = quick_peaks(args, on_gpu)
+    found, missing, args = {}, list(CARDS), first.args
+    for changed in ({}, *with_lora(first.args)):
+        while changed is not None and missing:
+            args = copy.copy(first.args)
+            vars(args).update(changed)
+            peaks = quick_peaks(args, on_gpu) if changed else first.peaks
+            if changed and needed(peaks, on_gpu) <= missing[-1] * GB:
+                peaks = planned(args, on_gpu).peaks  # the quick ones may be too low
+            total = needed(peaks, on_gpu)
+            found.update({card: (changed, total) for card in missing if total <= card * GB})
+            missing = [card for card in missing if card not in found]
+            change = next_change(args, max(peaks, key=peaks.get))
+            changed = {**changed, **change} if change else None
+    if missing:
+        least = needed(planned(args, on_gpu).peaks, on_gpu)
+        found.update(dict.fromkeys(missing, (None, least)))
+    return {card: found[card] for card in CARDS}
+
+
+def with_lora(args):
+    """The flags that train adapters instead, where the run could: a list of one or none."""
+    possible = not args.lora_rank and not args.update_ref_model and util.find_spec("peft")
+    return [{"lora_rank": LORA_RANK}] if possible else []
 
 
 def next_change(args, phase):
@@ -234,25 +249,24 @@ def next_change(args, phase):
             return {"micro_batch_tokens": max(halved, SMALLEST_MICRO_BATCH)}
         if not args.gradient_checkpointing:
             return {"gradient_checkpointing": True}
-    if not args.update_ref_model:
-        if args.kl_beta > 0 and not args.lora_rank:
-            return {"kl_beta": 0.0}
-        if not args.lora_rank and util.find_spec("peft"):
-            return {"lora_rank": LORA_RANK}
+    if args.kl_beta > 0 and not args.update_ref_model and not args.lora_rank:
+        return {"kl_beta": 0.0}
     return {}
 
 
 def quick_peaks(args, on_gpu):
-    """Each phase's peak, from plans of two and of three layers: all layers take the same."""
+    """Each phase's peak or less, in a tenth of the time: as it goes on from two to three layers.
+    All layers take the same, but with more of them another moment may be the one that takes most.
+    """
     two, three = (planned(args, on_gpu, layers=layers).peaks for layers in (2, 3))
     more = config_of(args.model_name).num_hidden_layers - 2
     return {phase: two[phase] + more * (three[phase] - two[phase]) for phase in two}
 
 
-def with_allowance(tensors, on_gpu):
-    """What a device has to hold for these bytes of tensors."""
+def needed(peaks, on_gpu):
+    """Bytes that a device has to hold where phases peak at these."""
     allowance = ALLOWANCE["gpu" if on_gpu else "cpu"]
-    return tensors * (1 + allowance["gaps"]) + allowance["other"] * GB
+    return max(peaks.values()) * (1 + allowance["gaps"]) + allowance["other"] * GB
 
 
 # --- in words ----------------------------------------------------------------------------------
@@ -294,13 +308,13 @@ def report(plan, on_gpu, machine):
         + (f", {machine.least_seconds * 1e6:.0f} for the device to do one." if on_gpu else "."),
         "",
         f"Memory, with {allowance['gaps']:.0%} for gaps and {allowance['other']} GB "
-        f"for libraries: {with_allowance(plan.peak, on_gpu) / GB:.1f} GB.",
+        f"for libraries: {needed(plan.peaks, on_gpu) / GB:.1f} GB.",
     ]
-    for card, (changed, needed) in fitting(plan, on_gpu).items():
+    for card, (changed, total) in fitting(plan, on_gpu).items():
         if changed is None:
-            verdict = f"does not fit; with all the flags that save memory {needed / GB:.1f} GB"
+            verdict = f"does not fit; with all the flags that save memory {total / GB:.1f} GB"
         elif changed:
-            verdict = f"fits with {as_flags(changed)}: {needed / GB:.1f} GB"
+            verdict = f"fits with {as_flags(changed)}: {total / GB:.1f} GB"
         else:
             verdict = "fits as it is"
         lines.append(f"  {card} GB: {verdict}")
@@ -425,7 +439,8 @@ def worst_prompts(questions, args):
 @torch.no_grad()
 def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
     """What sampler.sample_rollouts does, its loop cut short to two tokens: the last, for memory,
-    and one half-way, for the work of a token on average. Returns work and tokens of all of it."""
+    and one half-way. Their work gives that of a token on average, which goes by how much of the
+    cache is read. Returns work and tokens of all; to record CUDA graphs is left out of both."""
     rows, length = questions * group_size, args.max_completion_length
     before = tracker.work
     with tracker.part("sampling copy"):
@@ -438,18 +453,34 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
     caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
     tracker.label([tensor for part in caches for tensor in part], "KV cache")
     prompts = tracker.work - before
+    of_a_token = {}  # by how much of the cache is read
     for place in (length - 1, length // 2):
         before = tracker.work
         decoder.written = place
+        read = decoder.length_to_read()
         tokens, _ = sample_tokens(
             logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p
         )
         logits = decoder.step(tokens)
-    of_a_token = tracker.work - before
+        of_a_token[read] = tracker.work - before
     return (
-        prompts + of_a_token * length,
+        prompts + at_length(of_a_token, average_read(decoder, length)) * length,
         questions * args.max_prompt_length + rows * length,
     )
+
+
+def average_read(decoder, length):
+    """Tokens of the completions' cache that a step reads."""
+    total = 0
+    for decoder.written in range(length):
+        total += decoder.length_to_read()
+    return total / length
+
+
+def at_length(works, length):
+    """Work there, on the line through those of {length: work}, one or two."""
+    (low, less), (high, more) = min(works.items()), max(works.items())
+    return less + (more - less) * ((length - low) / max(high - low, 1))
 
 
 class PlannedGraph:

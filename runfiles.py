@@ -46,7 +46,7 @@ NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
 
 
 # Flags in which runs of one recipe differ.
-OF_A_RUN = {"seed", "output_dir", "resume", "verbose", "dataset_path", "keep_checkpoints"}
+OF_A_RUN = {"seed", "output_dir", "resume", "verbose", "keep_checkpoints"}
 
 
 class Series:
@@ -82,10 +82,18 @@ class Mean:
     mean, and in `metric_ranges` and `intervals` the lowest and the highest value."""
 
     def __init__(self, name, runs):
-        self.name = f"{name}, {len(runs)} seeds" if name else f"mean of {len(runs)} seeds"
+        self.name = ", ".join(filter(None, [name, _count(runs)]))
         self.flags, self.alarms = runs[0].flags, []
         self.metrics, self.metric_ranges = _joined([run.metrics for run in runs])
         self.evaluations, self.intervals = _joined([run.evaluations for run in runs])
+
+
+def _count(runs):
+    """Runs, by their seeds, in words."""
+    seeds = {run.flags.get("seed") for run in runs}
+    if len(seeds) > 1:
+        return f"mean of {len(seeds)} seeds"
+    return (f"mean of {len(runs)} runs of " if len(runs) > 1 else "") + f"seed {seeds.pop()}"
 
 
 def _joined(columns):
@@ -95,23 +103,39 @@ def _joined(columns):
         steps = sorted(set.intersection(*map(set, by_step)))
         values = [[of_run[step] for of_run in by_step] for step in steps]
         if steps:
-            means[key] = steps, [sum(row) / len(row) for row in values]
+            means[key] = steps, [_mean(row) for row in values]
             ranges[key] = [min(row) for row in values], [max(row) for row in values]
     return means, ranges
+
+
+def _mean(values):
+    """Among them: that of equal values may be rounded to beside them, and no bar drawn from it."""
+    return min(max(sum(values) / len(values), min(values)), max(values))
 
 
 def over_seeds(runs):
     """Runs that differ in nothing but their seed as one `Mean` each, named by what differs."""
     recipes = {}
     for run in runs:
-        recipe = {key: value for key, value in run.flags.items() if key not in OF_A_RUN}
+        recipe = _recipe(run)
         recipes.setdefault(json.dumps(recipe, sort_keys=True), (recipe, []))[1].append(run)
     flags = [recipe for recipe, _ in recipes.values()]
-    apart = [key for key in flags[0] if len({str(other.get(key)) for other in flags}) > 1]
+    known = dict.fromkeys(key for recipe in flags for key in recipe)
+    apart = [key for key in known if len({str(recipe.get(key)) for recipe in flags}) > 1]
     return [
         Mean(", ".join(f"{key} {recipe.get(key)}" for key in apart), members)
         for recipe, members in recipes.values()
     ]
+
+
+def _recipe(run):
+    """A run's flags but for those that do not matter here, and wherever its data lies."""
+    if not run.flags:
+        raise UserError(f"{run.path}: no config.json, so what it shares with others is unknown")
+    recipe = {key: value for key, value in run.flags.items() if key not in OF_A_RUN}
+    if recipe.get("dataset_path"):
+        recipe["dataset_path"] = Path(recipe["dataset_path"]).name
+    return recipe
 
 
 def read_rows(path):

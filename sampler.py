@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from decoder import Decoder, to_device
-from graph_decoder import RECORDERS, GraphDecoder
+from graph_decoder import GraphDecoder, recorder_for
 from llms import stop_token_ids
 from static_decoder import static_decoder
 
@@ -155,8 +155,8 @@ def sample_rollouts(
 
     if compiled:
         decoder = static_decoder(model, prompts, group_size, max_new_tokens)
-    elif device.type in RECORDERS:
-        decoder = GraphDecoder(model, group_size, max_new_tokens, RECORDERS[device.type])
+    elif recorder := recorder_for(model, device.type):
+        decoder = GraphDecoder(model, group_size, max_new_tokens, recorder)
     else:
         decoder = Decoder(model, group_size, max_new_tokens)
     logits = decoder.prefill(prompts)  # (R, V)

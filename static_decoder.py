@@ -102,7 +102,7 @@ class StaticDecoder(GraphDecoder):
         self.head.copy_weights()
 
     def step(self, tokens):
-        self.length = self._length_to_read()
+        self.length = self.length_to_read()
         torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been used
         try:
             logits = self.compiled(self, tokens)

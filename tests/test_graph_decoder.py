@@ -63,7 +63,7 @@ def graphs(monkeypatch):
 
 def sample(model, prompts, recorders, tokens=40, seed=0, group_size=8, **more):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sampler.RECORDERS", recorders)
+        patch.setattr(graph_decoder, "RECORDERS", recorders)
         return sample_rollouts(
             model, Words(0), prompts, group_size, tokens, 1.0, seeds(seed), **more
         )
@@ -106,6 +106,14 @@ def noting_rows(rows, replay):
         return replay(graph)
 
     return noted
+
+
+@pytest.mark.parametrize("rope_type, recorded", [("linear", True), ("dynamic", False)])
+def test_a_rotary_embedding_that_the_host_works_out_is_not_recorded(rope_type, recorded, graphs):
+    """transformers reads the positions on the host for it, which a graph must not."""
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 10_000.0}
+    assert_same(make_model(vocab_size=20, rope_parameters=rope), PROMPTS, {"cpu": Graph})
+    assert bool(graphs) == recorded
 
 
 def test_under_autocast_graphs_have_its_precision(graphs):

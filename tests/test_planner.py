@@ -16,7 +16,7 @@ import planner
 from flags import parse_args
 from known_models import KNOWN_MODELS
 from planner import as_if, config_of, planned, quick_peaks
-from tracker import Machine, Tracker
+from tracker import Machine, Tracker, Work
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps
@@ -239,36 +239,92 @@ def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
     assert graphs.phases["policy"]["sampling copy"] == 0
 
 
+def test_a_token_on_average_reads_as_much_of_the_cache_as_it_does(four_layers):
+    """Work is linear in that: here an average of steps at three lengths of the cache."""
+    works = {128: Work(1.0, 10.0, 2), 300: Work(3.0, 30.0, 2)}
+    assert planner.at_length(works, 214) == Work(2.0, 20.0, 2)
+    assert planner.at_length({128: Work(1.0, 10.0, 2)}, 128) == Work(1.0, 10.0, 2)
+    policy, _ = four_layers
+    decoders = [planner.Decoder(policy, 2, 300), planner.GraphDecoder(policy, 2, 300, None)]
+    reads = [planner.average_read(decoder, 300) for decoder in decoders]
+    assert reads == [150.5, pytest.approx((128 * 128 + 128 * 256 + 44 * 300) / 300)]
+
+
+def test_rotary_embeddings_that_read_positions_can_be_planned(tmp_path, four_layers):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    make_model(**FOUR_LAYERS, rope_parameters=rope).config.save_pretrained(tmp_path)
+    plans = [planned(flags("--model_name", folder, *SMALL), True, layers=1)
+             for folder in (str(tmp_path), four_layers[1])]  # fmt: skip
+    assert plans[0].peaks == plans[1].peaks
+
+
 # --- the report and the command ----------------------------------------------------------------
 
 
-def test_flags_change_one_by_one_until_it_fits(monkeypatch):
-    """Each for the phase that takes most, here by a made-up rule of what phases take."""
+class MadeUp(planner.Plan):
+    """A plan by a rule of what phases take."""
 
-    def peaks(args, on_gpu=False):
+    @property
+    def peaks(self):
+        args = self.args
+        fixed = 8e9 * (args.kl_beta > 0 and not args.lora_rank) + (4e9 if args.lora_rank else 20e9)
         policy = 2e6 * args.micro_batch_tokens * (0.5 if args.gradient_checkpointing else 1)
-        reference = 8e9 * (args.kl_beta > 0)
-        evaluation = 50e6 * args.eval_batch_size
-        return {"policy": 20e9 + policy + reference, "evaluation": 20e9 + evaluation + reference}
+        return {"policy": fixed + policy, "evaluation": fixed + 50e6 * args.eval_batch_size}
 
-    class Made(planner.Plan):
-        peaks = property(lambda self: peaks(self.args))
 
-    monkeypatch.setattr(planner, "quick_peaks", peaks)
-    monkeypatch.setattr(planner, "with_allowance", lambda tensors, on_gpu: tensors)
-    first = Made(flags(preset="h100"), 0, 0, {}, {}, {})
-    less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
-    least = {"micro_batch_tokens": 2048, "eval_batch_size": 32, "gradient_checkpointing": True}
-    found = planner.fitting(first, True)
-    assert found[80] == ({}, pytest.approx(44.4e9, rel=0.01))
-    assert found[40] == (less, pytest.approx(36.2e9, rel=0.01))
-    assert found[24] == ({**least, "kl_beta": 0.0}, pytest.approx(22.0e9, rel=0.01))
+@pytest.fixture
+def made_up(monkeypatch):
+    """What `fitting` finds by that rule; quick peaks are `too_low` times those in full."""
+
+    def found(*argv, cards=(24, 40, 80), too_low=1.0):
+        def plans(args, on_gpu):
+            return MadeUp(args, 0, 0, {}, {}, {})
+
+        def quick(args, on_gpu):
+            return {phase: too_low * peak for phase, peak in plans(args, on_gpu).peaks.items()}
+
+        monkeypatch.setattr(planner, "planned", plans)
+        monkeypatch.setattr(planner, "quick_peaks", quick)
+        monkeypatch.setattr(planner, "needed", lambda peaks, on_gpu: max(peaks.values()))
+        monkeypatch.setattr(planner, "CARDS", cards)
+        return planner.fitting(plans(flags(*argv, preset="h100"), True), True)
+
+    return found
+
+
+LEAST = {"micro_batch_tokens": 2048, "eval_batch_size": 32, "gradient_checkpointing": True}
+
+
+def test_flags_change_one_by_one_until_it_fits(made_up):
+    found = made_up()
     assert list(found) == [24, 40, 80]
-    monkeypatch.setattr(planner, "CARDS", (2, 80))
-    assert planner.fitting(first, True)[2][0] is None
-    text = planner.as_flags({**least, "kl_beta": 0.0})
-    again = flags(*text.split(), preset="h100")
+    assert found[80] == ({}, pytest.approx(44.4e9, rel=0.01))
+    less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
+    assert found[40] == (less, pytest.approx(36.2e9, rel=0.01))
+    assert found[24] == ({**LEAST, "kl_beta": 0.0}, pytest.approx(22.0e9, rel=0.01))
+    again = flags(*planner.as_flags(found[24][0]).split(), preset="h100")
     assert again.gradient_checkpointing and again.kl_beta == 0 and again.eval_batch_size == 32
+
+
+def test_lora_keeps_the_kl_and_changes_no_more_than_it_has_to(made_up):
+    found = made_up(cards=(7, 16, 80))
+    few = {"lora_rank": 16, "micro_batch_tokens": 4096, "eval_batch_size": 128}
+    assert found[16] == (few, pytest.approx(12.2e9, rel=0.01))
+    assert found[7][0] == {**LEAST, "lora_rank": 16}
+
+
+def test_where_nothing_is_enough_the_least_is_told(made_up):
+    changed, least = made_up(cards=(2, 80))[2]
+    assert changed is None and least == pytest.approx(6.05e9, rel=0.01)
+    assert made_up("--update_ref_model", cards=(8, 80))[8][0] is None  # and not with LoRA
+    with_kl = made_up("--update_ref_model", cards=(24, 80))[24]
+    assert with_kl == (None, pytest.approx(29.6e9, rel=0.02))
+
+
+def test_what_is_said_to_fit_was_planned_in_full(made_up):
+    for card, (changed, total) in made_up(too_low=0.8).items():
+        args = flags(*planner.as_flags(changed).split(), preset="h100")
+        assert total == max(MadeUp(args, 0, 0, {}, {}, {}).peaks.values()) <= card * 1e9
 
 
 def test_the_default_fits_80_gb():
@@ -277,7 +333,7 @@ def test_the_default_fits_80_gb():
     peaks = quick_peaks(args, True)
     held = 4 * PARAMETERS[args.model_name] * 4  # weights, gradients and Adam in fp32
     assert held < peaks["optimizer"] < peaks["policy"]
-    assert planner.with_allowance(max(peaks.values()), True) < 80e9
+    assert planner.needed(peaks, True) < 80e9
 
 
 def test_a_plan_touches_nothing_and_is_a_page_to_read(tmp_path, monkeypatch, capsys):

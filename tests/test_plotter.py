@@ -142,7 +142,7 @@ def seeds(tmp_path):
 def test_runs_that_differ_in_their_seed_alone_become_their_mean_and_range(seeds):
     without, with_kl = over_seeds([Series(folder) for folder in seeds])
     assert [mean.name for mean in (without, with_kl)] == [
-        "kl_beta 0.0, 2 seeds", "kl_beta 0.04, 2 seeds",
+        "kl_beta 0.0, mean of 2 seeds", "kl_beta 0.04, mean of 2 seeds",
     ]  # fmt: skip
     assert without.metrics["entropy"] == ([0, 1, 2], [3, 4, 5])  # the steps that both have
     assert without.metric_ranges["entropy"] == ([2, 3, 4], [4, 5, 6])
@@ -151,6 +151,52 @@ def test_runs_that_differ_in_their_seed_alone_become_their_mean_and_range(seeds)
     assert without.intervals["accuracy"] == ([0.1], [0.2])  # not the runs' own
     [alone] = over_seeds([Series(folder) for folder in seeds[:2]])
     assert alone.name == "mean of 2 seeds"
+
+
+def test_a_mean_of_equal_values_lies_on_them_and_is_drawn(tmp_path):
+    """(0.1 + 0.1 + 0.1) / 3 is above 0.1."""
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"flags": {"seed": folder.name}}))
+        write_jsonl(folder / "eval.jsonl", [{"step": 0, "accuracy": 0.1}])
+    [mean] = over_seeds([Series(folder) for folder in folders])
+    assert mean.evaluations["accuracy"] == ([0], [0.1])
+    plotter.plot_runs([mean], tmp_path / "plots")
+
+
+def flags_written(folder, **flags):
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+
+
+def test_a_flag_that_only_some_runs_have_sets_them_apart(seeds):
+    flags_written(seeds[2], seed=1, kl_beta=0.0, clip="cispo")
+    flags_written(seeds[3], seed=2, kl_beta=0.0, clip="cispo")
+    names = [mean.name for mean in over_seeds([Series(folder) for folder in seeds])]
+    assert names == ["clip None, mean of 2 seeds", "clip cispo, mean of 2 seeds"]
+
+
+def test_runs_on_other_data_are_another_recipe_wherever_the_file_lies(seeds):
+    for place, name in enumerate(("a/easy", "b/easy", "a/hard", "b/hard")):
+        flags_written(seeds[place], seed=place, dataset_path=f"/{name}.jsonl")
+    means = over_seeds([Series(folder) for folder in seeds])
+    assert [mean.name for mean in means] == [
+        "dataset_path easy.jsonl, mean of 2 seeds", "dataset_path hard.jsonl, mean of 2 seeds",
+    ]  # fmt: skip
+
+
+def test_seeds_are_counted_and_not_runs(seeds):
+    flags_written(seeds[1], seed=1, kl_beta=0.0)
+    assert [mean.name for mean in over_seeds([Series(folder) for folder in seeds])] == [
+        "kl_beta 0.0, mean of 2 runs of seed 1", "kl_beta 0.04, mean of 2 seeds",
+    ]  # fmt: skip
+    assert [mean.name for mean in over_seeds([Series(seeds[0])])] == ["seed 1"]
+
+
+def test_a_run_whose_flags_are_unknown_has_no_recipe(seeds, capsys):
+    (seeds[1] / "config.json").unlink()
+    assert plotter.main(["--mean", *map(str, seeds)]) == 2
+    assert f"{seeds[1]}: no config.json" in capsys.readouterr().err
 
 
 def test_means_are_drawn_with_their_bands(seeds, tmp_path, monkeypatch):
