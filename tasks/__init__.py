@@ -110,6 +110,16 @@ def _made(make, path, seed, *rest):
     return Problems(problems, seed)
 
 
+def _worked(make, path, problem):
+    """The worked answer from a task's own function; its errors are told as those of `_made`."""
+    with _errors_of(path):
+        text = make(problem)
+    if not isinstance(text, str):
+        raise UserError(f"{path}: worked_answer returned {text!r:.40}, not text, for "
+                        f"{problem.question[:40]!r}")  # fmt: skip
+    return text
+
+
 def _check_variant(name, variant, variants):
     flag = f"--dataset_name {name}/{variant}" if variant else f"--dataset_name {name}"
     if variants is None and variant:
@@ -137,7 +147,10 @@ def definitions(path, module_name):
     found = vars(sys.modules[module_name])
     names = ("problems", *DEFAULTS, "VARIANTS")
     # A default that was imported to be used is not a choice.
-    return {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
+    chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
+    if "worked_answer" in chosen:
+        chosen["worked_answer"] = partial(_worked, chosen["worked_answer"], path)
+    return chosen
 
 
 DEFAULTS = {

@@ -400,6 +400,22 @@ def test_a_verdict_that_fails_names_the_function(own, saved_models, tmp_path):
         main.train(args)
 
 
+@pytest.mark.parametrize(
+    "body, complaint",
+    [
+        ("problem.extra['steps']", r"own\.py:2: KeyError: 'steps'; mend this line"),
+        ("None", r"own\.py: worked_answer returned None, not text, for 'Word 0\?'"),
+    ],
+)
+def test_a_worked_answer_that_fails_names_the_line(body, complaint, own, tmp_path):
+    _, data = own
+    text = f"def worked_answer(problem):\n    return {body}\n\n\n" + textwrap.dedent(OWN)
+    args = args_of("gsm8k", dataset_path=data, evaluator=write(tmp_path / "own.py", text))
+    problem = Problem("Word 0?", "x", "y")
+    with pytest.raises(UserError, match=complaint):
+        load_task(args).worked_answer(problem)
+
+
 def test_a_task_s_rewards_serve_other_data(own):
     _, data = own
     args = args_of("gsm8k", dataset_path=data, evaluator=str(ROOT / "tasks" / "countdown.py"))
