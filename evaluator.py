@@ -27,11 +27,21 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 # --- reading an answer -------------------------------------------------------------------------
 
+# Words that make another number of the one before them ("5 thousand", "2 thirds"), and those for a
+# second number, which follow a word that joins them ("7 or eight", "3 hours and a half").
+FRACTIONS = "half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
+CHANGES = f"k|(?:dozen|hundred|thousand|million|billion|trillion)s?|squared|cubed|{FRACTIONS}"
+JOINS = "and|or|plus|minus|less|times|by|over|point"
+SECOND = (
+    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|quarter|"
+    f"(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|ty)|{FRACTIONS}"
+)
+
 # One number at the start, with at most a unit after it: "72", "-1,080", "$5.00", "50%", "8 clips."
 NUMBER = re.compile(
     r"(?P<sign>[-\u2212+]?[$€£]?|[$€£][-\u2212])(?=\.?[0-9])"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?P<fraction>\.[0-9]+)?"
-    r"(?!\s*(?:k|(?:dozen|hundred|thousand|million|billion|trillion)s?)\b)\.?\s*%?[a-z\s]*\.?",
+    rf"(?!\s*(?:{CHANGES})\b|[a-z\s]*\b(?:{JOINS})\s+(?:a\s+)?(?:{SECOND})\b)\.?\s*%?[a-z\s]*\.?",
     re.IGNORECASE | re.ASCII,
 )
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
@@ -48,7 +58,8 @@ def parse_number(text):
     """The one number that `text` states, as an exact Decimal, or None.
 
     Currency sign, thousands commas, trailing ".0", percent sign, unit words after the number and
-    the typographic minus are understood; two numbers, a fraction or words before it are not.
+    the typographic minus are understood; two numbers, a fraction or words before it are not, nor
+    are words after it that change it ("5 thousand", "3 and a half").
     """
     text = text.strip()
     if len(text) > LONGEST_NUMBER:

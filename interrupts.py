@@ -29,7 +29,9 @@ class Stopped(BaseException):
 def exit_now(number, frame=None):
     """A signal handler that ends the process at once, with status 130 or 143."""
     if is_main():
-        os.write(2, f"\nmain.py: interrupted by {signal.Signals(number).name}\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\nmain.py: interrupted by {name}; nothing to go on from yet, --resume "
+                    "begins anew\n".encode())  # fmt: skip
     os._exit(128 + number)
 
 

@@ -27,6 +27,7 @@ def load(args, accelerator, task, start=None):
             raise UserError(f"--{flag} {count}: less than one for each of {processes} processes; "
                             "raise it, or start fewer")  # fmt: skip
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
+    print(f"loading {args.model_name} ...", flush=True)
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
     add_adapter(policy, args)
 

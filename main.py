@@ -212,6 +212,8 @@ def sample_groups(policy, tokenizer, problems, seeds, args, accelerator, task):
     problem, fix the draws."""
     prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
+    if args.compile_sampler:  # again for every other size of a batch, so all get one
+        at_once = max(n for n in range(1, at_once + 1) if len(prompts) % n == 0)
     parts = []
     with accelerator.autocast(), whole(policy):
         for start in range(0, len(prompts), at_once):
@@ -256,6 +258,8 @@ def update_policy(
     own, lengths, batches, idle = own_batches(
         policy, rollouts.prompt_ids, lengths, args.micro_batch_tokens, accelerator
     )
+    # `own` groups are this process's; the others have weight 0 here. `idle` batches have it too:
+    # where weights are cut up (FSDP2), all processes go through the model equally often.
     weights = weights * weights.new_tensor(own)[:, None, None]
     old_logprobs, weights = rollouts.logprobs.flatten(0, 1), weights.flatten(0, 1)  # (B, C)
     ids, advantages = rollouts.completion_ids.flatten(0, 1), advantages.flatten()
@@ -291,16 +295,16 @@ def update_policy(
                     None if ref_logprobs is None else ref_logprobs[batch.rows],
                     advantages[batch.rows],
                     weights[batch.rows],
-                    args.clip_epsilon,
-                    args.clip_epsilon_high,
-                    args.kl_beta,
-                    args.kl_estimator,
-                    args.ratio,
-                    args.clip,
-                    args.tis_cap,
-                    first_logprobs[batch.rows],
-                    args.entropy_bonus,
-                    entropy,
+                    clip_epsilon_low=args.clip_epsilon,
+                    clip_epsilon_high=args.clip_epsilon_high,
+                    kl_beta=args.kl_beta,
+                    kl_estimator=args.kl_estimator,
+                    ratio=args.ratio,
+                    clip=args.clip,
+                    tis_cap=args.tis_cap,
+                    first_logprobs=first_logprobs[batch.rows],
+                    entropy_bonus=args.entropy_bonus,
+                    entropy=entropy,
                 )
                 loss.backward()
                 metrics["loss"] += loss.detach()

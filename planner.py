@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoder import Decoder
 from flags import base_and_adapters
-from graph_decoder import GraphDecoder
+from graph_decoder import GraphDecoder, recorder_for
 from grpo import grpo_loss
 from known_models import KNOWN_MODELS
 from llms import completion_logprobs, kl_reference, refusing
@@ -45,7 +45,7 @@ PARTS = (
 )  # fmt: skip
 PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
 CARDS = (24, 40, 80)  # GB
-# How far a plan goes to make a run fit, and the last thing that it tries.
+# How far a plan goes to make a run fit.
 SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH, LORA_RANK = 2048, 16, 16
 GSM8K_TEST = 1319  # problems in its official test split
 
@@ -89,6 +89,7 @@ class Plan:
 def plan(args):
     """Print the plan of a run with these flags."""
     on_gpu = plans_for_gpu(args)
+    print("One step on tensors that have no memory, for a minute or two ...\n", flush=True)
     machine = H100 if on_gpu else this_machine()
     print(report(planned(args, on_gpu, machine), on_gpu, machine))
 
@@ -111,10 +112,12 @@ def planned(args, on_gpu, machine=None, layers=None):
             config = config_of(args.model_name)
             config.num_hidden_layers = layers or config.num_hidden_layers
             # Some kinds read positions, which fake tensors do not have; of all, the shapes agree.
+            rope_type = config.rope_parameters["rope_type"]
             config.rope_parameters["rope_type"] = "default"
             policy = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
+            policy.config.rope_parameters["rope_type"] = rope_type  # for recorder_for
         return step_plan(policy.eval(), args, on_gpu, machine)
 
 
@@ -203,32 +206,51 @@ class CudaAttention(TorchFunctionMode):
 def fitting(first, on_gpu):
     """{card: (changed flags, peak with allowance)}, None for the flags where none are enough.
 
-    Flags are changed one after the other, always for the phase that takes most, and where that is
-    not enough, all over again with LoRA.
+    Flags are changed one after the other, always for the phase that takes most. Where that is not
+    enough, all over again with LoRA, and only then, without it, the KL term is given up: that
+    changes the objective.
     """
-    found, missing, args = {}, list(CARDS), first.args
-    for changed in ({}, *with_lora(first.args)):
-        while changed is not None and missing:
-            args = copy.copy(first.args)
-            vars(args).update(changed)
+    found, ends = {}, []
+
+    def change_from(changed):
+        while missing := [card for card in CARDS if card not in found]:
+            args = with_flags(first.args, changed)
             peaks = quick_peaks(args, on_gpu) if changed else first.peaks
             if changed and needed(peaks, on_gpu) <= missing[-1] * GB:
                 peaks = planned(args, on_gpu).peaks  # the quick ones may be too low
             total = needed(peaks, on_gpu)
             found.update({card: (changed, total) for card in missing if total <= card * GB})
-            missing = [card for card in missing if card not in found]
             change = next_change(args, max(peaks, key=peaks.get))
-            changed = {**changed, **change} if change else None
-    if missing:
-        least = needed(planned(args, on_gpu).peaks, on_gpu)
+            if not change:
+                ends.append(changed)
+                return
+            changed = {**changed, **change}
+
+    change_from({})
+    if can_use_lora(first.args):
+        change_from({"lora_rank": LORA_RANK})
+    if ends and can_drop_kl(first.args):
+        change_from({**ends[0], "kl_beta": 0.0})
+    if missing := [card for card in CARDS if card not in found]:
+        in_full = (planned(with_flags(first.args, end), on_gpu).peaks for end in ends[-2:])
+        least = min(needed(peaks, on_gpu) for peaks in in_full)
         found.update(dict.fromkeys(missing, (None, least)))
     return {card: found[card] for card in CARDS}
 
 
-def with_lora(args):
-    """The flags that train adapters instead, where the run could: a list of one or none."""
-    possible = not args.lora_rank and not args.update_ref_model and util.find_spec("peft")
-    return [{"lora_rank": LORA_RANK}] if possible else []
+def with_flags(args, changed):
+    args = copy.copy(args)
+    vars(args).update(changed)
+    return args
+
+
+def can_use_lora(args):
+    return not args.lora_rank and not args.update_ref_model and bool(util.find_spec("peft"))
+
+
+def can_drop_kl(args):
+    """With LoRA the reference takes nothing; one that moves is there for its own sake."""
+    return args.kl_beta > 0 and not args.update_ref_model and not args.lora_rank
 
 
 def next_change(args, phase):
@@ -249,8 +271,6 @@ def next_change(args, phase):
             return {"micro_batch_tokens": max(halved, SMALLEST_MICRO_BATCH)}
         if not args.gradient_checkpointing:
             return {"gradient_checkpointing": True}
-    if args.kl_beta > 0 and not args.update_ref_model and not args.lora_rank:
-        return {"kl_beta": 0.0}
     return {}
 
 
@@ -301,7 +321,8 @@ def report(plan, on_gpu, machine):
         *aligned(rows),
         "",
         f"Time, predicted and not measured: {step:,.1f} s per step, {duration(run)} for "
-        f"{args.num_train_iters:,} steps and {evaluations} evaluations",
+        f"{args.num_train_iters:,} steps and {evaluations} "
+        f"evaluation{'s' * (evaluations != 1)}",
         f"of {args.eval_problems or GSM8K_TEST:,} problems, without rewards, cold start and files.",
         f"Assumed: {machine.name};",
         f"{machine.host_seconds * 1e6:.0f} microseconds for the host to start an operation"
@@ -444,7 +465,7 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
     rows, length = questions * group_size, args.max_completion_length
     before = tracker.work
     with tracker.part("sampling copy"):
-        if on_gpu:
+        if on_gpu and recorder_for(policy, "cuda"):
             decoder = GraphDecoder(policy, group_size, length, partial(PlannedGraph, tracker))
         else:
             decoder = Decoder(policy, group_size, length)

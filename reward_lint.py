@@ -108,6 +108,8 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT):
             complaint = f"takes more than {timeout:g} seconds"
         except Exception as error:
             complaint = f"raises {type(error).__name__}: {' '.join(str(error).split())[:60]}"
+            if isinstance(error, KeyError):
+                complaint += " (the golden set's problems have no `extra`)"
         failures.setdefault(function, f"{function.__name__} {complaint} for {completion[:40]!r}")
         return 0.0
 
@@ -307,7 +309,9 @@ def report(result):
         rows.append((f"{total(score):.3f}", *(f"{score[key]:.3f}" for key in names), name))
     lines = table(rows)
     if result.findings:
-        lines += ["", f"{len(result.findings)} findings:", *(f"- {f}" for f in result.findings)]
+        count = len(result.findings)
+        title = f"{count} finding{'s' * (count != 1)}:"
+        lines += ["", title, *(f"- {finding}" for finding in result.findings)]
     else:
         lines += ["", "No findings."]
     return "\n".join(lines)

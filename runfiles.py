@@ -79,11 +79,19 @@ class Series:
 
 class Mean:
     """Runs of several seeds as one, to be drawn as a `Series` is: at every step that all have, the
-    mean, and in `metric_ranges` and `intervals` the lowest and the highest value."""
+    mean, and in `metric_ranges` and `intervals` the lowest and the highest value.
+
+    A seed counts once, several runs of one seed as their own mean.
+    """
 
     def __init__(self, name, runs):
         self.name = ", ".join(filter(None, [name, _count(runs)]))
         self.flags, self.alarms = runs[0].flags, []
+        seeds = {}
+        for run in runs:
+            seeds.setdefault(run.flags.get("seed"), []).append(run)
+        if len(seeds) > 1:
+            runs = [Mean("", of_one) if len(of_one) > 1 else of_one[0] for of_one in seeds.values()]
         self.metrics, self.metric_ranges = _joined([run.metrics for run in runs])
         self.evaluations, self.intervals = _joined([run.evaluations for run in runs])
 
@@ -129,12 +137,13 @@ def over_seeds(runs):
 
 
 def _recipe(run):
-    """A run's flags but for those that do not matter here, and wherever its data lies."""
+    """A run's flags but for those that do not matter here, and its data, wherever that lies."""
     if not run.flags:
         raise UserError(f"{run.path}: no config.json, so what it shares with others is unknown")
     recipe = {key: value for key, value in run.flags.items() if key not in OF_A_RUN}
     if recipe.get("dataset_path"):
         recipe["dataset_path"] = Path(recipe["dataset_path"]).name
+        recipe["problems"] = run.config.get("problems_sha256", "")[:8]
     return recipe
 
 

@@ -270,6 +270,8 @@ def damaged(folder):
         (*config(model_type="mamba"), ["model type mamba; supported: qwen2, qwen3, llama"]),
         (*config(model_type=["qwen2"]), ["supported: qwen2"]),
         (*config(use_sliding_window=True), ["sliding-window attention is not supported"]),
+        (*config(rope_scaling={"type": "longrope"}), ["of type longrope are not supported"]),
+        (*config(rope_parameters={"rope_type": "longrope"}), ["of type longrope are not"]),
         (*config(hidden_size="wide"), ["cannot be loaded", "hidden_size"]),
         (*config(num_attention_heads=0), ["cannot be loaded"]),
         (*config(hidden_size=64), ["disagree on", "of two models"]),

@@ -424,6 +424,23 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     ).texts == (rollouts.texts)
 
 
+def test_what_is_compiled_serves_all_batches_of_a_step(accelerator, monkeypatch):
+    """torch.compile starts anew for a batch of another size."""
+    tokenizer = make_tokenizer()
+    asked = []
+    monkeypatch.setattr(main, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
+    monkeypatch.setattr(main, "joined_rollouts", len)
+    args = make_args(
+        seed=3, group_size=4, sampling_batch_size=9, top_k=0, top_p=1.0, min_p=0.0,
+        sampler="shared_prefix", compile_sampler=True,
+    )  # fmt: skip
+    for questions, sizes in ((5, [1] * 5), (4, [2] * 2), (2, [2])):
+        drawn = [Problem("1 + 1?", "2", "")] * questions
+        main.sample_groups(None, tokenizer, drawn, range(questions), args, accelerator, TASK)
+        assert asked == sizes
+        asked.clear()
+
+
 def test_every_draw_of_every_question_has_a_seed_of_its_own(accelerator, monkeypatch):
     seen = []
     real = main.sample_groups

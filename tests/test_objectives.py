@@ -335,9 +335,9 @@ def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_sta
     _, rollouts = off_policy
     calls, original = [], main.grpo_loss
 
-    def spy(logprobs, old, *rest):
-        loss, sums = original(logprobs, old, *rest)
-        calls.append((logprobs.detach(), old, rest[-3], sums))  # rest[-3]: first_logprobs
+    def spy(logprobs, old, *rest, **named):
+        loss, sums = original(logprobs, old, *rest, **named)
+        calls.append((logprobs.detach(), old, named["first_logprobs"], sums))
         return loss, sums
 
     monkeypatch.setattr(main, "grpo_loss", spy)

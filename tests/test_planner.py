@@ -251,11 +251,14 @@ def test_a_token_on_average_reads_as_much_of_the_cache_as_it_does(four_layers):
 
 
 def test_rotary_embeddings_that_read_positions_can_be_planned(tmp_path, four_layers):
+    """As what they are: on a GPU the host starts every kernel of theirs, for it reads positions."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     make_model(**FOUR_LAYERS, rope_parameters=rope).config.save_pretrained(tmp_path)
-    plans = [planned(flags("--model_name", folder, *SMALL), True, layers=1)
-             for folder in (str(tmp_path), four_layers[1])]  # fmt: skip
-    assert plans[0].peaks == plans[1].peaks
+    dynamic, default = (planned(flags("--model_name", folder, *SMALL), True, ONE, layers=1)
+                        for folder in (str(tmp_path), four_layers[1]))  # fmt: skip
+    assert dynamic.phases["policy"] == default.phases["policy"]
+    sampling = [plan.work["sampling"].operations for plan in (dynamic, default)]
+    assert sampling[0] > 2 * sampling[1]
 
 
 # --- the report and the command ----------------------------------------------------------------
@@ -301,12 +304,21 @@ def test_flags_change_one_by_one_until_it_fits(made_up):
     assert found[80] == ({}, pytest.approx(44.4e9, rel=0.01))
     less = {"micro_batch_tokens": 4096, "eval_batch_size": 128}
     assert found[40] == (less, pytest.approx(36.2e9, rel=0.01))
-    assert found[24] == ({**LEAST, "kl_beta": 0.0}, pytest.approx(22.0e9, rel=0.01))
-    again = flags(*planner.as_flags(found[24][0]).split(), preset="h100")
+    assert found[24] == ({"lora_rank": 16}, pytest.approx(20.4e9, rel=0.01))
+
+
+def test_the_kl_is_given_up_last(made_up, monkeypatch):
+    """It is part of the objective."""
+    assert made_up("--kl_beta", "0.1", cards=(7, 80))[7][0].get("kl_beta") is None
+    monkeypatch.setattr(planner, "can_use_lora", lambda args: False)
+    changed, total = made_up()[24]
+    assert (changed, total) == ({**LEAST, "kl_beta": 0.0}, pytest.approx(22.0e9, rel=0.01))
+    again = flags(*planner.as_flags(changed).split(), preset="h100")
     assert again.gradient_checkpointing and again.kl_beta == 0 and again.eval_batch_size == 32
+    assert made_up("--kl_beta", "0", cards=(8, 80))[8][0] is None
 
 
-def test_lora_keeps_the_kl_and_changes_no_more_than_it_has_to(made_up):
+def test_lora_changes_no_more_than_it_has_to(made_up):
     found = made_up(cards=(7, 16, 80))
     few = {"lora_rank": 16, "micro_batch_tokens": 4096, "eval_batch_size": 128}
     assert found[16] == (few, pytest.approx(12.2e9, rel=0.01))

@@ -165,8 +165,9 @@ def test_a_mean_of_equal_values_lies_on_them_and_is_drawn(tmp_path):
     plotter.plot_runs([mean], tmp_path / "plots")
 
 
-def flags_written(folder, **flags):
-    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+def flags_written(folder, data=None, **flags):
+    facts = {} if data is None else {"problems_sha256": data}
+    (folder / "config.json").write_text(json.dumps({"flags": flags, **facts}))
 
 
 def test_a_flag_that_only_some_runs_have_sets_them_apart(seeds):
@@ -178,10 +179,17 @@ def test_a_flag_that_only_some_runs_have_sets_them_apart(seeds):
 
 def test_runs_on_other_data_are_another_recipe_wherever_the_file_lies(seeds):
     for place, name in enumerate(("a/easy", "b/easy", "a/hard", "b/hard")):
-        flags_written(seeds[place], seed=place, dataset_path=f"/{name}.jsonl")
+        flags_written(seeds[place], name[2] * 64, seed=place, dataset_path=f"/{name}.jsonl")
     means = over_seeds([Series(folder) for folder in seeds])
     assert [mean.name for mean in means] == [
-        "dataset_path easy.jsonl, mean of 2 seeds", "dataset_path hard.jsonl, mean of 2 seeds",
+        "dataset_path easy.jsonl, problems eeeeeeee, mean of 2 seeds",
+        "dataset_path hard.jsonl, problems hhhhhhhh, mean of 2 seeds",
+    ]
+    for place, data in enumerate("aabb"):  # files of one name in two places
+        flags_written(seeds[place], data * 64, seed=place, dataset_path=f"/{data}/data.jsonl")
+    means = over_seeds([Series(folder) for folder in seeds])
+    assert [mean.name for mean in means] == [
+        "problems aaaaaaaa, mean of 2 seeds", "problems bbbbbbbb, mean of 2 seeds",
     ]  # fmt: skip
 
 
@@ -191,6 +199,17 @@ def test_seeds_are_counted_and_not_runs(seeds):
         "kl_beta 0.0, mean of 2 runs of seed 1", "kl_beta 0.04, mean of 2 seeds",
     ]  # fmt: skip
     assert [mean.name for mean in over_seeds([Series(seeds[0])])] == ["seed 1"]
+
+
+def test_a_seed_that_was_run_more_often_counts_once(seeds):
+    for folder, seed in zip(seeds, (1, 1, 1, 2)):
+        flags_written(folder, seed=seed)
+    for folder, accuracy in zip(seeds, (0.8, 0.9, 1.0, 0.1)):
+        write_jsonl(folder / "eval.jsonl", [{"step": 0, "accuracy": accuracy}])
+    [mean] = over_seeds([Series(folder) for folder in seeds])
+    assert mean.name == "mean of 2 seeds"
+    assert mean.evaluations["accuracy"] == ([0], [pytest.approx(0.5)])
+    assert mean.intervals["accuracy"] == ([0.1], [pytest.approx(0.9)])
 
 
 def test_a_run_whose_flags_are_unknown_has_no_recipe(seeds, capsys):

@@ -48,13 +48,17 @@ NUMBERS = {  # text: what it states; separated by |
     "1000|1,000|1,000.|1,000.0|$1,000|£1,000.00|1,000 clips|01,000|1000.000": 1000,
     "1234567|1,234,567|$1,234,567.00|1,234,567 people": 1234567,
     "-12,345.75|−$12,345.75|-12345.75": -12345.75,
-    "3 hundredweights|3 thousandths of a mile|3 kits|3 dozenth": 3,
+    "3 hundredweights|3 kits|3 dozenth|3 halfpennies|3 quarters|3 times|3 more|3 less than before"
+    "|3 cats and dogs|3 for one|3 feet squared|3 by noon|3 cats or so|3 andes|3 cats and tents": 3,
 }
 NOT_NUMBERS = (  # separated by |
     "|-|+|$|%|.|,|−|$-|-.|five|a|x5|A5|#5|= 5|5 =|(5)|[5]|**5**|5!|5?|5;|5:30|5/1|1/2|5 1/2|5½|½|²"
     "|5 or 6|5 and 6|5, 6|5 - 6|5-6|5 6|5.5.5|1.2.3|- 5|--5|+-5|-+5|$$5|$-$5|5$|5 €|5%%|-$-5"
     "|1,00|1,0000|10,00|1,000,|,100|,1,000|1,,000|0001,000|12,34,567|1 000|1'000|1_000|1.000,50"
     "|1e5|1E5|5e0|1e300000|0x10|0b1|nan|NaN|inf|-inf|Infinity|None|true|5k|5 k|5K|5 thousand"
+    "|3 thirds|3 thousandths of a mile|3 halves|3 and a half|3 hours and a half|3 hundredths"
+    "|4 squared|2 cubed|2 divided by three|7 or eight|20 less two|2 times three|3 point five"
+    "|5 plus\ttwo|5 hours and thirty minutes|5 minus fourteen|3 AND A QUARTER|6 cats or seven"
     "|5 thousands|2 dozen|2 dozens|5 hundred|3 million|3 Millions|1.5 billion|2 trillion|1,000 k"
     "|５|٣|四|x = 5|about 5|USD 5|¥5|5°C|5 m²|60 km/h|<5>|5\x00|\ufeff5|5\u200b|'5'|\"5\""
     "|there are 5|roughly 5 apples"
