@@ -156,6 +156,14 @@ def test_what_a_model_could_exploit_is_found(function, finding):
     assert finding in found(function, weights)
 
 
+def test_a_reward_that_wants_a_field_of_its_own_is_told_why_it_finds_none():
+    def short(completion, problem):
+        return float(len(completion) < problem.extra["limit"])
+
+    finding = next(x for x in lint(with_planted(short)).findings if "KeyError" in x)
+    assert "the golden set's problems have no `extra`" in finding
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "2.0", KeyError("surprise")])
 def test_a_function_that_raises_or_returns_no_finite_number_is_found_once(value):
     def picky(completion, problem):
@@ -257,4 +265,4 @@ def test_findings_are_one_line_each_and_warnings_at_the_start_of_a_run(capsys, m
     assert shortened[:-1] == lines[:-1] and "and 1 more: see" in shortened[-1]
     warn(TASK, [], {})
     assert capsys.readouterr().err == ""
-    assert "findings:" in report(lint(with_planted(brevity)))
+    assert "1 finding:" in report(lint(with_planted(brevity)))
