@@ -6,7 +6,8 @@ the rewards in evaluator.py, advantages and loss in grpo.py; what several GPUs s
 processes.py. Left out on purpose: a value network (the group's mean is the baseline), reward models
 (rewards are functions), and any trainer class to look behind.
 
-Q questions per step, G completions per question, P prompt tokens, C completion tokens.
+Q questions per step, G completions per question, P prompt tokens, C completion tokens; B = Q x G
+completions of a step, R of them in a micro-batch.
 """
 
 import sys
