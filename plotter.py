@@ -117,18 +117,20 @@ def _tokens(axes, runs):
 
 
 def _alarms(axes, runs):
-    """A dotted line at every step with an alarm, with the alarms' names along it."""
+    """A dotted line at every step with an alarm; in a figure's first panel, with their names."""
+    named = axes is axes.figure.axes[0]
     for run in runs:
         names = {}
         for step, line in run.alarms:
             names.setdefault(step, []).append(line.partition(":")[0])
         for step, lines in names.items():
             axes.axvline(step, color="#dc2626", linestyle=":", linewidth=1.2)
-            axes.annotate(
-                ", ".join(lines), (step, 1), xycoords=("data", "axes fraction"), rotation=90,
-                fontsize=7, color="#dc2626", ha="right", va="top",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            )  # fmt: skip
+            if named:
+                axes.annotate(
+                    ", ".join(lines), (step, 1), xycoords=("data", "axes fraction"), rotation=90,
+                    fontsize=7, color="#dc2626", ha="right", va="top",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+                )  # fmt: skip
 
 
 def _finish(axes, runs, key, legend):
@@ -206,7 +208,7 @@ def _headline(runs):
         return "GRPO: " + " · ".join(run.name for run in runs)
     flags = runs[0].flags
     parts = [flags.get("model_name"), flags.get("dataset_name"), runs[0].name]
-    return "GRPO: " + " · ".join(str(part) for part in parts if part)
+    return "GRPO: " + " · ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
 def plot_run(path):

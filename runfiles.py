@@ -179,10 +179,12 @@ def _columns(rows):
 
 
 def smooth(values, window=None):
-    """Moving average over the last `window` values, by default a tenth of them, at least 3."""
-    window = window or max(3, len(values) // 10)
+    """Moving average over `window` values, by default a tenth of them, at least 3. It is centred,
+    so that the line does not lag behind; towards the ends it is over fewer."""
+    reach = (window or max(3, len(values) // 10)) // 2
     averages = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        averages.append(sum(recent) / len(recent))
+    for place in range(len(values)):
+        around = min(reach, place, len(values) - 1 - place)
+        near = values[place - around : place + around + 1]
+        averages.append(sum(near) / len(near))
     return averages

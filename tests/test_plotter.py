@@ -228,5 +228,13 @@ def test_means_are_drawn_with_their_bands(seeds, tmp_path, monkeypatch):
 
 
 def test_the_smooth_line_is_a_moving_average():
-    assert smooth([3.0, 6.0, 9.0, 0.0]) == [3.0, 4.5, 6.0, 5.0]
+    assert smooth([3.0, 6.0, 9.0, 0.0]) == [3.0, 6.0, 5.0, 0.0]
     assert smooth([1.0, 2.0, 3.0], window=1) == [1.0, 2.0, 3.0]
+    assert smooth([5.0]) == [5.0] and smooth([]) == []
+
+
+def test_the_smooth_line_does_not_lag():
+    straight = [float(n) for n in range(50)]
+    assert smooth(straight) == straight
+    step = smooth([0.0] * 30 + [1.0] * 30)
+    assert sum(step) == pytest.approx(30) and step[:27] == [0.0] * 27 and step[33:] == [1.0] * 27
