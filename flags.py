@@ -28,7 +28,6 @@ GSM8K_HUB_NAME = "openai/gsm8k"
 BUILT_IN = ("gsm8k", "arithmetic")  # the datasets in rldatasets.py; the others are files in TASKS
 TASKS = Path(__file__).parent / "tasks"
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
-ROPE_TYPE = ("rope_type", "type")  # keys that name the kind of rotary embedding, new and old
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 LATEST = "latest"  # --resume without a path
@@ -609,8 +608,8 @@ def check_model(args):
     if config.get("use_sliding_window"):
         raise UserError(f"{flag}: sliding-window attention is not supported")
     ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    kinds = [rope.get(key) for rope in ropes if isinstance(rope, dict) for key in ROPE_TYPE]
-    if "longrope" in kinds:
+    ropes = [rope for rope in ropes if isinstance(rope, dict)]
+    if any("longrope" in (rope.get("rope_type"), rope.get("type")) for rope in ropes):
         # Its frequencies go by the longest text of a batch, so that a row depends on the others.
         raise UserError(f"{flag}: rotary embeddings of type longrope are not supported")
     check_context(args, context)

@@ -213,7 +213,7 @@ def sample_groups(policy, tokenizer, problems, seeds, args, accelerator, task):
     problem, fix the draws."""
     prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
-    if args.compile_sampler:  # again for every other size of a batch, so all get one
+    if args.compile_sampler:  # batches of one size, for another would be compiled anew
         at_once = max(n for n in range(1, at_once + 1) if len(prompts) % n == 0)
     parts = []
     with accelerator.autocast(), whole(policy):
