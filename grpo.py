@@ -161,8 +161,8 @@ def grpo_loss(
     old_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
     """
     advantages = advantages.unsqueeze(-1)  # (..., 1)
-    # Or whatever else is not trained on here. Weight 0 alone would not do: what stands at such places
-    # may be infinite, and 0 x inf is NaN.
+    # Or whatever else is not trained on here. Weight 0 alone would not do: what stands there may be
+    # infinite, and 0 x inf is NaN.
     padding = weights == 0
     logprobs = logprobs.masked_fill(padding, 0.0)
     old_logprobs = old_logprobs.masked_fill(padding, 0.0)
