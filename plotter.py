@@ -86,7 +86,8 @@ def _seconds(axes, runs):
     metrics = runs[0].metrics
     stages = {key.split("/")[1]: metrics[key] for key in metrics if key.startswith("seconds/")}
     _stack(axes, stages)
-    _finish(axes, runs, "seconds per step", legend=True)
+    _finish(axes, runs, "seconds per step", legend=False)
+    _legend_above(axes)
 
 
 def _stack(axes, parts):
@@ -112,8 +113,14 @@ def _tokens(axes, runs):
     for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:")):
         axes.plot(*metrics[f"tokens/{key}"], line, label=name)
     _finish(axes, runs, "tokens/sampled", legend=False)
-    axes.set_ylim(top=1.2 * max(sampled))  # room for the legend
-    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
+    _legend_above(axes)
+
+
+def _legend_above(axes):
+    """A legend over what fills the panel, in room made for it."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.set_ylim(top=1.15 * axes.get_ylim()[1])
+        axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=5)
 
 
 def _alarms(axes, runs):
@@ -136,7 +143,7 @@ def _alarms(axes, runs):
 def _finish(axes, runs, key, legend):
     axes.set_title(_title(runs, key))
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
