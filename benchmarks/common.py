@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+OF_THE_PRESET = ("micro_batch_tokens", "sampling_batch_size")  # flags for memory, unless given
 
 
 def workload_parser(doc, rounds, warm_up, questions=True):
@@ -37,7 +38,8 @@ def workload_parser(doc, rounds, warm_up, questions=True):
 def training_flags(parser):
     """What the benchmarks of a whole step take in addition."""
     parser.add_argument("--kl_beta", type=float, default=0.04)
-    parser.add_argument("--micro_batch_tokens", type=int, help="ours; default: that of the preset")
+    for name in OF_THE_PRESET:
+        parser.add_argument(f"--{name}", type=int, help="ours; default: that of the preset")
     return parser
 
 
@@ -166,8 +168,8 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     }
     if args.dataset_path:
         argv["dataset_path"] = args.dataset_path
-    if args.micro_batch_tokens is not None:
-        argv["micro_batch_tokens"] = args.micro_batch_tokens
+    given = {name: getattr(args, name) for name in OF_THE_PRESET}
+    argv |= {name: value for name, value in given.items() if value is not None}
     ours = SimpleNamespace(on_gpu=on_gpu)
     ours.flags = parse_args(
         [part for name, value in argv.items() for part in (f"--{name}", str(value))]
