@@ -232,7 +232,7 @@ def fitting(first, on_gpu):
     if ends and can_drop_kl(first.args):
         change_from({**ends[0], "kl_beta": 0.0})
     if missing := [card for card in CARDS if card not in found]:
-        in_full = (planned(with_flags(first.args, end), on_gpu).peaks for end in ends[-2:])
+        in_full = (planned(with_flags(first.args, end), on_gpu).peaks for end in ends[1:] or ends)
         least = min(needed(peaks, on_gpu) for peaks in in_full)
         found.update(dict.fromkeys(missing, (None, least)))
     return {card: found[card] for card in CARDS}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-OF_THE_PRESET = ("micro_batch_tokens", "sampling_batch_size")  # flags for memory, unless given
+OF_THE_PRESET = ("micro_batch_tokens", "sampling_batch_size")  # for memory; the result is the same
 
 
 def workload_parser(doc, rounds, warm_up, questions=True):
