@@ -1,27 +1,14 @@
-"""The reward functions (edit them here), answer parsing, and scoring.
+"""The reward functions: edit them here. And how an answer is read.
 
 To add a reward, write a function `name(completion, problem) -> float` and put it in
 REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
 (Rewards in a file of their own: --evaluator FILE.py; with a dataset of their own: see tasks/.)
 
-    python evaluator.py lint                what do these rewards reward?
-    python evaluator.py compare RUN RUN     is one run's model better than another's?
-    python evaluator.py run MODEL           answer held-out questions with any model
+    python main.py lint    what do these rewards reward?
 """
 
-import math
 import re
-import sys
-import traceback
-from dataclasses import dataclass
 from decimal import Decimal
-from numbers import Real
-from typing import TYPE_CHECKING
-
-from utils import TimedOut, UserError, time_limit
-
-if TYPE_CHECKING:
-    import torch  # `lint` and `compare` answer at once; only who scores tensors waits for it
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -161,102 +148,3 @@ def tag_count(completion, problem):
 
 
 REWARD_FUNCTIONS = [correctness, integer_format, strict_format, soft_format, tag_count]
-
-# --- scoring -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """The scores of a step's completions. F reward functions, Q questions, G completions each."""
-
-    names: list  # F function names
-    per_function: "torch.Tensor"  # (Q, G, F), before the weights
-    total: "torch.Tensor"  # (Q, G), the weighted sum over functions
-
-
-def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):
-    """Every reward function on every completion. weights: {function name: weight}, 1 by default.
-
-    Raises UserError naming function, question and completion (and the `file` that holds it whole)
-    where a reward function raises, takes more than `timeout` seconds or returns something other
-    than a finite number.
-    """
-    import torch
-
-    scores = [
-        [
-            [call(function, text, problem, file, timeout) for function in reward_functions]
-            for text in texts
-        ]
-        for texts, problem in zip(rollouts.texts, problems)
-    ]
-    names = [function.__name__ for function in reward_functions]
-    per_function = torch.tensor(scores, dtype=torch.float32, device="cpu")  # (Q, G, F)
-    factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
-    return Rewards(names, per_function, (per_function * factors).sum(-1))
-
-
-def joined_rewards(parts):
-    """The Rewards of several draws of questions as one."""
-    import torch
-
-    return Rewards(
-        names=parts[0].names,
-        per_function=torch.cat([part.per_function for part in parts]),
-        total=torch.cat([part.total for part in parts]),
-    )
-
-
-def with_overlong_penalty(rewards, rollouts, args):
-    """Rewards that --overlong_buffer, if any, has made a further function of: `overlong`."""
-    if not args.overlong_buffer:
-        return rewards
-    import torch
-
-    from grpo import overlong_penalty
-
-    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
-    penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
-    return Rewards(
-        names=[*rewards.names, "overlong"],
-        per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
-        total=rewards.total + penalty,
-    )
-
-
-def call(function, completion, problem, file=None, timeout=None, kind="reward function"):
-    """What a function of a completion returns, as a float. Raises UserError, see `score`."""
-    complaint = None
-    try:
-        with time_limit(timeout):
-            value = function(completion, problem)
-    except TimedOut:
-        complaint = f"took more than --reward_timeout {timeout:g} seconds"
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        complaint = f"raised {type(error).__name__}: {error} (line {line})"
-    else:
-        if not isinstance(value, Real) or not math.isfinite(value):
-            complaint = f"returned {value!r}, not a finite number"
-    if complaint:
-        place = f"; see {file}" if file else ""
-        name = getattr(function, "__name__", "is_correct")
-        raise UserError(
-            f"{kind} {name} {complaint[:80]} for {problem.question[:40]!r}, "
-            f"completion {completion[:40]!r}{place}"
-        )
-    return float(value)
-
-
-def check_weights(weights, reward_functions):
-    """Raise UserError where --reward_weights names no reward function."""
-    names = [function.__name__ for function in reward_functions]
-    for name in weights:
-        if name not in names:
-            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
-
-
-if __name__ == "__main__":
-    from commands import main
-
-    sys.exit(main())

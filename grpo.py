@@ -8,6 +8,8 @@ constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3;
 baseline, ratio and clip are RLOO (2402.14740), GSPO (2507.18071) and CISPO (2506.13585).
 """
 
+from dataclasses import dataclass, fields
+
 import torch
 
 STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
@@ -118,23 +120,37 @@ def token_weights(completion_mask, aggregation="grpo", max_completion_length=Non
     return mask / (sequences * max_completion_length)
 
 
-def grpo_loss(
-    logprobs,
-    old_logprobs,
-    ref_logprobs,
-    advantages,
-    weights,
-    clip_epsilon_low=0.2,
-    clip_epsilon_high=0.2,
-    kl_beta=0.0,
-    kl_estimator="k3",
-    ratio="token",
-    clip="ppo",
-    tis_cap=0.0,
-    first_logprobs=None,
-    entropy_bonus=0.0,
-    entropy=None,
-):
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is made of: the flags of the same names, whose help says what each does."""
+
+    clip_epsilon: float = 0.2
+    clip_epsilon_high: float = 0.2
+    kl_beta: float = 0.0
+    kl_estimator: str = "k3"
+    ratio: str = "token"
+    clip: str = "ppo"
+    tis_cap: float = 0.0
+    entropy_bonus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss knows of R completions besides their log-probs now."""
+
+    old_logprobs: torch.Tensor  # (R, C), when they were sampled
+    advantages: torch.Tensor  # (R,)
+    weights: torch.Tensor  # (R, C), see token_weights
+    ref_logprobs: torch.Tensor | None = None  # (R, C); None where no reference is kept
+    first_logprobs: torch.Tensor | None = None  # (R, C), before the step's first update; None in it
+
+    def rows(self, index):
+        """The Batch of these completions alone. index: (R',)."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if x is None else x[index] for name, x in tensors.items()})
+
+
+def grpo_loss(logprobs, batch, objective, entropy=None):
     """This micro-batch's share of the loss, to be minimised (DeepSeekMath, eq. 3, by default).
 
         J = sum_t w_t [ c_t S_t - beta KL_t + entropy_bonus H_t ],   loss = -J
@@ -152,44 +168,47 @@ def grpo_loss(
     first update, and c_t = min(first_t / old_t, tis_cap) corrects for the sampler, as a constant
     (truncated importance sampling: Yao et al. 2025, fengyao.notion.site/off-policy-rl).
 
-    logprobs, old_logprobs, first_logprobs, weights and entropy, H_t in nats over the vocabulary,
-    are (..., C), advantages the same without C; ref_logprobs is None where no reference is kept.
+    logprobs: (R, C). batch: a Batch. objective: an Objective. entropy: (R, C), H_t in nats over the
+    vocabulary, where entropy_bonus > 0.
 
     Returns (loss, sums): the loss keeps its gradient; `sums` holds detached token *sums* over this
     micro-batch, which the caller divides by the step's number of tokens: `clip_fraction` (tokens
     whose gradient, or with "cispo" whose ratio, the clip bounded), `mismatch` (|logprobs -
     old_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
     """
-    advantages = advantages.unsqueeze(-1)  # (..., 1)
+    weights, advantages = batch.weights, batch.advantages.unsqueeze(-1)  # (R, C), (R, 1)
     # Or whatever else is not trained on here. Weight 0 alone would not do: what stands there may be
     # infinite, and 0 x inf is NaN.
     padding = weights == 0
+    first_logprobs = logprobs.detach() if batch.first_logprobs is None else batch.first_logprobs
     logprobs = logprobs.masked_fill(padding, 0.0)
-    old_logprobs = old_logprobs.masked_fill(padding, 0.0)
-    compared = first_logprobs.masked_fill(padding, 0.0) if tis_cap > 0 else old_logprobs
-    log_ratio = logprobs - compared  # (..., C)
-    if ratio == "sequence":
+    old_logprobs = batch.old_logprobs.masked_fill(padding, 0.0)
+    corrected = objective.tis_cap > 0
+    compared = first_logprobs.masked_fill(padding, 0.0) if corrected else old_logprobs
+    log_ratio = logprobs - compared  # (R, C)
+    if objective.ratio == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True).clamp(min=1)
-    ratios = log_ratio.exp()  # (..., C), of a sequence (..., 1)
-    bounded = ratios.clamp(1 - clip_epsilon_low, 1 + clip_epsilon_high)
-    if clip == "ppo":
-        objective = torch.minimum(ratios * advantages, bounded * advantages)
+    ratios = log_ratio.exp()  # (R, C), of a sequence (R, 1)
+    bounded = ratios.clamp(1 - objective.clip_epsilon, 1 + objective.clip_epsilon_high)
+    if objective.clip == "ppo":
+        gain = torch.minimum(ratios * advantages, bounded * advantages)
         clipped = bounded * advantages < ratios * advantages
     else:
-        objective = bounded.detach() * advantages * logprobs  # (..., C)
+        gain = bounded.detach() * advantages * logprobs  # (R, C)
         clipped = bounded != ratios
     sums = {
         "clip_fraction": (clipped & ~padding).sum(),
         "mismatch": (logprobs - old_logprobs).abs().sum(),
     }
-    if tis_cap > 0:
-        correction = (compared - old_logprobs).exp()  # (..., C)
-        objective = correction.clamp(max=tis_cap) * objective
-        sums["tis_capped"] = ((correction > tis_cap) & ~padding).sum()
-    if ref_logprobs is not None:
-        kl = kl_estimate(logprobs, ref_logprobs.masked_fill(padding, 0.0), kl_estimator)
-        objective = objective - kl_beta * kl
+    if corrected:
+        correction = (compared - old_logprobs).exp()  # (R, C)
+        gain = correction.clamp(max=objective.tis_cap) * gain
+        sums["tis_capped"] = ((correction > objective.tis_cap) & ~padding).sum()
+    if batch.ref_logprobs is not None:
+        ref_logprobs = batch.ref_logprobs.masked_fill(padding, 0.0)
+        kl = kl_estimate(logprobs, ref_logprobs, objective.kl_estimator)
+        gain = gain - objective.kl_beta * kl
         sums["kl"] = kl.sum()
-    if entropy_bonus > 0:
-        objective = objective + entropy_bonus * entropy.masked_fill(padding, 0.0)
-    return -(weights * objective).sum(), {name: value.detach() for name, value in sums.items()}
+    if objective.entropy_bonus > 0:
+        gain = gain + objective.entropy_bonus * entropy.masked_fill(padding, 0.0)
+    return -(weights * gain).sum(), {name: value.detach() for name, value in sums.items()}

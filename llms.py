@@ -1,17 +1,7 @@
-"""Policy, reference and tokenizer: loading, chat prompts, stop tokens, log-probabilities.
+"""Policy, reference and tokenizer: loading, chat prompts, stop tokens.
 
-Letters: Q questions, R completions, P prompt tokens, C completion tokens, T of them real, D hidden
-size, V vocabulary.
-
-    python llms.py chat MODEL    put questions to a model, as they are put to it in training
+What the policy makes of a completion, its log-probabilities, is in training/logprobs.py.
 """
-
-import sys
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    from commands import main
-
-    sys.exit(main(prog="llms.py"))
 
 import contextlib
 import copy
@@ -23,14 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from flags import EMBEDDED_MODEL, base_and_adapters
-from lora import has_adapter, settle_in_bfloat16, with_adapter
-from sharding import gathering, is_sharded, whole_copy, whole_tensor
-from shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
-from utils import UserError
-
-LOGPROB_CHUNK = 1024  # tokens whose (V,) logits exist at once; at V = 151,936 in fp32, 0.6 GB
-SOFTMAX_ROWS = 128  # of these, how many are normalised at once, which needs their size once more
+from training.lora import has_adapter, settle_in_bfloat16, with_adapter
+from training.sharding import is_sharded, whole_copy, whole_tensor
+from utils import EMBEDDED_MODEL, UserError, base_and_adapters
 
 
 def load_model(model_name, device, token=None):
@@ -177,6 +162,13 @@ def chat_prompt(tokenizer, system_prompt, question):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def worked_ids(tokenizer, problem, task):
+    """(prompt, the worked solution in the answer format and the token that ends a turn)."""
+    ids = tokenizer(task.worked_answer(problem), add_special_tokens=False).input_ids
+    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
+    return prompt, [*ids, tokenizer.eos_token_id]
+
+
 def stop_token_ids(model, tokenizer):
     """Every token that ends a completion, sorted: the tokenizer's and the generation config's.
 
@@ -186,117 +178,3 @@ def stop_token_ids(model, tokenizer):
     declared = model.generation_config.eos_token_id
     stops.update(declared if isinstance(declared, list) else [declared])
     return sorted(stops - {None})
-
-
-def log_softmax_(logits):
-    """Log-softmax over the last axis, in place. logits: (N, V)."""
-    for rows in logits.split(SOFTMAX_ROWS):
-        rows.copy_(rows.log_softmax(-1))
-    return logits
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log p(token) from the hidden state before it: h / temperature times the head, log-softmax.
-    Beside it, where asked for, the entropy of the whole distribution, H = -sum_v p_v log p_v.
-
-    Written out because nothing but this needs V numbers per token: here they exist for
-    LOGPROB_CHUNK tokens at once, in a tensor that the backward pass overwrites, and for more
-    tokens than that they are computed again there. The product is not left to bf16 autocast, here
-    as in decoder.py: rounding logits near 20 to bf16 shifts a log-probability by up to 0.06, and KL
-    and ratio with it.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, token_ids, with_entropy=False):
-        """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,).
-
-        Returns (log-probs (T,), entropies (T,) in nats or None).
-        """
-        logprobs, entropies, kept = [], [], None
-        for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
-            kept = None  # the last chunk's, before this one takes its own
-            kept = log_softmax_(h @ weight.T)  # (N, V)
-            logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
-            if with_entropy:
-                entropies += [
-                    -torch.linalg.vecdot(rows.exp(), rows) for rows in kept.split(SOFTMAX_ROWS)
-                ]
-        entropy = torch.cat(entropies) if with_entropy else None
-        ctx.save_for_backward(hidden, weight, token_ids, entropy)
-        ctx.kept = kept if len(logprobs) == 1 else None
-        return torch.cat(logprobs), entropy
-
-    @staticmethod
-    def backward(ctx, gradient, to_entropy):
-        hidden, weight, token_ids, entropy = ctx.saved_tensors
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), LOGPROB_CHUNK):
-            part = slice(start, start + LOGPROB_CHUNK)
-            logprobs, ctx.kept = ctx.kept, None
-            if logprobs is None:
-                logprobs = log_softmax_(hidden[part] @ weight.T)
-            # d log p(token) / d logits = one-hot(token) - p,   d H / d logits = -p (log p + H)
-            if entropy is None:
-                to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
-            else:
-                inputs = (logprobs, *(x[part, None] for x in (entropy, to_entropy, gradient)))
-                for rows, h, to_h, to_logprob in zip(*(x.split(SOFTMAX_ROWS) for x in inputs)):
-                    probs = rows.exp()
-                    rows.add_(h).mul_(to_h).add_(to_logprob).mul_(probs).neg_()
-                to_logits = logprobs  # (N, V)
-            to_logits.scatter_add_(-1, token_ids[part, None], gradient[part, None])
-            torch.mm(to_logits, weight, out=to_hidden[part])
-            if to_weight is not None:
-                to_weight.addmm_(to_logits.T, hidden[part])
-            del logprobs, to_logits
-        return to_hidden, to_weight, None, None
-
-
-def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):
-    """log p(token_ids) from the hidden states before them, at the sampling temperature, in fp32 or
-    finer. hidden: (T, D), token_ids: (T,). Returns (T,); with_entropy the pair of these and the
-    entropies (T,) of the distributions that they come from.
-    """
-    weight = model.get_output_embeddings().weight
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden = hidden.to(weight.dtype) / temperature
-        logprobs, entropy = TokenLogprobs.apply(hidden, weight, token_ids, with_entropy)
-    return (logprobs, entropy) if with_entropy else logprobs
-
-
-@gathering
-def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=False):
-    """log p(completion | prompt) per token, for the completions of a MicroBatch.
-
-    completion_ids: (R, C), padded on the right with any token. Returns (R, C), 0 at padded places;
-    with_entropy the pair of these and the entropies (R, C), in nats.
-    Every prompt runs through the model once, and the gradient flows back through it: result and
-    gradient are those of R full sequences.
-    """
-    hidden, scored = hidden_before_completions(model, batch, completion_ids)  # (T, D), (T,)
-    token_ids = completion_ids.flatten().index_select(0, scored)
-
-    def padded(values):
-        values = values.new_zeros(completion_ids.numel()).index_copy(0, scored, values)
-        return values.view(completion_ids.shape)
-
-    if with_entropy:
-        pair = token_logprobs(model, hidden, token_ids, temperature, with_entropy)  # (T,), (T,)
-        return tuple(map(padded, pair))
-    return padded(token_logprobs(model, hidden, token_ids, temperature))  # (T,)
-
-
-@torch.no_grad()
-def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, temperature, budget):
-    """The same for any number of completions, in as many passes as `budget` asks for.
-
-    prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens. completion_ids: (Q·G, C).
-    budget: the tokens of a pass *with* gradient, see shared_prefix.WITHOUT_GRADIENT. Returns
-    (Q·G, C), 0 at padded places.
-    """
-    logprobs = completion_ids.new_zeros(completion_ids.shape, dtype=model.dtype)  # (Q·G, C)
-    for batch in micro_batches(prompt_ids, lengths, WITHOUT_GRADIENT * budget):
-        ids = completion_ids[batch.rows]  # (R, C)
-        logprobs[batch.rows] = completion_logprobs(model, batch, ids, temperature)
-    return logprobs

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import GSM8K_HUB_NAME
 from utils import UserError, mixed_seed, read_jsonl
 
 SYSTEM_PROMPT = """Respond in the following format:
@@ -34,6 +33,8 @@ SYSTEM_PROMPT = """Respond in the following format:
 </answer>
 """
 
+BUILT_IN = ("gsm8k", "arithmetic")  # the datasets in here; the others are files in tasks/
+GSM8K_HUB_NAME = "openai/gsm8k"
 ARITHMETIC_SIZES = {"train": 4096, "test": 1024}
 
 

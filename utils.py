@@ -1,4 +1,4 @@
-"""What every module may need: user errors, seeds, files, a stopwatch, limits, the allocator."""
+"""What every module may need: errors, model names, seeds, files, a stopwatch, limits, memory."""
 
 import ctypes
 import difflib
@@ -10,10 +10,24 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
+
+EMBEDDED_MODEL = "smollm2-135m"
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what ends a run that saves itself first
 
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one line, exit status 2, no traceback."""
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, whose `number` it has. Not an Exception, so that nothing that handles
+    errors, in a reward function say, takes it for one."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def printable(text, kept=""):
@@ -67,12 +81,38 @@ def release_freed_memory(device):
         trim(0)
 
 
+def to_device(tensor, device):
+    """The host's tensor there; where that is a GPU, the host does not wait for the copy."""
+    if str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def hub_token():
     """The user's Hugging Face token, if any; it is passed on to the hub and written nowhere."""
     token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or "").strip()
     if not token.isascii() or not token.isprintable():  # what refuses it would show it
         raise UserError("HF_TOKEN: no token looks like that; unset it, or copy it again")
     return token or None
+
+
+def base_and_adapters(name):
+    """(the model that `name` stands for, directories of adapters to fold into it, one by one).
+
+    A directory with an adapter says which model it is for, and that may be another such directory.
+    Raises UserError where it does not.
+    """
+    adapters = []
+    while os.path.isfile(file := os.path.join(name, ADAPTER_CONFIG)):
+        try:
+            if name in adapters:
+                raise ValueError
+            base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            adapters, name = [name, *adapters], os.fspath(base)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"--model_name {name}: its {ADAPTER_CONFIG} is damaged or names no "
+                            "base model; fetch it again") from None  # fmt: skip
+    return name, adapters
 
 
 def mixed_seed(*parts):
@@ -159,7 +199,7 @@ def table(rows):
 
 
 class Stopwatch:
-    """Seconds per stage: `with stopwatch("sampling"): ...`, then `stopwatch.seconds`.
+    """Seconds per stage: `with stopwatch("sampling"): ...`, then `stopwatch.lap()`.
 
     `synchronize` (on CUDA: torch.cuda.synchronize) makes a stage pay for the work that it queued.
     """
@@ -167,6 +207,11 @@ class Stopwatch:
     def __init__(self, synchronize=None):
         self.synchronize = synchronize or (lambda: None)
         self.seconds = {}
+
+    def lap(self):
+        """The seconds since the last call, by stage."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
     @contextmanager
     def __call__(self, stage):

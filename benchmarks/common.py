@@ -144,11 +144,11 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     import torch
     from accelerate import Accelerator
 
-    from flags import parse_args
+    from launch.parser import parse_args
     from llms import kl_reference, load_model
-    from lora import add_adapter
-    from optimizer import make_optimizer
     from tasks import load_task
+    from training.lora import add_adapter
+    from training.optimizer import make_optimizer
 
     on_gpu = torch.cuda.is_available()
     argv = {

@@ -31,7 +31,7 @@ QWEN2 = {
 
 
 def main():
-    from planner import ALLOWANCE
+    from launch.planner import ALLOWANCE
 
     results, gaps = {}, ALLOWANCE["cpu"]["gaps"]
     with tempfile.TemporaryDirectory() as folder:
@@ -61,9 +61,9 @@ def work(model_name, what):
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
-    from flags import parse_args
-    from planner import config_of, planned
-    from tracker import Tracker
+    from launch.fake_memory import Tracker
+    from launch.parser import parse_args
+    from launch.planner import config_of, planned
 
     args = parse_args([*FLAGS, "--model_name", model_name])
     if what == "predicted":
@@ -94,12 +94,12 @@ def real_steps(model, args, accelerator, tracker=None):
     """
     import torch
 
+    from launch.planner import worst_prompts
     from llms import kl_reference
-    from lora import add_adapter
     from main import update_policy
-    from optimizer import make_optimizer
-    from planner import worst_prompts
-    from sampler import sample_rollouts
+    from sampling.groups import sample_rollouts
+    from training.lora import add_adapter
+    from training.optimizer import make_optimizer
     from utils import Stopwatch
 
     length, phase = args.max_completion_length, tracker.phase if tracker else nullcontext

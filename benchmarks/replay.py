@@ -100,7 +100,7 @@ def replay(args):
 
 def flags_of(run):
     """The run's flags, and today's defaults for those that it did not know."""
-    from flags import build_parser
+    from launch.parser import build_parser
     from utils import UserError
 
     try:
@@ -122,8 +122,8 @@ def sampler_of(run, step, flags):
 def point(file, step, model, names, flags):
     """The table of one place to look from; returns its figures."""
     from llms import load_model
-    from processes import make_accelerator
-    from rollout_file import load_rollouts
+    from records.rollout_file import load_rollouts
+    from training.processes import make_accelerator
 
     accelerator = make_accelerator()
     policy, _ = load_model(model, accelerator.device)

@@ -66,7 +66,7 @@ def work(args):
 
 
 def ours(model, tokenizer, prompts, args, seed):
-    from sampler import sample_rollouts
+    from sampling.groups import sample_rollouts
 
     seeds = [seed + i for i in range(len(prompts))]
     rollouts = sample_rollouts(
@@ -79,8 +79,8 @@ def ours(model, tokenizer, prompts, args, seed):
 def theirs(model, tokenizer, prompts, args, seed):
     import torch
 
-    from decoder import left_padded
     from llms import stop_token_ids
+    from sampling.decoder import left_padded
 
     torch.manual_seed(seed)
     repeated = [prompt for prompt in prompts for _ in range(args.group_size)]

@@ -1,7 +1,7 @@
 """A model tried by hand: an answer while it is written, and one group with its advantages.
 
 Questions are put to it as in training: one after the system prompt, with no turn before it, and the
-answer sampled by sampler.py. What a model wrote may hold what a terminal obeys: it is printed as
+answer sampled as in training. What a model wrote may hold what a terminal obeys: it is printed as
 text, see utils.printable.
 """
 
@@ -11,14 +11,15 @@ from contextlib import suppress
 
 from transformers import TextStreamer
 
-from evaluation import check_room, verdicts
-from evaluator import check_weights, score
+from evaluation.held_out import check_room, verdicts
+from evaluation.scoring import score
 from grpo import group_advantages
 from llms import chat_prompt, load_model
-from processes import make_accelerator
 from rldatasets import Problem
-from sampler import sample_rollouts
-from tasks import load_task
+from sampling.groups import sample_rollouts
+from tasks import check_weights, load_task
+from training.processes import make_accelerator
+from training.setup import Setup
 from utils import UserError, hub_token, one_line, phase, printable
 
 NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
@@ -34,10 +35,11 @@ class Printer(TextStreamer):
         print(printable(text, kept="\n"), end="\n" if stream_end else "", flush=True)
 
 
-def load(args):
-    """(model, tokenizer, accelerator), as a run has them."""
+def load(args, task):
+    """The Setup that a run with these flags would have."""
     accelerator = make_accelerator()
-    return *load_model(args.model_name, accelerator.device, hub_token()), accelerator
+    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    return Setup(policy, tokenizer, task, args, accelerator)
 
 
 def asked_task(args):
@@ -58,11 +60,12 @@ def asked_problem(args, task):
     return problems[args.question]
 
 
-def sample_group(model, tokenizer, accelerator, problem, args, task, group_size, watch=None):
+def sample_group(setup, problem, group_size, watch=None):
     """The Rollouts (1, G, C) of one question; they depend on --seed alone."""
+    model, tokenizer, args, task = setup.policy, setup.tokenizer, setup.args, setup.task
     check_room(model, tokenizer, [problem], args.max_completion_length, task)
     prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
-    with phase("answering"), accelerator.autocast():
+    with phase("answering"), setup.accelerator.autocast():
         return sample_rollouts(
             model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
             [args.seed], args.top_k, args.top_p, args.min_p, watch=watch,
@@ -79,12 +82,12 @@ def chat(args):
     task = asked_task(args)
     if args.ask is not None or args.question is not None:
         problem = asked_problem(args, task)
-        model = load(args)
+        setup = load(args, task)
         print(f"{printable(problem.question, kept=chr(10))}\n")
-        rollouts = stream(*model, problem, args, task)
+        rollouts = stream(setup, problem)
         print("\n".join(["", *judged(rollouts, problem, args, task)]), flush=True)
         return
-    model = load(args)
+    setup = load(args, task)
     print("One question at a time, none knows of those before it. Ctrl-D ends.")
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has a line to edit, and a history
@@ -96,15 +99,15 @@ def chat(args):
             return
         try:
             if question:
-                stream(*model, Problem(question, NO_ANSWER, ""), args, task)
+                stream(setup, Problem(question, NO_ANSWER, ""))
         except UserError as error:  # too long a question, say
             print(one_line(str(error)))
 
 
-def stream(model, tokenizer, accelerator, problem, args, task):
+def stream(setup, problem):
     """Print an answer while it is sampled. Returns its Rollouts (1, 1, C)."""
-    printer = Printer(tokenizer, skip_special_tokens=True)
-    rollouts = sample_group(model, tokenizer, accelerator, problem, args, task, 1, printer.put)
+    printer = Printer(setup.tokenizer, skip_special_tokens=True)
+    rollouts = sample_group(setup, problem, 1, printer.put)
     printer.end()
     return rollouts
 
@@ -139,8 +142,7 @@ def show_group(args):
     """Sample one group and print each completion with its rewards and its advantage."""
     task = asked_task(args)
     problem = asked_problem(args, task)
-    model, tokenizer, accelerator = load(args)
-    rollouts = sample_group(model, tokenizer, accelerator, problem, args, task, args.group_size)
+    rollouts = sample_group(load(args, task), problem, args.group_size)
     rewards = score_group(rollouts, problem, args, task)
     advantages = group_advantages(
         rewards.total, args.advantage_scale, baseline=args.baseline

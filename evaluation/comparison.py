@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
 
-from significance import (
+from evaluation.significance import (
     NOISE,
     gained_and_lost,
     mcnemar_p,
@@ -79,6 +79,31 @@ def p_against(first, records):
     if pairs is None:
         return None
     return mcnemar_p(*gained_and_lost(*([row["correct"] for row in side] for side in pairs)))
+
+
+def evaluation_table(columns):
+    """Lines that show evaluations side by side. columns: {title: summary}."""
+    keys = dict.fromkeys(key for summary in columns.values() for key in summary)
+    names = [key for key in keys if key != "problems" and not key.endswith(("_low", "_high"))]
+    rows = [(name, *(_cell(name, summary) for summary in columns.values())) for name in names]
+    lines = table([("held-out, greedy", *columns), *rows])
+    problems = next(iter(columns.values()))["problems"]
+    notes = [f"{problems} problems; in brackets the 95 % interval."]
+    if "mcnemar_p" in names:
+        notes.append("mcnemar_p: the exact test of accuracy against step 0 on the same questions; "
+                     "0.05 or more is noise.")  # fmt: skip
+    return [*lines, lines[1], *notes]
+
+
+def _cell(key, summary):
+    value = summary.get(key)
+    if value is None:
+        return ""
+    if f"{key}_low" in summary:
+        return interval(value, summary[f"{key}_low"], summary[f"{key}_high"])
+    if key == "truncated":
+        return f"{value:.1%}"
+    return f"{value:.3g}"
 
 
 # --- two runs ----------------------------------------------------------------------------------

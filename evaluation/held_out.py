@@ -4,34 +4,25 @@ import time
 
 from tqdm import tqdm
 
-from comparison import summarize
-from evaluator import (
-    call,
-    extract_answer,
-    has_format,
-    is_correct_leniently,
-    last_number,
-    score,
-)
-from llms import chat_prompt, load_model
-from processes import everyones, make_accelerator, own_part
-from runlog import Run, evaluation_table
-from sampler import sample_rollouts
-from sharding import whole
-from tasks import load_task
-from utils import UserError, hub_token, mixed_seed, phase
+from evaluation.comparison import summarize
+from evaluation.scoring import call, score
+from evaluator import extract_answer, has_format, is_correct_leniently, last_number
+from llms import chat_prompt
+from sampling.groups import sample_rollouts
+from training.processes import everyones, own_part
+from training.sharding import whole
+from utils import UserError, mixed_seed
 
 
-def evaluate(
-    model, tokenizer, problems, max_new_tokens, batch_size, task, tick=None,
-    samples=0, temperature=1.0, seed=0, reward_timeout=None,
-):  # fmt: skip
+def evaluate(setup, problems, seed=0, tick=None):
     """Answer every problem greedily. Returns records, one per problem, for `summarize`.
 
     Accuracy is the task's `is_correct`, not a reward, so that editing the rewards cannot change
-    it. With `samples`, that many more answers to each problem are drawn at `temperature`,
-    from `seed` and the question alone. `tick(n)` is called after each batch of n problems.
+    it. With --eval_samples, that many more answers to each problem are drawn at --temperature, from
+    `seed` and the question alone. `tick(n)` is called after each batch of n problems.
     """
+    args, task, tokenizer = setup.args, setup.task, setup.tokenizer
+    timeout = args.reward_timeout
     prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
     records = [None] * len(problems)
     # Prompts of like length share a batch: less padding.
@@ -41,16 +32,16 @@ def evaluate(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             rollouts = sample_rollouts(
-                model, tokenizer, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens,
-                **sampling,
+                setup.policy, tokenizer, [prompts[i] for i in chosen],
+                max_new_tokens=args.max_completion_length, **sampling,
             )  # fmt: skip
             yield chosen, rollouts
             if tick:
                 tick(len(chosen))
 
-    for chosen, rollouts in batches(batch_size, group_size=1, temperature=0):
+    for chosen, rollouts in batches(args.eval_batch_size, group_size=1, temperature=0):
         rewards = score(
-            rollouts, [problems[i] for i in chosen], task.reward_functions, timeout=reward_timeout
+            rollouts, [problems[i] for i in chosen], task.reward_functions, timeout=timeout
         )
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
@@ -62,21 +53,21 @@ def evaluate(
                 "prompt": tokenizer.decode(prompts[i]),
                 "answer": problems[i].answer,
                 "completion": text,
-                **verdicts(text, problems[i], task, reward_timeout),
+                **verdicts(text, problems[i], task, timeout),
                 "format": has_format(text),
                 "length": length,
                 "finished": finished,
                 "rewards": dict(zip(rewards.names, row)),
             }
-    if samples:
-        size = max(1, batch_size // samples)  # as many rows as before
+    if samples := args.eval_samples:
+        size = max(1, args.eval_batch_size // samples)  # as many rows as before
         seeds = (mixed_seed(seed, problems[i].question) for i in order)
         for chosen, rollouts in batches(
-            size, group_size=samples, temperature=temperature, seeds=seeds
+            size, group_size=samples, temperature=args.temperature, seeds=seeds
         ):
             for i, texts in zip(chosen, rollouts.texts):
                 records[i]["samples"] = [
-                    {"completion": text, **verdicts(text, problems[i], task, reward_timeout)}
+                    {"completion": text, **verdicts(text, problems[i], task, timeout)}
                     for text in texts
                 ]
     return records
@@ -93,24 +84,22 @@ def verdicts(completion, problem, task, timeout):
     }
 
 
-def evaluate_policy(policy, tokenizer, problems, args, accelerator, task, step):
-    """`evaluate` as the flags say, with a progress bar; samples depend on (seed, step) alone.
+def evaluate_policy(setup, problems, step):
+    """`evaluate` with a progress bar; samples depend on (seed, step) alone.
 
-    Each process answers its part of the problems. The summary also says how many seconds it took.
+    Each process answers its part of the problems. Returns (summary, records); the summary also says
+    how many seconds it took.
     """
     started = time.perf_counter()
+    args, accelerator = setup.args, setup.accelerator
     passes = 2 if args.eval_samples else 1
     own = own_part(problems, accelerator)
     with (
         tqdm(total=passes * len(own), desc="evaluating", leave=False) as bar,
         accelerator.autocast(),
-        whole(policy),
+        whole(setup.policy),
     ):
-        records = evaluate(
-            policy, tokenizer, own, args.max_completion_length, args.eval_batch_size,
-            task, bar.update, args.eval_samples, args.temperature,
-            mixed_seed(args.seed, step, "evaluation"), args.reward_timeout,
-        )  # fmt: skip
+        records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), bar.update)
     records = [record for part in everyones(records, accelerator) for record in part]
     summary = {**summarize(records), "seconds/evaluation": time.perf_counter() - started}
     return summary, records
@@ -124,20 +113,3 @@ def check_room(policy, tokenizer, problems, max_completion_length, task):
         raise UserError(f"--max_completion_length {max_completion_length}: with the longest "
                         f"test prompt of {longest} tokens it exceeds the model's context of "
                         f"{context}")  # fmt: skip
-
-
-def evaluate_and_save(args):
-    """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
-    accelerator = make_accelerator()
-    task = load_task(args)
-    problems = task.problems("test")[: args.eval_problems or None]
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
-    check_room(policy, tokenizer, problems, args.max_completion_length, task)
-    run = Run(args.output_dir)
-    run.save_config(args, str(accelerator.device), test_problems=len(problems))
-    with phase("evaluation"):
-        summary, records = evaluate_policy(
-            policy, tokenizer, problems, args, accelerator, task, step=0
-        )
-    run.log_evaluation(0, summary, records)
-    print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

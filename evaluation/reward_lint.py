@@ -1,4 +1,4 @@
-"""What the rewards reward, before a model finds it out: `python evaluator.py lint`.
+"""What the rewards reward, before a model finds it out: `python main.py lint`.
 
 A golden set of completions, good and bad, is scored, and whatever a model could exploit or would be
 punished for is a finding. Every training run on numbers in evaluator.py's format starts with it and
@@ -327,6 +327,6 @@ def warn(task, problems, weights, timeout=TIMEOUT):
     findings = lint(task.reward_functions, weights, timeout).findings
     lines = findings[:WARNINGS]
     if len(findings) > WARNINGS:
-        lines.append(f"and {len(findings) - WARNINGS} more: see python evaluator.py lint")
+        lines.append(f"and {len(findings) - WARNINGS} more: see python main.py lint")
     for line in lines:
         print(f"main.py: warning: rewards: {line}", file=sys.stderr)

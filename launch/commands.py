@@ -1,6 +1,7 @@
-"""The command lines of evaluator.py (compare, run, lint), llms.py (chat) and sampler.py (a group).
+"""Everything that `python main.py` does besides training: `python main.py COMMAND ...`.
 
-As in flags.py, nothing heavy is imported before the arguments are known to be right.
+Nothing heavy is imported before the arguments are known to be right, and torch only by the commands
+that need a model.
 """
 
 import os
@@ -10,10 +11,32 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import flags
-from utils import UserError, hint, keep_freed_memory, one_line
+from launch.checks import check_dataset, check_flags, check_model, check_output_dir
+from launch.parser import (
+    COUNT,
+    NOT_NEGATIVE,
+    Help,
+    Parser,
+    build_parser,
+    parse_args,
+    parse_known,
+    preset_and_dataset,
+    run_directory,
+)
+from tasks import check_weights, has_own_evaluator, own_evaluator
+from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
 
-# Those of main.py's flags that an evaluation depends on, and one question's answers.
+COMMANDS = {
+    "lint": "score a golden set of completions and say what is wrong with the rewards",
+    "compare": "compare two runs' answers to the same held-out questions",
+    "evaluate": "evaluate any model on held-out problems, as a run does around training",
+    "chat": "put questions to a model as in training; an answer that is known is judged",
+    "group": "sample one group and show every completion's rewards and advantage",
+    "plan": "say what a run would take in memory and time, and which flags make it fit",
+    "plot": "draw runs as PNGs; several are laid over each other",
+    "report": "write a run's report.html anew",
+}
+# The flags of a run that an evaluation depends on, and one question's answers.
 EVALUATION_FLAGS = (
     "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
     "max_completion_length", "temperature", "eval_problems", "eval_batch_size", "eval_samples",
@@ -27,67 +50,67 @@ GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",
     "baseline",
 )  # fmt: skip
-WITH_A_MODEL = ("run", "chat")
 
 
-def build_parsers(prog, argv):
-    """(the parser of the file `prog`, {command: its parser}), {} where it is a command itself."""
+def commands_text():
+    """The commands as `python main.py --help` lists them."""
+    lines = (f"  {name:10}{text}" for name, text in COMMANDS.items())
+    return "\n".join(["commands, each with its own --help: python main.py COMMAND ...", *lines])
+
+
+# --- what each command takes ---------------------------------------------------------------------
+
+
+def build_command_parser(name, argv=()):
+    """The parser of one command; `argv` decides about its defaults, see preset_and_dataset."""
+    parser = Parser(
+        prog=f"main.py {name}", description=f"{COMMANDS[name].capitalize()}.",
+        formatter_class=Help, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
     # fmt: off
-    if prog == "sampler.py":
-        text = ("Sample one group and print every completion with its rewards and its advantage: "
-                "GRPO, seen by hand.")
-        parser = _parser(flags.Parser, text, prog=prog)
-        add_model(parser, argv, GROUP_FLAGS)
-        parser.add_argument("ask", nargs="?", metavar="QUESTION", help="or --question N")
+    if name == "lint":
+        for flag in ("--reward_weights", "--evaluator"):
+            parser._add_action(build_parser("h100")._option_string_actions[flag])
+    elif name == "compare":
+        add("runs", nargs=2, metavar="RUN", help="a run's directory, or RUN@STEP; without a step, "
+            "its last evaluation")
+        add("--show", type=COUNT, default=2, metavar="N", help="questions gained and questions "
+            "lost to print whole, N of each")
+    elif name == "evaluate":
+        add_model(parser, argv, EVALUATION_FLAGS)
+    elif name == "chat":
+        add_model(parser, argv, CHAT_FLAGS)
+        add("--ask", metavar="TEXT", help="one question; without it, and without --question, they "
+            "are read from the terminal")
         add_question(parser)
-        parser.add_argument("--full", action="store_true", help="print completions whole")
-        return parser, {}
-    text = {
-        "evaluator.py": "Compare runs, evaluate a model, or check the rewards. The reward "
-                        "functions themselves are in this file: edit them there.",
-        "llms.py": "Put questions to a model, as they are put to it in training.",
-    }[prog]
-    parser = _parser(flags.Parser, text, prog=prog)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name, text):
-        return _parser(commands.add_parser, text, name=name, help=text)
-
-    if prog == "llms.py":
-        chat = add("chat", "print answers while they are sampled; one that is known is judged")
-        add_model(chat, argv, CHAT_FLAGS)
-        chat.add_argument("--ask", metavar="TEXT", help="one question; without it, and without "
-                          "--question, they are read from the terminal")
-        add_question(chat)
-        chat.add_argument("--temperature", type=flags.NOT_NEGATIVE, default=0.0,
-                          help="of sampling; 0: greedy")
-        return parser, commands.choices
-    compare = add("compare", "compare two runs' answers to the same held-out questions")
-    compare.add_argument("runs", nargs=2, metavar="RUN", help="a run's directory, or RUN@STEP; "
-                         "without a step, its last evaluation")
-    compare.add_argument("--show", type=flags.COUNT, default=2, metavar="N",
-                         help="questions gained and questions lost to print whole, N of each")
-    run = add("run", "evaluate any model on held-out problems, as main.py does around training")
-    add_model(run, argv, EVALUATION_FLAGS)
-    lint = add("lint", "score a golden set of completions and say what is wrong with the rewards")
-    for flag in ("--reward_weights", "--evaluator"):
-        lint._add_action(flags.build_parser("h100")._option_string_actions[flag])
+        add("--temperature", type=NOT_NEGATIVE, default=0.0, help="of sampling; 0: greedy")
+    elif name == "group":
+        add_model(parser, argv, GROUP_FLAGS)
+        add("ask", nargs="?", metavar="QUESTION", help="or --question N")
+        add_question(parser)
+        add("--full", action="store_true", help="print completions whole")
+    elif name == "plot":
+        add("runs", nargs="*", metavar="RUN", help="a run's directory")
+        add("--log_dir", metavar="RUN", help="the same, as one flag")
+        add("--output_dir", metavar="DIR", help="default: RUN/plots; for several runs: comparison")
+        add("--mean", action="store_true", help="runs that differ in nothing but --seed become one "
+            "line, their mean, and a band from the lowest to the highest")
+        add("--report", action="store_true", help="write every RUN/report.html too")
+    elif name == "report":
+        add("runs", nargs="+", metavar="RUN", help="a run's directory")
     # fmt: on
-    return parser, commands.choices
-
-
-def _parser(make, text, **more):
-    return make(description=text, formatter_class=flags.Help, allow_abbrev=False, **more)
+    return parser
 
 
 def add_model(parser, argv, names):
-    """MODEL and those of main.py's flags that are named, with the defaults of its preset.
+    """MODEL and those of a run's flags that are named, with the defaults of its preset.
 
-    The others are there at their defaults, for the checks in flags.py, but cannot be given.
+    The others are there at their defaults, for the checks, but cannot be given.
     """
     parser.add_argument("model_name", metavar="MODEL", help="Hugging Face hub name, local "
-                        f"directory such as RUN/model, or {flags.EMBEDDED_MODEL}")  # fmt: skip
-    full = flags.build_parser(*flags.preset_and_dataset(argv, parser.prog))
+                        f"directory such as RUN/model, or {EMBEDDED_MODEL}")  # fmt: skip
+    full = build_parser(*preset_and_dataset(argv, parser.prog))
     for action in full._actions:
         if action.dest in names:
             parser._add_action(action)
@@ -102,11 +125,57 @@ def add_question(parser):
     # fmt: off
     parser.add_argument("--answer", metavar="GOLD", help="the right answer to the question given "
                         "as text")
-    parser.add_argument("--question", type=flags.COUNT, metavar="N",
+    parser.add_argument("--question", type=COUNT, metavar="N",
                         help="question N of the dataset, counted from 0")
     parser.add_argument("--split", choices=("test", "train"), default="test",
                         help="of the dataset, for --question")
     # fmt: on
+
+
+def parse_command(argv):
+    """The checked arguments of `COMMAND ...`, with `command`. Exits with status 2 and one line for
+    a mistake."""
+    name, *rest = argv
+    if name not in COMMANDS:
+        Parser(prog="main.py").error(f"unknown command {name}; {hint(name, COMMANDS)}")
+    if name == "plan":
+        args = parse_args([*rest, "--plan"], prog="main.py plan")
+        args.command = name
+        return args
+    parser = build_command_parser(name, rest)
+    args = parse_known(parser, rest)
+    args.command = name
+    try:
+        if name == "evaluate":
+            _check_evaluate(args)
+        elif name in ("chat", "group"):
+            _check_question_and_model(args)
+        elif name == "plot":
+            args.runs += [args.log_dir] if args.log_dir else []
+            if not args.runs:
+                raise UserError("name at least one run, e.g. runs/demo")
+    except UserError as error:
+        parser.error(_of_a_model(error))
+    return args
+
+
+def _check_evaluate(args):
+    if args.output_dir is None:
+        model = "-".join(Path(args.model_name).parts[-2:]).lower().strip("/")
+        args.output_dir = run_directory(args, model)
+    for check in (check_flags, check_dataset, check_model, check_output_dir):
+        check(args)
+    kept = (*EVALUATION_FLAGS, "model_name", "command")
+    args.__dict__ = {name: value for name, value in vars(args).items() if name in kept}
+
+
+def _check_question_and_model(args):
+    args.reward_weights = dict(args.reward_weights)
+    check_question(args)
+    check_flags(args)
+    if args.question is not None:
+        check_dataset(args)
+    check_model(args)
 
 
 def check_question(args):
@@ -123,70 +192,36 @@ def check_question(args):
             raise UserError(f"{name} {text!r}: is empty, or holds characters that are not text")
 
 
-def parse_args(argv=None, prog="evaluator.py"):
-    """The checked arguments, with `command`. Exits with status 2 and one line for a mistake."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command = "group" if prog == "sampler.py" else (argv or [""])[0]
-    parser, commands = build_parsers(prog, argv if command in (*WITH_A_MODEL, "group") else [])
-    if commands:
-        if command.startswith("-") or not command:
-            parser.parse_args(argv)  # help, or what is missing
-        if command not in commands:
-            parser.error(f"unknown command {command}; {hint(command, commands)}")
-        parser, argv = commands[command], argv[1:]
-    args = flags.parse_known(parser, argv)
-    args.command = command
-    try:
-        if command == "run":
-            _check_run(args)
-        elif "ask" in args:
-            _check_question_and_model(args)
-    except UserError as error:
-        parser.error(_of_a_model(error))
-    return args
-
-
-def _check_run(args):
-    if args.output_dir is None:
-        model = "-".join(Path(args.model_name).parts[-2:]).lower().strip("/")
-        args.output_dir = flags.run_directory(args, model)
-    for check in (flags.check_flags, flags.check_dataset, flags.check_model,
-                  flags.check_output_dir):  # fmt: skip
-        check(args)
-    kept = (*EVALUATION_FLAGS, "model_name", "command")
-    args.__dict__ = {name: value for name, value in vars(args).items() if name in kept}
-
-
-def _check_question_and_model(args):
-    args.reward_weights = dict(args.reward_weights)
-    check_question(args)
-    flags.check_flags(args)
-    if args.question is not None:
-        flags.check_dataset(args)
-    flags.check_model(args)
-
-
 def _of_a_model(error):
-    """What flags.py and llms.py say of --model_name, where that is called MODEL."""
+    """What the checks say of --model_name, where that is called MODEL."""
     return str(error).replace("--model_name ", "MODEL ")
 
 
-def main(argv=None, prog="evaluator.py"):
-    """Carry out one command of the file `prog`. Returns the exit status."""
-    args = parse_args(argv, prog)
-    name = prog if args.command == "group" else f"{prog} {args.command}"
-    carry_out = {"compare": _compare, "run": _run, "lint": _lint}.get(args.command, _try_model)
+# --- what each command does ----------------------------------------------------------------------
+
+
+def carry_out(args):
+    """Carry out one command. Returns the exit status."""
+    name = f"main.py {args.command}"
     try:
-        return carry_out(args)
-    except UserError as error:
-        print(one_line(f"{name}: error: {_of_a_model(error)}"), file=sys.stderr)
+        return DO[args.command](args) or 0
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, OSError) and args.command != "plot":
+            raise
+        text = str(error) if args.command == "plan" else _of_a_model(error)
+        print(one_line(f"{name}: error: {text}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def main(argv):
+    """`python main.py COMMAND ...`. Returns the exit status."""
+    return carry_out(parse_command(argv))
 
 
 @contextmanager
@@ -198,29 +233,12 @@ def _importing():
     signal.signal(signal.SIGINT, before)
 
 
-def _compare(args):
-    from comparison import compare, read_evaluation
-
-    print(compare(*map(read_evaluation, args.runs), args.show), flush=True)
-    return 0
-
-
-def _run(args):
-    with _importing():
-        from evaluation import evaluate_and_save
-
-    evaluate_and_save(args)
-    return 0
-
-
 def _lint(args):
-    from evaluator import REWARD_FUNCTIONS, check_weights
-    from reward_lint import lint, report
+    from evaluation.reward_lint import lint, report
+    from evaluator import REWARD_FUNCTIONS
 
     functions, weights = REWARD_FUNCTIONS, dict(args.reward_weights)
-    if flags.has_own_evaluator(args):
-        from tasks import own_evaluator
-
+    if has_own_evaluator(args):
         functions = own_evaluator(args.evaluator)["REWARD_FUNCTIONS"]
     check_weights(weights, functions)
     result = lint(functions, weights)
@@ -228,9 +246,60 @@ def _lint(args):
     return 1 if result.findings else 0
 
 
-def _try_model(args):
-    with _importing():
-        from chat import chat, show_group
+def _compare(args):
+    from evaluation.comparison import compare, read_evaluation
 
-    (show_group if args.command == "group" else chat)(args)
-    return 0
+    print(compare(*map(read_evaluation, args.runs), args.show), flush=True)
+
+
+def _evaluate(args):
+    with _importing():
+        from launch.loading import evaluate_and_save
+
+    evaluate_and_save(args)
+
+
+def _chat(args):
+    with _importing():
+        from evaluation.chat import chat
+
+    chat(args)
+
+
+def _group(args):
+    with _importing():
+        from evaluation.chat import show_group
+
+    show_group(args)
+
+
+def _plan(args):
+    with _importing():
+        from launch.planner import plan
+
+    plan(args)
+
+
+def _plot(args):
+    from records.files import Series, over_seeds
+    from records.plots import plot_runs
+
+    runs = [Series(path) for path in args.runs]
+    folder = Path(args.runs[0]) / "plots" if len(runs) == 1 else Path("comparison")
+    if args.mean and len(runs) > 1:
+        runs = over_seeds(runs)
+    print(plot_runs(runs, Path(args.output_dir or folder)))
+    return _report(args) if args.report else 0
+
+
+def _report(args):
+    from records.report import write_report
+
+    for path in args.runs:
+        print(write_report(path))
+
+
+DO = {
+    "lint": _lint, "compare": _compare, "evaluate": _evaluate, "chat": _chat, "group": _group,
+    "plan": _plan, "plot": _plot, "report": _report,
+}  # fmt: skip

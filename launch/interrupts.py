@@ -11,19 +11,9 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils import UserError
+from utils import SIGNALS, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOCK = ".lock"
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM, whose `number` it has. Not an Exception, so that nothing that handles
-    errors, in a reward function say, takes it for one."""
-
-    def __init__(self, number):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def exit_now(number, frame=None):

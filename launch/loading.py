@@ -1,19 +1,65 @@
-"""What a run begins with: its problems and its model, and whatever is wrong with them."""
+"""What a run begins with: problems, model, directory, and whatever is wrong with them."""
 
 import os
+from dataclasses import dataclass
+from functools import partial
 
-from evaluation import check_room
+import torch
+from accelerate.utils import set_seed
+
+from evaluation.comparison import evaluation_table
+from evaluation.held_out import check_room, evaluate_policy
+from evaluation.reward_lint import warn
 from llms import chat_prompt, load_model
-from lora import add_adapter
+from records.checkpoints import checkpoint_to_resume
+from records.run import Run
+from records.trackers import start_trackers
 from rldatasets import Problems, fingerprint
-from utils import UserError, hub_token
+from tasks import check_weights, load_task
+from training.lora import add_adapter
+from training.processes import from_main, make_accelerator
+from training.setup import Setup
+from training.sharding import shard_if_configured
+from utils import Stopwatch, UserError, hub_token, phase
 
 
-def load(args, accelerator, task, start=None):
-    """Data, then model: (policy, tokenizer, train problems, test problems, facts of the data).
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged by."""
+
+    train: Problems
+    test: Problems
+    facts: dict  # numbers and fingerprint, which a resumed run must find again
+
+
+def begin(args):
+    """(Setup without a reference, Run, Data, the Checkpoint to go on from or None).
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
+    accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
+    set_seed(args.seed)
+    task = load_task(args)
+    check_weights(args.reward_weights, task.reward_functions)
+    start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
+    first = start.step if start else 0
+    with phase("loading"), accelerator.main_process_first():
+        policy, tokenizer, data = load(args, accelerator, task, start)
+    warn(task, data.test, args.reward_weights, args.reward_timeout)
+    trackers = start_trackers(accelerator, args, first)
+    run = Run(args.output_dir, trackers, writes=accelerator.is_main_process)
+    run.cut_back(first)
+    run.save_config(args, str(accelerator.device), **data.facts)
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+        policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
+    shard_if_configured(policy, args, accelerator)
+    stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
+    return Setup(policy, tokenizer, task, args, accelerator, None, stopwatch), run, data, start
+
+
+def load(args, accelerator, task, start=None):
+    """Data, then model: (policy, tokenizer, Data)."""
     train_problems, test_problems = (task.problems(split) for split in ("train", "test"))
     if args.cold_start_steps and not all(problem.solution for problem in train_problems):
         raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
@@ -43,12 +89,28 @@ def load(args, accelerator, task, start=None):
         raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
                         "short; raise it")  # fmt: skip
     check_room(policy, tokenizer, test_problems, args.max_completion_length, task)
-    data = {
+    facts = {
         "train_problems": len(fitting),
         "left_out": left_out,
         "test_problems": len(test_problems),
         "problems_sha256": fingerprint([*fitting, *test_problems]),
     }
-    if start and start.data != data:
+    if start and start.data != facts:
         raise UserError(f"--resume: {start.path} was trained on other problems than these")
-    return policy, tokenizer, Problems(fitting, args.seed), test_problems, data
+    return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def evaluate_and_save(args):
+    """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
+    accelerator = make_accelerator()
+    task = load_task(args)
+    problems = task.problems("test")[: args.eval_problems or None]
+    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    check_room(policy, tokenizer, problems, args.max_completion_length, task)
+    run = Run(args.output_dir)
+    run.save_config(args, str(accelerator.device), test_problems=len(problems))
+    with phase("evaluation"):
+        setup = Setup(policy, tokenizer, task, args, accelerator)
+        summary, records = evaluate_policy(setup, problems, step=0)
+    run.log_evaluation(0, summary, records)
+    print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

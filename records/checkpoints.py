@@ -27,13 +27,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 
-from flags import check_same_flags, checkpoint_step
-from interrupts import SIGNALS, Stopped
 from llms import load_model as load_whole_model
-from lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
-from processes import everyones
-from sharding import is_sharded, like, whole_state
-from utils import UserError, hub_token, parameters_of
+from records.resuming import check_same_flags, checkpoint_step
+from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
+from training.processes import everyones
+from training.sharding import is_sharded, like, whole_state
+from utils import SIGNALS, Stopped, UserError, hub_token, parameters_of
 
 OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -164,25 +163,24 @@ class Saver:
     be dropped, because the step is computed again from its number.
     """
 
-    def __init__(
-        self, args, data, policy, tokenizer, reference, optimizer, start=None, accelerator=None
-    ):
-        """`start`: the Checkpoint that policy, reference and optimizer are set to, if any.
+    def __init__(self, setup, optimizer, data, start=None):
+        """`data`: facts of the problems, for the manifest. `start`: the Checkpoint that policy,
+        reference and optimizer are set to, if any.
 
         Later ones are removed. Of several processes the main one alone writes. The others do not
         heed a signal, so that none leaves it waiting for good; where the policy is sharded, all
         heed it together, after the step, since it takes all of them to save.
         """
-        self.args, self.data, self.policy, self.tokenizer = args, data, policy, tokenizer
-        self.reference, self.optimizer = reference, optimizer
-        self.adapted = has_adapter(policy)
-        self.run_path = Path(args.output_dir)
+        self.args, self.policy, self.tokenizer = setup.args, setup.policy, setup.tokenizer
+        self.reference, self.optimizer, self.data = setup.reference, optimizer, data
+        self.adapted = has_adapter(self.policy)
+        self.run_path = Path(self.args.output_dir)
         self.folder = self.run_path / "checkpoints"
         self.done = self.on_disk = 0  # steps: completed, and in the newest checkpoint
         self.held, self.signal, self.handlers = False, None, {}
         self.skips = 0  # in a row
-        self.accelerator, self.sharded = accelerator, is_sharded(policy)
-        self.main = accelerator is None or accelerator.is_main_process
+        self.accelerator, self.sharded = setup.accelerator, is_sharded(self.policy)
+        self.main = self.accelerator.is_main_process
         if start is not None:
             self._restore(start)
         optimizer.register_step_pre_hook(lambda *_: self.hold())

@@ -1,20 +1,16 @@
-"""A run's files in, PNGs out: `python plotter.py RUN [RUN ...]`, with --report a page as well.
+"""A run's files in, PNGs out: `python main.py plot RUN [RUN ...]`.
 
 Draws from config.json, metrics.jsonl and eval.jsonl alone, so a run can be plotted while it goes
 on, after it died, or beside others. Whatever is in metrics.jsonl gets a figure: a new reward
 function or metric needs no change here.
 """
 
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from flags import Parser
-from report import write_report
-from runfiles import LABELS, NO_FIGURE, SHARES, Mean, Series, over_seeds, smooth
-from utils import UserError, one_line
+from records.files import LABELS, NO_FIGURE, SHARES, Mean, Series, smooth
 
 BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
@@ -221,41 +217,3 @@ def _headline(runs):
 def plot_run(path):
     """Draw one run into its own plots/."""
     return plot_runs([Series(path)], Path(path) / "plots")
-
-
-def main(argv=None):
-    parser = Parser(
-        prog="plotter.py", description="Draw runs as PNGs; several are laid over each other.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's directory")
-    parser.add_argument("--log_dir", metavar="RUN", help="the same, as one flag")
-    parser.add_argument(
-        "--output_dir", metavar="DIR", help="default: RUN/plots; for several runs: comparison"
-    )
-    parser.add_argument(
-        "--mean", action="store_true",
-        help="runs that differ in nothing but --seed become one line, their mean, and a band from "
-        "the lowest to the highest",
-    )  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="write every RUN/report.html too")
-    args = parser.parse_args(argv)
-    paths = [*args.runs, *([args.log_dir] if args.log_dir else [])]
-    if not paths:
-        print("plotter.py: error: name at least one run, e.g. runs/demo", file=sys.stderr)
-        return 2
-    try:
-        runs = [Series(path) for path in paths]
-        default = Path(paths[0]) / "plots" if len(paths) == 1 else Path("comparison")
-        if args.mean and len(paths) > 1:
-            runs = over_seeds(runs)
-        print(plot_runs(runs, Path(args.output_dir or default)))
-        for path in paths if args.report else []:
-            print(write_report(path))
-    except (UserError, OSError) as error:
-        print(one_line(f"plotter.py: error: {error}"), file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

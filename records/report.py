@@ -1,6 +1,6 @@
 """A run as one page: RUN/report.html, which needs no network, no server and no other file.
 
-Made from the run's files alone, at its end or by `python plotter.py RUN --report`. What a model or
+Made from the run's files alone, at its end or by `python main.py report RUN`. What a model or
 a data set wrote is data: in the markup it is escaped, for the script it is JSON without `<`, which
 shows it as text and nothing else; a content security policy lets no other script run.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
-from budget import budget
-from runfiles import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
+from records.budget import budget
+from records.files import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
 
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")

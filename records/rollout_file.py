@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from evaluator import Rewards
-from sampler import Rollouts
+from evaluation.scoring import Rewards
+from sampling.rollouts import Rollouts
 from utils import UserError
 
 OF_ROLLOUTS = ("completion_ids", "completion_mask", "logprobs", "finished")

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from alarms import new_alarms
-from budget import budget_lines, sampled_counts
-from comparison import interval, p_against
+from evaluation.comparison import evaluation_table, p_against
 from grpo import has_signal
-from plotter import plot_run
-from report import write_report
-from rollout_file import save_rollouts
-from runfiles import read_rows
-from trackers import log_evaluation, log_plots, log_row
-from utils import finite, jsonl, read_jsonl, replace_text, table, write_jsonl
+from records.alarms import new_alarms
+from records.budget import budget_lines, sampled_counts
+from records.files import read_rows
+from records.plots import plot_run
+from records.report import write_report
+from records.rollout_file import save_rollouts
+from records.trackers import log_evaluation, log_plots, log_row
+from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "peft", "reasoning-gym",
             "math-verify")  # fmt: skip
@@ -166,7 +166,9 @@ class Run:
             write_report(self.path)
 
     def save_tokens(self, step, records):
-        self._write(f"completions/tokens_{step:05d}.jsonl", records)
+        """Write one group token by token, see token_log.py; nothing without records."""
+        if records:
+            self._write(f"completions/tokens_{step:05d}.jsonl", records)
 
 
 def _versions():
@@ -180,8 +182,7 @@ def _versions():
 
 def _commit():
     """The checkout's commit, with `+changes` where files differ from it; None outside git."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
@@ -246,28 +247,3 @@ def summary_table(path, before, after):
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
         f"The report, to open in a browser: {path}/report.html",
     ])  # fmt: skip
-
-
-def evaluation_table(columns):
-    """Lines that show evaluations side by side. columns: {title: summary}."""
-    keys = dict.fromkeys(key for summary in columns.values() for key in summary)
-    names = [key for key in keys if key != "problems" and not key.endswith(("_low", "_high"))]
-    rows = [(name, *(_cell(name, summary) for summary in columns.values())) for name in names]
-    lines = table([("held-out, greedy", *columns), *rows])
-    problems = next(iter(columns.values()))["problems"]
-    notes = [f"{problems} problems; in brackets the 95 % interval."]
-    if "mcnemar_p" in names:
-        notes.append("mcnemar_p: the exact test of accuracy against step 0 on the same questions; "
-                     "0.05 or more is noise.")  # fmt: skip
-    return [*lines, lines[1], *notes]
-
-
-def _cell(key, summary):
-    value = summary.get(key)
-    if value is None:
-        return ""
-    if f"{key}_low" in summary:
-        return interval(value, summary[f"{key}_low"], summary[f"{key}_high"])
-    if key == "truncated":
-        return f"{value:.1%}"
-    return f"{value:.3g}"

@@ -1,7 +1,7 @@
 """The decoder for torch.compile, which makes fewer and larger kernels of a step.
 
 Since compiling takes minutes, what is compiled has to serve all batches of a run. What differs from
-graph_decoder.py: rows that have finished go on until all have, and whatever a step reads or writes
+cuda_graph.py: rows that have finished go on until all have, and whatever a step reads or writes
 lies where it lay in the last batch, since a graph remembers addresses. The price is memory: a copy
 of the weights and the caches of a whole batch stay allocated during training.
 
@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from graph_decoder import GraphDecoder
-from lora import whole_weight
+from sampling.cuda_graph import GraphDecoder
+from training.lora import whole_weight
 from utils import UserError
 
 COMPILER = {"cuda": {"mode": "reduce-overhead"}}  # arguments of torch.compile, by device type

@@ -12,7 +12,7 @@ Letters as in decoder.py.
 
 import torch
 
-from decoder import Decoder
+from sampling.decoder import Decoder
 
 SHORTEST = 128  # tokens of the cache that the first steps read
 

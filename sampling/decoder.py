@@ -15,14 +15,8 @@ from itertools import takewhile
 import torch
 import torch.nn.functional as F
 
-from lora import whole_weight
-
-
-def to_device(tensor, device):
-    """The host's tensor there; where that is a GPU, the host does not wait for the copy."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+from training.lora import whole_weight
+from utils import to_device
 
 
 def left_padded(prompts, device):
@@ -133,7 +127,7 @@ class Decoder:
     in that order at first; as rows finish, rows from behind fill the gaps in front.
     """
 
-    joined = staticmethod(joined)  # how the layers hold their weights; static_decoder.py differs
+    joined = staticmethod(joined)  # how the layers hold their weights; compiled.py differs
 
     @torch.inference_mode()
     def __init__(self, model, group_size, max_new_tokens):

@@ -2,26 +2,19 @@
 
 Letters: Q questions, G completions per question, R = Q·G rows (fewer as they finish), P prompt
 tokens, C completion tokens, V vocabulary.
-
-    python sampler.py MODEL "What is 3 + 4?"    a group, its rewards and its advantages
 """
-
-import sys
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    from commands import main
-
-    sys.exit(main(prog="sampler.py"))
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder, to_device
-from graph_decoder import GraphDecoder, recorder_for
-from llms import stop_token_ids
-from static_decoder import static_decoder
+from llms import chat_prompt
+from sampling.compiled import static_decoder
+from sampling.cuda_graph import GraphDecoder, recorder_for
+from sampling.decoder import Decoder
+from sampling.paged import sample_rollouts_paged
+from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops
+from training.sharding import whole
+from utils import release_freed_memory, to_device
 
 # Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
 # the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
@@ -31,16 +24,31 @@ BLOCK = 128  # tokens; divides the vocabularies of Qwen2.5, Qwen3, LLaMA-3 and S
 BELOW_ONE = 1 - 2**-53  # the largest number below 1 in fp64
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """What the policy wrote, token by token: the ids in here are the ids that get trained."""
-
-    prompt_ids: list  # Q tensors (P,)
-    completion_ids: torch.Tensor  # (Q, G, C); after a completion's end, the pad token
-    completion_mask: torch.Tensor  # (Q, G, C), True up to and including the stop token
-    logprobs: torch.Tensor  # (Q, G, C) of the full distribution at the sampling temperature
-    finished: torch.Tensor  # (Q, G), False where max_new_tokens cut the completion off
-    texts: list  # Q lists of G strings, without special tokens
+def sample_groups(setup, problems, seeds):
+    """G completions for each of these problems, from the policy as it is now; `seeds`, a number per
+    problem, fix the draws."""
+    args, tokenizer = setup.args, setup.tokenizer
+    prompts = [
+        chat_prompt(tokenizer, setup.task.system_prompt, problem.question) for problem in problems
+    ]
+    at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
+    if args.compile_sampler:  # batches of one size, for another would be compiled anew
+        at_once = max(n for n in range(1, at_once + 1) if len(prompts) % n == 0)
+    parts = []
+    with setup.accelerator.autocast(), whole(setup.policy):
+        for start in range(0, len(prompts), at_once):
+            now = slice(start, start + at_once)
+            common = (
+                setup.policy, tokenizer, prompts[now], args.group_size, args.max_completion_length,
+                args.temperature, seeds[now],
+            )  # fmt: skip
+            if args.sampler == "paged":
+                parts.append(sample_rollouts_paged(*common))
+            else:
+                filters = (args.top_k, args.top_p, args.min_p)
+                parts.append(sample_rollouts(*common, *filters, args.compile_sampler))
+    release_freed_memory(setup.accelerator.device)
+    return joined_rollouts(parts)
 
 
 def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
@@ -137,7 +145,7 @@ def sample_rollouts(
     seeds: a number per prompt, which fixes every draw for that prompt's group. So a completion does
     not depend on which prompts share its batch, nor on when its neighbours finish. Temperature 0 is
     greedy and needs none. `compiled` runs the model's step through torch.compile (see
-    static_decoder.py): the same tokens, up to rounding. `watch(tokens)` is called after every
+    compiled.py): the same tokens, up to rounding. `watch(tokens)` is called after every
     token, with those of the rows that had not finished.
     """
     device = model.get_input_embeddings().weight.device
@@ -186,44 +194,3 @@ def sample_rollouts(
         logits = decoder.step(tokens)
 
     return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished)
-
-
-def padding_and_stops(model, tokenizer):
-    """(the id after a completion's end, the ids that end one)."""
-    stops = stop_token_ids(model, tokenizer)
-    return (stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id), stops
-
-
-def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
-    """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
-    lengths = mask.sum(-1).tolist()
-    texts = tokenizer.batch_decode(
-        [row[:length] for row, length in zip(ids.tolist(), lengths)], skip_special_tokens=True
-    )
-    shape = (len(prompts), group_size, max(lengths))
-    return Rollouts(
-        prompt_ids=[to_device(torch.tensor(ids, device="cpu"), mask.device) for ids in prompts],
-        completion_ids=ids[:, : shape[-1]].view(shape),
-        completion_mask=mask[:, : shape[-1]].view(shape),
-        logprobs=logprobs[:, : shape[-1]].view(shape),
-        finished=finished.view(shape[:2]),
-        texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
-    )
-
-
-def joined_rollouts(parts):
-    """The Rollouts of several draws of questions as one, padded to the longest completion."""
-    longest = max(part.completion_ids.shape[-1] for part in parts)
-
-    def joined(name, padding=0):
-        tensors = [getattr(part, name) for part in parts]
-        return torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=padding) for x in tensors])
-
-    return Rollouts(
-        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
-        completion_ids=joined("completion_ids"),
-        completion_mask=joined("completion_mask", False),
-        logprobs=joined("logprobs"),
-        finished=torch.cat([part.finished for part in parts]),
-        texts=[texts for part in parts for texts in part.texts],
-    )

@@ -1,9 +1,9 @@
-"""The same `Rollouts` from transformers' continuous batching, as an alternative to sampler.py.
+"""The same `Rollouts` from transformers' continuous batching, as an alternative to groups.py.
 
 There, keys and values lie in pages, and the model's own forward pass reads them: nothing but the
-shape of the result is shared with sampler.py, which makes it a check on ours.
+shape of the result is shared with groups.py, which makes it a check on ours.
 
-Letters as in sampler.py.
+Letters as in groups.py.
 """
 
 import copy
@@ -11,7 +11,7 @@ import copy
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from sampler import as_rollouts, padding_and_stops
+from sampling.rollouts import as_rollouts, padding_and_stops
 from utils import UserError
 
 
@@ -19,7 +19,7 @@ from utils import UserError
 def sample_rollouts_paged(
     model, tokenizer, prompts, group_size, max_new_tokens, temperature, seeds
 ):
-    """`group_size` completions for every prompt, as sampler.sample_rollouts gives them.
+    """`group_size` completions for every prompt, as groups.sample_rollouts gives them.
 
     No filters: the engine's log-probs are those of what the filters left, which is not what the
     trainer scores. The engine draws from torch's global generator, in a thread of its own; it is

@@ -34,12 +34,14 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import evaluator
 import rldatasets
-from flags import BUILT_IN, TASKS, has_own_evaluator
-from rldatasets import Problem, Problems, load_problems
+from rldatasets import BUILT_IN, Problem, Problems, load_problems
 from utils import UserError, hint
+
+TASKS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,19 @@ def load_task(args):
         is_correct=task.get("is_correct", evaluator.is_correct),
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
     )
+
+
+def has_own_evaluator(args):
+    """Whether --evaluator names a file. `gsm8k` is its only value in the original repository."""
+    return args.evaluator not in (None, "gsm8k")
+
+
+def check_weights(weights, reward_functions):
+    """Raise UserError where --reward_weights names no reward function."""
+    names = [function.__name__ for function in reward_functions]
+    for name in weights:
+        if name not in names:
+            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
 
 
 def own_evaluator(path):

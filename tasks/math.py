@@ -17,7 +17,7 @@ from functools import lru_cache
 from importlib import util
 
 from evaluator import answers_match, extract_answer, soft_format, strict_format, tag_count
-from judge import Judge, without_eval
+from tasks.verifier_process import Judge, without_eval
 from utils import UserError
 
 if not util.find_spec("math_verify"):

@@ -15,8 +15,8 @@ from functools import lru_cache
 from importlib import util
 
 from evaluator import extract_answer, soft_format, strict_format, tag_count
-from judge import Judge, without_eval
 from rldatasets import Problem
+from tasks.verifier_process import Judge, without_eval
 from utils import UserError, mixed_seed
 
 if not util.find_spec("reasoning_gym"):

@@ -49,8 +49,8 @@ class Judge:
 
     def _start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "judge", self.module, str(self.seconds)],
-            cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            [sys.executable, "-m", "tasks.verifier_process", self.module, str(self.seconds)],
+            cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the run
         )  # fmt: skip

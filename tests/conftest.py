@@ -22,11 +22,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import reward_lint
 import utils
-from flags import LORA_TARGETS
-from lean_layers import make_lean
+from evaluation.held_out import reward_lint
+from launch.parser import LORA_TARGETS
 from tasks import load_task
+from training.lean_layers import make_lean
 
 ROOT = Path(__file__).resolve().parent.parent
 CANARY = "hf_canary1234567890"  # an access token, which no output may hold

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 
-import checkpoints
 import evaluator
 import main
-import runlog
-from flags import parse_args
+from launch.parser import parse_args
+from records import checkpoints
+from records import run as runlog
 
 STEPS, INTERVAL = 6, 2
 TOY = [

@@ -34,13 +34,13 @@ from faults import (
 )
 from safetensors import SafetensorError
 
-import checkpoints
 import evaluator
-import loading
 import main
-import runlog
-import sampler
-from checkpoints import checkpoint_to_resume, checkpoints_in, damage
+from launch import loading
+from records import checkpoints
+from records import run as runlog
+from records.checkpoints import checkpoint_to_resume, checkpoints_in, damage
+from sampling import groups as sampler
 
 pytestmark = pytest.mark.faults
 PARTS = 8  # of the kills, so that two processes share them

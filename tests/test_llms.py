@@ -18,7 +18,7 @@ from llms import (
     mix_into,
     stop_token_ids,
 )
-from shared_prefix import micro_batches
+from training.shared_prefix import micro_batches
 from utils import UserError
 
 PROMPT = torch.tensor([5, 17, 2, 88, 41, 7])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cold_start as cold_start_module
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,23 +21,22 @@ from test_sampler import Words, seeds
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cold_start as cold_start_module
 import evaluator
 import main
-import sharding
-from cold_start import cold_start, worked_ids
-from comparison import summarize
-from evaluation import evaluate
-from flags import parse_args
+from evaluation.comparison import summarize
+from evaluation.held_out import evaluate
+from launch.parser import parse_args
 from llms import frozen_copy
 from main import update_policy
-from optimizer import apply_gradients, make_optimizer
-from plotter import Series
+from records.plots import Series
+from records.rollout_file import load_rollouts
+from records.run import show_progress
 from rldatasets import Problem, Problems, arithmetic_problems
-from rollout_file import load_rollouts
-from runlog import show_progress
-from sampler import sample_rollouts
-from shared_prefix import micro_batches
+from sampling.groups import sample_rollouts
+from training import sharding
+from training.cold_start import cold_start, worked_ids
+from training.optimizer import apply_gradients, make_optimizer
+from training.shared_prefix import micro_batches
 from utils import Stopwatch, UserError
 
 ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0], [2.0, -1.0, -1.0, 0.0]])

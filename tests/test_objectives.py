@@ -15,8 +15,8 @@ from test_main import ADVANTAGES, distance, gradients, rollouts_from, toy
 import llms
 import main
 from evaluator import Rewards, with_overlong_penalty
-from flags import parse_args
 from grpo import group_advantages, grpo_loss, overlong_penalty, token_weights
+from launch.parser import parse_args
 from llms import frozen_copy
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")

@@ -6,7 +6,7 @@ import pytest
 from conftest import CANARY, ROOT
 
 import evaluator
-import runlog
+from records import run as runlog
 
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "breakpoint"}
 NEVER_CALLED_ON_A_MODULE = {"system", "popen", "getoutput", "getstatusoutput", "unsafe_load"}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runlog import Run, step_metrics, summary_table
+from records.run import Run, step_metrics, summary_table
 from utils import Stopwatch, mixed_seed, read_jsonl, write_jsonl
 
 

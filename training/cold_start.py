@@ -4,28 +4,31 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llms import chat_prompt, completion_logprobs
-from lora import trained_parameters
-from optimizer import apply_gradients
-from processes import sum_gradients, summed
-from sharding import own_batches
+from training.logprobs import completion_logprobs
+from training.lora import trained_parameters
+from training.optimizer import apply_gradients
+from training.processes import sum_gradients, summed
+from training.sharding import own_batches
 
 
-def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
+def cold_start(setup, train_problems, worked_ids):
     """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
+
+    worked_ids(tokenizer, problem, task): (the prompt's ids, those of the worked answer).
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
     the same stream of problems, mean loss per token, a fresh AdamW at a constant rate.
     """
+    policy, args, accelerator = setup.policy, setup.args, setup.accelerator
     optimizer = torch.optim.AdamW(
         trained_parameters(policy), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
     steps = range(-args.cold_start_steps, 0)
     for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):
         problems = train_problems.batch(step, args.questions_per_step)
+        pairs = (worked_ids(setup.tokenizer, problem, setup.task) for problem in problems)
         prompts, targets = (
-            [torch.tensor(ids, device=accelerator.device) for ids in rows]
-            for rows in zip(*(worked_ids(tokenizer, problem, task) for problem in problems))
+            [torch.tensor(ids, device=accelerator.device) for ids in rows] for rows in zip(*pairs)
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
         lengths = [[len(target)] for target in targets]
@@ -37,7 +40,7 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
         loss = torch.zeros((), device=accelerator.device)
         for batch in batches + idle:
             with accelerator.autocast():
-                logprobs = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
+                logprobs, _ = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
             share = -(logprobs * mine[batch.rows]).sum() / tokens
             share.backward()
             loss = loss + share.detach()
@@ -46,10 +49,3 @@ def cold_start(policy, tokenizer, train_problems, args, accelerator, task):
         apply_gradients(optimizer, loss, args.max_grad_norm)
         done = step + args.cold_start_steps + 1
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
-
-
-def worked_ids(tokenizer, problem, task):
-    """(prompt, the worked solution in the answer format and the token that ends a turn)."""
-    ids = tokenizer(task.worked_answer(problem), add_special_tokens=False).input_ids
-    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
-    return prompt, [*ids, tokenizer.eos_token_id]

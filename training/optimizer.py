@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from lora import trained_parameters
-from sharding import whole_tensor
+from training.lora import trained_parameters
+from training.sharding import whole_tensor
+from training.weight_meter import keep_in_bfloat16
 from utils import parameters_of
-from weight_meter import keep_in_bfloat16
 
 
 def apply_gradients(optimizer, loss, max_grad_norm):

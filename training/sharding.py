@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from processes import everyones, own_groups
-from shared_prefix import micro_batches
+from training.processes import everyones, own_groups
+from training.shared_prefix import micro_batches
 from utils import UserError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

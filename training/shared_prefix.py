@@ -21,8 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from decoder import to_device
-from lean_layers import make_lean
+from training.lean_layers import make_lean
+from utils import to_device
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
 

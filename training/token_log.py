@@ -4,48 +4,45 @@ Kept for three steps of a run, its first, middle and last. It costs two more for
 group, three with a reference.
 """
 
-from llms import logprobs_without_gradient
+from training.logprobs import logprobs_without_gradient
 
 
 def is_watched(step, steps):
     return step in (0, (steps - 1) // 2, steps - 1)
 
 
-def watch_tokens(
-    run, step, policy, reference, tokenizer, rollouts, advantages, args, accelerator, stopwatch
-):
-    """Call this before an update, and what it returns after it; at a watched step, that writes the
-    group with the largest advantages, and at any other does nothing.
+def watch_tokens(setup, step, rollouts, advantages):
+    """Call this before an update, and what it returns after it: at a watched step that gives the
+    records of the group with the largest advantages, at any other none.
 
     advantages: (Q, G). Before and after are both the trainer's log-probs, so that their difference
     is the update's work alone and not the sampler's rounding, which old_logprobs have.
     """
-    if not is_watched(step, args.num_train_iters):
-        return lambda: None
+    if not is_watched(step, setup.args.num_train_iters):
+        return list
     q = int(advantages.abs().sum(-1).argmax())
 
     ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
 
     def logprobs_of(model):
-        with stopwatch("watching"), accelerator.autocast():
+        with setup.stopwatch("watching"), setup.accelerator.autocast():
             return logprobs_without_gradient(
-                model, [rollouts.prompt_ids[q]], [lengths], ids, args.temperature,
-                args.micro_batch_tokens,
-            )  # (G, C)  # fmt: skip
+                model, [rollouts.prompt_ids[q]], [lengths], ids, setup.args
+            )  # (G, C)
 
-    before = logprobs_of(policy)
+    before = logprobs_of(setup.policy)
 
-    def save():
+    def records():
         logprobs = {
             "old_logprobs": rollouts.logprobs[q],
             "logprobs_before": before,
-            "logprobs_after": logprobs_of(policy),
+            "logprobs_after": logprobs_of(setup.policy),
         }
-        if reference is not None:
-            logprobs["ref_logprobs"] = logprobs_of(reference)
-        run.save_tokens(step, token_records(tokenizer, rollouts, q, logprobs))
+        if setup.reference is not None:
+            logprobs["ref_logprobs"] = logprobs_of(setup.reference)
+        return token_records(setup.tokenizer, rollouts, q, logprobs)
 
-    return save
+    return records
 
 
 def token_records(tokenizer, rollouts, q, logprobs):

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from sharding import local_tensor
+from training.sharding import local_tensor
 from utils import parameters_of
 
 SAMPLE = 2**20  # weights that are looked at, about

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import ROOT, make_tokenizer
 
-import chat
-import commands
 import rldatasets
+from evaluation import chat
 from evaluator import REWARD_FUNCTIONS, score
-from flags import EMBEDDED_MODEL
 from grpo import group_advantages
+from launch import commands
+from launch.parser import EMBEDDED_MODEL
 from llms import chat_prompt, load_model
 from rldatasets import SYSTEM_PROMPT, Problem, load_problems
-from sampler import as_rollouts, sample_rollouts
+from sampling.groups import as_rollouts, sample_rollouts
 from utils import printable
 
 RIGHT = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>\n"

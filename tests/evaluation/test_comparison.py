@@ -5,7 +5,7 @@ import json
 import pytest
 from test_significance import answers
 
-from commands import main
+from launch.commands import main
 from utils import write_jsonl
 
 

@@ -9,14 +9,14 @@ from conftest import TASK, make_model, make_tokenizer
 from scipy import stats
 from test_evaluator import written
 
-import evaluation
-from comparison import summarize
-from evaluation import evaluate, evaluate_policy
+from evaluation import held_out as evaluation
+from evaluation.comparison import summarize
+from evaluation.held_out import evaluate, evaluate_policy
+from evaluation.significance import wilson_interval
 from llms import chat_prompt
+from records.run import Run, evaluation_table, summary_table
 from rldatasets import SYSTEM_PROMPT, Problem
-from runlog import Run, evaluation_table, summary_table
-from sampler import Rollouts, sample_rollouts
-from significance import wilson_interval
+from sampling.groups import Rollouts, sample_rollouts
 from utils import mixed_seed, read_jsonl
 
 PROBLEMS = [Problem("ab" * i, str(i), "") for i in range(1, 8)]

@@ -9,10 +9,10 @@ import pytest
 from conftest import TASK
 
 import evaluator
-import reward_lint
-from commands import main
+from evaluation.held_out import reward_lint
+from evaluation.reward_lint import golden_set, lint, report, total, warn
 from evaluator import REWARD_FUNCTIONS, TAGS, extract_answer, parse_number
-from reward_lint import golden_set, lint, report, total, warn
+from launch.commands import main
 
 
 def with_planted(function):

@@ -6,7 +6,7 @@ import math
 import pytest
 from scipy import stats
 
-from significance import (
+from evaluation.significance import (
     gained_and_lost,
     mcnemar_p,
     mean_interval,

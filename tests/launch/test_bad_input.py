@@ -18,8 +18,8 @@ import torch
 from conftest import CANARY, ROOT
 from safetensors.torch import load, save
 
-import commands
-import plotter
+from launch import commands
+from records import plots as plotter
 from utils import UserError, hub_token, one_line, read_jsonl, write_jsonl
 
 GOOD = [

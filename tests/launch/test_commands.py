@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from test_comparison import record, write_run
 
-import commands
-from comparison import compare, read_evaluation
-from evaluation import evaluate_and_save
+from evaluation.comparison import compare, read_evaluation
+from evaluation.held_out import evaluate_and_save
+from launch import commands
 
 ARITHMETIC = ["--preset", "cpu", "--eval_problems", "4", "--max_completion_length", "6"]
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import ROOT
 
-import flags
-from flags import PRESETS, parse_args
+from launch import parser as flags
+from launch.parser import PRESETS, parse_args
 from utils import UserError
 
 CPU = ["--preset", "cpu"]

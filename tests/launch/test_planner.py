@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from conftest import ROOT, make_model
 from transformers import AutoModelForCausalLM
 
-import planner
-from flags import parse_args
-from known_models import KNOWN_MODELS
-from planner import as_if, config_of, planned, quick_peaks
-from tracker import Machine, Tracker, Work
+from launch import planner
+from launch.fake_memory import Machine, Tracker, Work
+from launch.known_models import KNOWN_MODELS
+from launch.parser import parse_args
+from launch.planner import as_if, config_of, planned, quick_peaks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps

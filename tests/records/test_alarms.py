@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from alarms import QUIET, WINDOW, new_alarms
-from runfiles import Series
-from runlog import Run
+from records.alarms import QUIET, WINDOW, new_alarms
+from records.files import Series
+from records.run import Run
 
 # A run of the demo, seed 7111994, as it was: what a healthy run looks like.
 DEMO = {

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from budget import budget, budget_lines, sampled_counts, trained_counts
-from shared_prefix import micro_batches
+from records.budget import budget, budget_lines, sampled_counts, trained_counts
+from training.shared_prefix import micro_batches
 
 LENGTHS = [[4, 1, 2], [3, 3, 5]]
 

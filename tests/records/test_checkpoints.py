@@ -23,13 +23,13 @@ from faults import (
 )
 from transformers import AutoModelForCausalLM
 
-import checkpoints
-from checkpoints import Saver, checkpoint_to_resume, checkpoints_in
-from flags import parse_args
-from interrupts import Stopped, only_process_in
+from launch.interrupts import Stopped, only_process_in
+from launch.parser import parse_args
 from llms import frozen_copy
-from optimizer import make_optimizer
-from runlog import Run
+from records import checkpoints
+from records.checkpoints import Saver, checkpoint_to_resume, checkpoints_in
+from records.run import Run
+from training.optimizer import make_optimizer
 from utils import TimedOut, UserError, jsonl, phase, time_limit
 
 

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import plotter
-from plotter import Series, over_seeds, plot_run, smooth
+from records import plots as plotter
+from records.plots import Series, over_seeds, plot_run, smooth
 from utils import write_jsonl
 
 

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-import plotter
-import report
-from report import write_report
+from records import plots as plotter
+from records import report
+from records.report import write_report
 from utils import write_jsonl
 
 HOSTILE = (

@@ -14,12 +14,12 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import flags
-import runlog
-import trackers
-from runfiles import read_rows
-from runlog import Run
-from trackers import finish_trackers, log_plots, start_trackers
+from launch import parser as flags
+from records import run as runlog
+from records import trackers
+from records.files import read_rows
+from records.run import Run
+from records.trackers import finish_trackers, log_plots, start_trackers
 from utils import UserError, write_jsonl
 
 API_KEY = "canary" * 7  # nobody's

@@ -9,10 +9,10 @@ from conftest import make_model
 from test_llms import group_logprobs
 from test_sampler import Words, seeds
 
-import graph_decoder
-import static_decoder
-from sampler import sample_rollouts
-from static_decoder import DECODERS
+from sampling import compiled as static_decoder
+from sampling import cuda_graph as graph_decoder
+from sampling.compiled import DECODERS
+from sampling.groups import sample_rollouts
 
 VARIANTS = [
     {"family": "qwen2"},

@@ -12,8 +12,8 @@ from test_sampler import HostTensors, Waits, Words, seeds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import graph_decoder
-from sampler import sample_rollouts
+from sampling import cuda_graph as graph_decoder
+from sampling.groups import sample_rollouts
 
 VARIANTS = [
     {"family": "qwen2"},

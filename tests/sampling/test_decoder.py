@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, make_model
 
-from decoder import Decoder, attended, left_padded
+from sampling.decoder import Decoder, attended, left_padded
 
 PROMPTS = [[5, 9, 3, 7, 7], [5, 9, 8], [5, 9, 3, 1, 30, 22, 4, 11]]  # 5 9 in common, then unequal
 VARIANTS = [

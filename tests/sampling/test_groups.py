@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sampler
-from decoder import Decoder
-from sampler import joined_rollouts, sample_rollouts, sample_tokens
+from sampling import groups as sampler
+from sampling.decoder import Decoder
+from sampling.groups import joined_rollouts, sample_rollouts, sample_tokens
 
 
 class Words:

@@ -9,9 +9,9 @@ from test_llms import group_logprobs
 from test_sampler import Words, assert_stops_end_completions, naive, seeds
 
 import main
-from paged_sampler import engine_model, sample_rollouts_paged
 from rldatasets import Problem
-from sampler import sample_rollouts
+from sampling.groups import sample_rollouts
+from sampling.paged import engine_model, sample_rollouts_paged
 from utils import UserError
 
 PROMPTS = [[5, 9, 3], [8, 2], [7, 7, 1, 3, 2, 4, 11]]

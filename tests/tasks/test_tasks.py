@@ -13,21 +13,21 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TASK
 
-import cold_start
-import commands
 import evaluator
-import flags
-import judge
 import main
-import reward_lint
 import rldatasets
-import runlog
 import tasks
-from comparison import compare, read_evaluation
-from flags import parse_args
-from judge import Judge
+from evaluation.comparison import compare, read_evaluation
+from evaluation.held_out import reward_lint
+from launch import commands
+from launch import parser as flags
+from launch.parser import parse_args
+from records import run as runlog
 from rldatasets import Problem, fingerprint, load_problems
 from tasks import load_task
+from tasks import verifier_process as judge
+from tasks.verifier_process import Judge
+from training import cold_start
 from utils import TimedOut, UserError, time_limit
 
 TINY = [

@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES, make_model
 from torch.autograd import gradcheck
 
-from lean_layers import RMSNorm, SwiGLU, make_lean
+from training.lean_layers import RMSNorm, SwiGLU, make_lean
 
 
 @pytest.mark.parametrize("family", FAMILIES)

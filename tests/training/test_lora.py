@@ -17,13 +17,18 @@ from test_sampler import Words, generator, naive, seeds
 from transformers import AutoModelForCausalLM
 
 import main
-from checkpoints import checkpoint_to_resume
-from cold_start import cold_start
-from decoder import Decoder
-from evaluation import evaluate
-from flags import PEFT, parse_args
+from evaluation.held_out import evaluate
+from launch.parser import PEFT, parse_args
 from llms import kl_reference, load_model
-from lora import (
+from main import update_policy
+from records.checkpoints import checkpoint_to_resume
+from rldatasets import Problem, Problems
+from sampling.compiled import StaticLinear
+from sampling.decoder import Decoder
+from sampling.groups import sample_rollouts
+from sampling.paged import engine_model
+from training.cold_start import cold_start
+from training.lora import (
     ADAPTER,
     add_adapter,
     save_adapter,
@@ -31,12 +36,7 @@ from lora import (
     trained_parameters,
     whole_weight,
 )
-from main import update_policy
-from optimizer import make_optimizer
-from paged_sampler import engine_model
-from rldatasets import Problem, Problems
-from sampler import sample_rollouts
-from static_decoder import StaticLinear
+from training.optimizer import make_optimizer
 from utils import Stopwatch, UserError
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0}

@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from test_main import rollouts_from
 
 import main
-from checkpoints import Saver, checkpoint_to_resume
-from cold_start import cold_start
-from evaluation import evaluate_policy
+from evaluation.held_out import evaluate_policy
 from evaluator import score
 from grpo import group_advantages
-from interrupts import Stopped
+from launch.interrupts import Stopped
 from llms import frozen_copy
-from optimizer import make_optimizer
-from processes import everyones, everyones_rollouts, from_main, own_groups, own_part
+from records.checkpoints import Saver, checkpoint_to_resume
 from rldatasets import Problem, Problems
-from sharding import shard, shard_if_configured, whole_tensor
+from training.cold_start import cold_start
+from training.optimizer import make_optimizer
+from training.processes import everyones, everyones_rollouts, from_main, own_groups, own_part
+from training.sharding import shard, shard_if_configured, whole_tensor
 from utils import Stopwatch, UserError, read_jsonl
 
 PROBLEMS = [Problem(f"{n} + {n * n}?", str(n + n * n), f"{n} + {n * n}") for n in range(7)]

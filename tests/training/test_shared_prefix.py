@@ -6,7 +6,7 @@ from conftest import FAMILIES, make_model
 from test_llms import naive_logprobs
 
 from llms import completion_logprobs, frozen_copy
-from shared_prefix import micro_batches
+from training.shared_prefix import micro_batches
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 17, 2, 88], [9], [41, 7, 3, 3, 3, 60, 12])]
 LENGTHS = torch.tensor([[6, 1, 4], [2, 6, 5], [3, 3, 1]])  # (Q, G)

@@ -7,8 +7,8 @@ from test_llms import naive_logprobs
 from test_sampler import Words, seeds
 
 from llms import frozen_copy
-from sampler import sample_rollouts
-from token_log import is_watched, watch_tokens
+from sampling.groups import sample_rollouts
+from training.token_log import is_watched, watch_tokens
 from utils import Stopwatch
 
 

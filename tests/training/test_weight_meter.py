@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import make_args, make_model
 
-from optimizer import apply_gradients, make_optimizer
-from weight_meter import WeightMeter
+from training.optimizer import apply_gradients, make_optimizer
+from training.weight_meter import WeightMeter
 
 
 def update(model, optimizer, seed=0, loss=1.0):

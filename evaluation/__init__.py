@@ -1,0 +1,1 @@
+"""Is it really better: held-out answers, comparison, intervals, what rewards reward."""

@@ -1,0 +1,86 @@
+"""Completions in, `Rewards` out: every reward function on every completion, on its guard."""
+
+import math
+import traceback
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from grpo import overlong_penalty
+from utils import TimedOut, UserError, time_limit
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The scores of a step's completions. F reward functions, Q questions, G completions each."""
+
+    names: list  # F function names
+    per_function: torch.Tensor  # (Q, G, F), before the weights
+    total: torch.Tensor  # (Q, G), the weighted sum over functions
+
+
+def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):
+    """Every reward function on every completion. weights: {function name: weight}, 1 by default.
+
+    Raises UserError naming function, question and completion (and the `file` that holds it whole)
+    where a reward function raises, takes more than `timeout` seconds or returns something other
+    than a finite number.
+    """
+    scores = [
+        [
+            [call(function, text, problem, file, timeout) for function in reward_functions]
+            for text in texts
+        ]
+        for texts, problem in zip(rollouts.texts, problems)
+    ]
+    names = [function.__name__ for function in reward_functions]
+    per_function = torch.tensor(scores, dtype=torch.float32, device="cpu")  # (Q, G, F)
+    factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
+    return Rewards(names, per_function, (per_function * factors).sum(-1))
+
+
+def joined_rewards(parts):
+    """The Rewards of several draws of questions as one."""
+    return Rewards(
+        names=parts[0].names,
+        per_function=torch.cat([part.per_function for part in parts]),
+        total=torch.cat([part.total for part in parts]),
+    )
+
+
+def with_overlong_penalty(rewards, rollouts, args):
+    """Rewards that --overlong_buffer, if any, has made a further function of: `overlong`."""
+    if not args.overlong_buffer:
+        return rewards
+    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
+    return Rewards(
+        names=[*rewards.names, "overlong"],
+        per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
+        total=rewards.total + penalty,
+    )
+
+
+def call(function, completion, problem, file=None, timeout=None, kind="reward function"):
+    """What a function of a completion returns, as a float. Raises UserError, see `score`."""
+    complaint = None
+    try:
+        with time_limit(timeout):
+            value = function(completion, problem)
+    except TimedOut:
+        complaint = f"took more than --reward_timeout {timeout:g} seconds"
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        complaint = f"raised {type(error).__name__}: {error} (line {line})"
+    else:
+        if not isinstance(value, Real) or not math.isfinite(value):
+            complaint = f"returned {value!r}, not a finite number"
+    if complaint:
+        place = f"; see {file}" if file else ""
+        name = getattr(function, "__name__", "is_correct")
+        raise UserError(
+            f"{kind} {name} {complaint[:80]} for {problem.question[:40]!r}, "
+            f"completion {completion[:40]!r}{place}"
+        )
+    return float(value)

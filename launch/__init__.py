@@ -1,0 +1,1 @@
+"""What happens before step 1: the command line, checks, loading, the plan."""

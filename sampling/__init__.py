@@ -1,0 +1,1 @@
+"""How a group comes about: prompts in, completions out."""

@@ -1,0 +1,65 @@
+"""`Rollouts`: what the policy wrote. Every sampler makes them, everything after it reads them.
+
+Letters: Q questions, G completions per question, P prompt tokens, C completion tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from llms import stop_token_ids
+from utils import to_device
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the policy wrote, token by token: the ids in here are the ids that get trained."""
+
+    prompt_ids: list  # Q tensors (P,)
+    completion_ids: torch.Tensor  # (Q, G, C); after a completion's end, the pad token
+    completion_mask: torch.Tensor  # (Q, G, C), True up to and including the stop token
+    logprobs: torch.Tensor  # (Q, G, C) of the full distribution at the sampling temperature
+    finished: torch.Tensor  # (Q, G), False where max_new_tokens cut the completion off
+    texts: list  # Q lists of G strings, without special tokens
+
+
+def padding_and_stops(model, tokenizer):
+    """(the id after a completion's end, the ids that end one)."""
+    stops = stop_token_ids(model, tokenizer)
+    return (stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id), stops
+
+
+def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
+    """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
+    lengths = mask.sum(-1).tolist()
+    texts = tokenizer.batch_decode(
+        [row[:length] for row, length in zip(ids.tolist(), lengths)], skip_special_tokens=True
+    )
+    shape = (len(prompts), group_size, max(lengths))
+    return Rollouts(
+        prompt_ids=[to_device(torch.tensor(ids, device="cpu"), mask.device) for ids in prompts],
+        completion_ids=ids[:, : shape[-1]].view(shape),
+        completion_mask=mask[:, : shape[-1]].view(shape),
+        logprobs=logprobs[:, : shape[-1]].view(shape),
+        finished=finished.view(shape[:2]),
+        texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
+    )
+
+
+def joined_rollouts(parts):
+    """The Rollouts of several draws of questions as one, padded to the longest completion."""
+    longest = max(part.completion_ids.shape[-1] for part in parts)
+
+    def joined(name, padding=0):
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=padding) for x in tensors])
+
+    return Rollouts(
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        completion_ids=joined("completion_ids"),
+        completion_mask=joined("completion_mask", False),
+        logprobs=joined("logprobs"),
+        finished=torch.cat([part.finished for part in parts]),
+        texts=[texts for part in parts for texts in part.texts],
+    )

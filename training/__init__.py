@@ -1,0 +1,1 @@
+"""What one update is, and on how many devices."""

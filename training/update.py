@@ -1,0 +1,160 @@
+"""One optimizer update per inner epoch on a step's completions.
+
+The loss is a weighted sum over tokens whose weights come from the whole step, so the passes that a
+step is cut into simply add up (see grpo.token_weights).
+
+Q questions per step, G completions per question, C completion tokens; B = Q x G completions of a
+step, R of them in a pass.
+"""
+
+from dataclasses import dataclass, fields, replace
+from statistics import fmean
+
+import torch
+
+from grpo import Batch, Objective, grpo_loss, token_weights
+from training.logprobs import completion_logprobs, logprobs_without_gradient
+from training.optimizer import apply_gradients
+from training.processes import sum_gradients, summed
+from training.sharding import own_batches
+from training.shared_prefix import MicroBatch
+from utils import release_freed_memory
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass: what the model reads, and what the loss knows of it."""
+
+    read: MicroBatch
+    ids: torch.Tensor  # (R, C)
+    batch: Batch
+
+
+def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
+    """Train on a step's Rollouts. Returns metrics.
+
+    advantages: (Q, G). chosen: (Q, G), the completions to train on, all by default. An update whose
+    loss or gradient is not finite changes nothing.
+    """
+    policy, args, accelerator = setup.policy, setup.args, setup.accelerator
+    chosen = torch.ones_like(advantages, dtype=torch.bool) if chosen is None else chosen
+    chosen, advantages = (x.to(policy.device) for x in (chosen, advantages))  # (Q, G)
+    passes, idle, trained_tokens = cut(setup, rollouts, advantages, chosen)
+    objective, epochs = objective_of(args), []
+    with_entropy = args.entropy_bonus > 0
+    for _ in range(args.num_inner_epochs):
+        with setup.stopwatch("policy"):
+            metrics = {"loss": torch.zeros((), device=policy.device)}
+            seen = []
+            for one in passes + idle:
+                with accelerator.autocast():
+                    logprobs, entropy = completion_logprobs(
+                        policy, one.read, one.ids, args.temperature, with_entropy
+                    )  # (R, C)
+                loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
+                loss.backward()
+                seen.append(logprobs.detach())
+                metrics["loss"] += loss.detach()
+                for name, value in sums.items():
+                    metrics[name] = metrics.get(name, 0) + value / trained_tokens
+            if not epochs:
+                passes, idle = compared_with(seen, passes, idle)
+            metrics = summed(metrics, accelerator)
+            sum_gradients(optimizer, accelerator)
+            metrics["grad_norm"], metrics["skipped"] = apply_gradients(
+                optimizer, metrics["loss"], args.max_grad_norm
+            )
+        epochs.append({name: float(value) for name, value in metrics.items()})
+    means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
+    # Later epochs differ from the sampler because they have learnt, which is no mismatch.
+    means["mismatch"] = epochs[0].get("mismatch", 0.0)
+    counts = summed(trained_counts(passes, always_trained(setup)), accelerator)
+    return means | {name: int(count) for name, count in counts.items()}
+
+
+def objective_of(args):
+    """The Objective that the flags name."""
+    return Objective(**{field.name: getattr(args, field.name) for field in fields(Objective)})
+
+
+def always_trained(setup):
+    """Whether a token has a gradient without an advantage too: that of KL or entropy."""
+    return setup.reference is not None or setup.args.entropy_bonus > 0
+
+
+def cut(setup, rollouts, advantages, chosen):
+    """The step in passes: (this process's, idle ones, the number of tokens that all train on).
+
+    A group whose completions all earned the same has no advantage and, without a KL term or entropy
+    bonus, no gradient: it is left out. Idle passes have weight 0: where weights are cut up (FSDP2),
+    all processes go through the model equally often.
+    """
+    policy, args, accelerator = setup.policy, setup.args, setup.accelerator
+    mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
+    if args.mask_truncated:
+        mask = mask & rollouts.finished[:, :, None]
+    sequences = chosen.sum().clamp(min=1)
+    weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
+    if not always_trained(setup):
+        mask = mask & (advantages != 0).any(-1)[:, None, None]
+    own, lengths, batches, idle = own_batches(
+        policy, rollouts.prompt_ids, mask.sum(-1).tolist(), args.micro_batch_tokens, accelerator
+    )
+    # `own` groups are this process's; the others have weight 0 here.
+    weights = weights * weights.new_tensor(own)[:, None, None]
+    ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
+    step = Batch(
+        old_logprobs=rollouts.logprobs.flatten(0, 1),
+        advantages=advantages.flatten(),
+        weights=weights.flatten(0, 1),
+        ref_logprobs=reference_logprobs(setup, rollouts.prompt_ids, lengths, ids),
+    )
+    passes, idle = (
+        [Pass(read, ids[read.rows], step.rows(read.rows)) for read in part]
+        for part in (batches, idle)
+    )
+    return passes, idle, mask.sum().clamp(min=1)
+
+
+def reference_logprobs(setup, prompt_ids, lengths, ids):
+    """What the reference thinks of the completions, (B, C); None where there is none."""
+    if setup.reference is None:
+        return None
+    with setup.stopwatch("reference"), setup.accelerator.autocast():
+        logprobs = logprobs_without_gradient(
+            setup.reference, prompt_ids, lengths, ids, setup.args
+        )  # (B, C)
+    release_freed_memory(setup.policy.device)
+    return logprobs
+
+
+def compared_with(seen, passes, idle):
+    """The same passes, which know from now on what the trainer thought before the first update."""
+    known = [
+        replace(one, batch=replace(one.batch, first_logprobs=logprobs))
+        for one, logprobs in zip(passes + idle, seen)
+    ]
+    return known[: len(passes)], known[len(passes) :]
+
+
+def trained_counts(passes, always):
+    """What an update trained on, as metrics.
+
+    always: see always_trained. tokens/trained: those that carry gradient. tokens/padded: places in
+    the passes' attention that hold no token, in prompts and completions.
+    """
+    trained, padded = [], 0
+    for one in passes:
+        prompts = [len(prompt) for prompt in one.read.prompts]
+        for rows in (prompts, one.read.lengths):
+            padded += len(rows) * max(rows) - sum(rows)
+        trained += [
+            length
+            for advantage, length in zip(one.batch.advantages.tolist(), one.read.lengths)
+            if always or advantage != 0
+        ]
+    return {
+        "tokens/trained": sum(trained),
+        "tokens/padded": padded,
+        "completions/trained": len(trained),
+    }
