@@ -64,8 +64,8 @@ def saved_flags(output_dir):
 
 
 def steps_with_other_rewards(saved, sources, step, allowed):
-    """The steps from which on a run's rewards or verdicts were others: those in its config.json and,
-    where these `sources` differ from what is saved there, `step`, at which it goes on.
+    """The steps from which on a run's rewards or verdicts were others: those in its config.json,
+    and `step`, at which it goes on, where these `sources` differ from what is saved there.
 
     Raises UserError where they differ and that is not `allowed`.
     """
@@ -73,8 +73,8 @@ def steps_with_other_rewards(saved, sources, step, allowed):
     if all(saved.get(name, value) == value for name, value in sources.items()):
         return steps
     if not allowed:
-        raise UserError("--resume: the rewards or is_correct are not those that the run began with; "
-                        "undo the change, or add --allow_changed_rewards")  # fmt: skip
+        raise UserError("--resume: the rewards or is_correct are not those that the run began "
+                        "with; undo the change, or add --allow_changed_rewards")  # fmt: skip
     return [*steps, step]
 
 

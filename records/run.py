@@ -211,9 +211,9 @@ def step_metrics(step, rollouts, rewards, update, setup):
     """One line of metrics.jsonl: what was sampled, what it earned, what the update did, how long.
 
     `update` is what update_policy returned; the seconds are those of setup.stopwatch. Means are
-    over the step's completions. The mean of -logprob over sampled tokens is an unbiased estimate of the
-    policy's entropy at the sampling temperature; where a filter (top_k, top_p, min_p) chose them,
-    it is their cross-entropy under the unfiltered policy, and called that.
+    over the step's completions. The mean of -logprob over sampled tokens is an unbiased estimate of
+    the policy's entropy at the sampling temperature; where a filter (top_k, top_p, min_p) chose
+    them, it is their cross-entropy under the unfiltered policy, and called that.
     """
     tokens = int(rollouts.completion_mask.sum())
     total, on_gpu = rewards.total, torch.cuda.is_available()
