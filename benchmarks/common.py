@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -149,6 +148,8 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     from tasks import load_task
     from training.lora import add_adapter
     from training.optimizer import make_optimizer
+    from training.setup import Setup
+    from utils import Stopwatch
 
     on_gpu = torch.cuda.is_available()
     argv = {
@@ -170,44 +171,35 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
         argv["dataset_path"] = args.dataset_path
     given = {name: getattr(args, name) for name in OF_THE_PRESET}
     argv |= {name: value for name, value in given.items() if value is not None}
-    ours = SimpleNamespace(on_gpu=on_gpu)
-    ours.flags = parse_args(
-        [part for name, value in argv.items() for part in (f"--{name}", str(value))]
-    )
-    ours.task = load_task(ours.flags)
+    flags = parse_args([part for name, value in argv.items() for part in (f"--{name}", str(value))])
     mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
-    ours.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
-    ours.policy, ours.tokenizer = load_model(model_name, ours.accelerator.device)
-    add_adapter(ours.policy, ours.flags)
-    ours.reference = kl_reference(ours.policy, ours.flags, mixed_precision == "bf16")
-    ours.optimizer, ours.scheduler = make_optimizer(ours.policy, ours.flags)
-    return ours
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
+    policy, tokenizer = load_model(model_name, accelerator.device)
+    add_adapter(policy, flags)
+    reference = kl_reference(policy, flags, mixed_precision == "bf16")
+    stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
+    setup = Setup(policy, tokenizer, load_task(flags), flags, accelerator, reference, stopwatch)
+    return setup, *make_optimizer(policy, flags)
 
 
-def our_step(ours, problems, number):
+def our_step(setup, optimizer, scheduler, problems, number):
     """One step of main.train, without its files. Returns (rollouts, seconds per stage)."""
-    import torch
-
-    from evaluator import score
+    from evaluation.scoring import score
     from grpo import group_advantages
-    from main import sample_groups, update_policy
-    from utils import Stopwatch, mixed_seed
+    from sampling.groups import sample_groups
+    from training.update import update_policy
+    from utils import mixed_seed
 
-    flags, stopwatch = ours.flags, Stopwatch(torch.cuda.synchronize if ours.on_gpu else None)
+    flags, stopwatch = setup.args, setup.stopwatch
     seeds = [mixed_seed(number, q) for q in range(len(problems))]
     with stopwatch("sampling"):
-        rollouts = sample_groups(
-            ours.policy, ours.tokenizer, problems, seeds, flags, ours.accelerator, ours.task
-        )
+        rollouts = sample_groups(setup, problems, seeds)
     with stopwatch("rewards"):
-        rewards = score(rollouts, problems, ours.task.reward_functions, flags.reward_weights)
+        rewards = score(rollouts, problems, setup.task.reward_functions, flags.reward_weights)
         advantages = group_advantages(rewards.total, flags.advantage_scale)  # (Q, G)
-    update_policy(
-        ours.policy, ours.reference, ours.optimizer, rollouts, advantages, flags,
-        ours.accelerator, stopwatch,
-    )  # fmt: skip
-    ours.scheduler.step()
-    return rollouts, stopwatch.seconds
+    update_policy(setup, optimizer, rollouts, advantages)
+    scheduler.step()
+    return rollouts, stopwatch.lap()
 
 
 def work_ours(args, lora_rank=0):
@@ -222,15 +214,16 @@ def work_ours(args, lora_rank=0):
 
     from utils import parameters_of
 
-    ours = set_up(args, args.model_name, args.questions, lora_rank=lora_rank)
+    setup, optimizer, scheduler = set_up(args, args.model_name, args.questions, lora_rank=lora_rank)
     problems = load_questions(args)
-    trained = sum(parameter.numel() for parameter in parameters_of(ours.optimizer))
-    reply(f"{torch.get_num_threads()} threads, {ours.accelerator.device}, "
-          f"{ours.flags.micro_batch_tokens or 'all'} tokens per micro-batch, {trained:,} weights "
+    trained = sum(parameter.numel() for parameter in parameters_of(optimizer))
+    reply(f"{torch.get_num_threads()} threads, {setup.accelerator.device}, "
+          f"{setup.args.micro_batch_tokens or 'all'} tokens per micro-batch, {trained:,} weights "
           "trained")  # fmt: skip
     for line in sys.stdin:
         started = time.perf_counter()
-        rollouts, seconds = our_step(ours, problems.batch(int(line), args.questions), int(line))
+        drawn = problems.batch(int(line), args.questions)
+        rollouts, seconds = our_step(setup, optimizer, scheduler, drawn, int(line))
         step = time.perf_counter() - started
         torch.cuda.empty_cache()  # for the other's turn
         reply({

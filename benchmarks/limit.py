@@ -48,32 +48,32 @@ def main(argv=None):
     keep_freed_memory()
     import torch
 
-    ours = set_up(args, args.model_name, args.rows[0] // args.group_size)
-    dtype = torch.bfloat16 if ours.on_gpu else torch.float32
+    setup, optimizer, scheduler = set_up(args, args.model_name, args.rows[0] // args.group_size)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     problems = load_questions(args)
-    products = product_ways(ours.policy, dtype, args.largest)
+    products = product_ways(setup.policy, dtype, args.largest)
     best = max(products, key=lambda product: rate(product, args.seconds))
-    bandwidth = max(rate(way, args.seconds) for way in memory_ways(ours.policy, dtype, args))
+    bandwidth = max(rate(way, args.seconds) for way in memory_ways(setup.policy, dtype, args))
     limits, stages = [rate(best, args.seconds)], []
     for rows in args.rows:
         counted = []
         for number in range(args.warm_up + args.rounds):
             batch = problems.batch(number, rows // args.group_size)
-            rollouts, seconds = our_step(ours, batch, number)
+            rollouts, seconds = our_step(setup, optimizer, scheduler, batch, number)
             limits.append(rate(best, args.seconds))
             limit = fmean(limits[-2:])
             print(f"{rows} rows, round {number}: " + ", ".join(
                 f"{stage} {spent:.2f} s" for stage, spent in seconds.items()
             ) + f"; limit {limit / 1e9:.0f} GFLOP/s", flush=True)  # fmt: skip
             if number >= args.warm_up:
-                counted.append((needs(ours.policy, rollouts, dtype.itemsize), seconds, limit))
+                counted.append((needs(setup.policy, rollouts, dtype.itemsize), seconds, limit))
         for stage in ("sampling", "reference", "policy"):
             if stage in seconds:
                 stages.append({"rows": rows, "stage": stage, **shares(counted, stage, bandwidth)})
 
     print(f"limits: {min(limits) / 1e9:.0f} to {max(limits) / 1e9:.0f} GFLOP/s, "
           f"{bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads, "
-          f"{ours.accelerator.device}")  # fmt: skip
+          f"{setup.accelerator.device}")  # fmt: skip
     print(table([
         ("rows", "stage", "GFLOP needed", "s", "GFLOP/s", "share of products", "share of limit"),
         *((stage["rows"], stage["stage"], f"{stage['operations'] / 1e9:.1f}",

@@ -63,7 +63,7 @@ def work(model_name, what):
 
     from launch.fake_memory import Tracker
     from launch.parser import parse_args
-    from launch.planner import config_of, planned
+    from launch.planned_step import config_of, planned
 
     args = parse_args([*FLAGS, "--model_name", model_name])
     if what == "predicted":
@@ -94,13 +94,13 @@ def real_steps(model, args, accelerator, tracker=None):
     """
     import torch
 
-    from launch.planner import worst_prompts
+    from launch.planned_step import worst_prompts
     from llms import kl_reference
-    from main import update_policy
     from sampling.groups import sample_rollouts
     from training.lora import add_adapter
     from training.optimizer import make_optimizer
-    from utils import Stopwatch
+    from training.setup import Setup
+    from training.update import update_policy
 
     length, phase = args.max_completion_length, tracker.phase if tracker else nullcontext
     no_end = SimpleNamespace(  # no token is -1: every completion goes to the end
@@ -118,6 +118,7 @@ def real_steps(model, args, accelerator, tracker=None):
             tracker.label(model.parameters(), "weights")
         reference = kl_reference(model, args, on_gpu)
         optimizer, _ = make_optimizer(model, args)
+        setup = Setup(model, no_end, None, args, accelerator, reference)
         for _ in range(2):
             with phase("sampling"), accelerator.autocast():
                 rollouts = sample_rollouts(
@@ -126,10 +127,7 @@ def real_steps(model, args, accelerator, tracker=None):
                 )  # fmt: skip
             assert rollouts.completion_mask.all()
             with phase("update"):
-                update_policy(
-                    model, reference, optimizer, rollouts, advantages, args, accelerator,
-                    Stopwatch(),
-                )  # fmt: skip
+                update_policy(setup, optimizer, rollouts, advantages)
         with phase("evaluation"), accelerator.autocast():
             sample_rollouts(model, no_end, worst_prompts(args.eval_batch_size, args), 1, length, 0)
 

@@ -164,8 +164,9 @@ def gradient(policy, rollouts, rewards, chosen, settings, accelerator):
     import torch
 
     from grpo import group_advantages
-    from main import update_policy
-    from utils import Stopwatch, UserError
+    from training.setup import Setup
+    from training.update import update_policy
+    from utils import UserError
 
     class Catcher(torch.optim.SGD):
         """Keeps the gradient of the update instead of doing it."""
@@ -178,9 +179,8 @@ def gradient(policy, rollouts, rewards, chosen, settings, accelerator):
 
     catcher = Catcher(policy.parameters(), lr=0.0)
     advantages = group_advantages(rewards, settings.advantage_scale, chosen, settings.baseline)
-    metrics = update_policy(
-        policy, None, catcher, rollouts, advantages, settings, accelerator, Stopwatch(), chosen
-    )
+    setup = Setup(policy, None, None, settings, accelerator)
+    metrics = update_policy(setup, catcher, rollouts, advantages, chosen)
     if metrics["skipped"]:
         raise UserError(f"--model {policy.name_or_path}: too far from the sampler, a gradient is "
                         "not finite")  # fmt: skip

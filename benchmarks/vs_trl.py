@@ -148,10 +148,10 @@ def compare_losses(args, folder):
     import torch
     from torch.optim.lr_scheduler import LambdaLR
 
-    from evaluator import score
+    from evaluation.scoring import score
     from grpo import group_advantages
-    from main import sample_groups, update_policy
-    from utils import Stopwatch
+    from sampling.groups import sample_groups
+    from training.update import update_policy
 
     class Catcher(torch.optim.SGD):
         """Keeps the gradient of the step instead of doing it."""
@@ -159,26 +159,20 @@ def compare_losses(args, folder):
         def step(self, closure=None):
             self.gradients = [p.grad.clone() for g in self.param_groups for p in g["params"]]
 
-    ours = set_up(args, folder, args.questions, mixed_precision="no")
+    setup, _, _ = set_up(args, folder, args.questions, mixed_precision="no")
     torch.set_float32_matmul_precision("highest")
-    ours.flags.max_grad_norm = 0
-    ours.flags.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
+    setup.args.max_grad_norm = 0
+    setup.args.max_completion_length = min(CHECKED_TOKENS, args.max_completion_length)
     problems = load_questions(args).batch(0, args.questions)
-    rollouts = sample_groups(
-        ours.policy, ours.tokenizer, problems, range(len(problems)), ours.flags, ours.accelerator,
-        ours.task,
-    )  # fmt: skip
+    rollouts = sample_groups(setup, problems, range(len(problems)))
     advantages = group_advantages(score(rollouts, problems, [spread]).total)  # (Q, G)
-    generator = torch.Generator(ours.policy.device).manual_seed(0)
+    generator = torch.Generator(setup.policy.device).manual_seed(0)
     with torch.no_grad():
-        for p in ours.policy.parameters():
+        for p in setup.policy.parameters():
             noise = torch.empty_like(p).normal_(generator=generator)
             p += 0.03 * p.square().mean().sqrt() * noise
-    catcher = Catcher(ours.policy.parameters(), lr=0.0)
-    our_loss = update_policy(
-        ours.policy, ours.reference, catcher, rollouts, advantages, ours.flags, ours.accelerator,
-        Stopwatch(),
-    )["loss"]  # fmt: skip
+    catcher = Catcher(setup.policy.parameters(), lr=0.0)
+    our_loss = update_policy(setup, catcher, rollouts, advantages)["loss"]
 
     def rollout(prompts, trainer):
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
@@ -197,7 +191,7 @@ def compare_losses(args, folder):
         args, folder, problems, [spread], {"max_steps": 1, "max_grad_norm": 0.0, "bf16": False},
         rollout_func=rollout,
     )  # fmt: skip
-    trainer.model.load_state_dict(ours.policy.state_dict())
+    trainer.model.load_state_dict(setup.policy.state_dict())
     their_catcher = Catcher(trainer.model.parameters(), lr=0.0)
     trainer.optimizer = their_catcher
     trainer.lr_scheduler = LambdaLR(their_catcher, lambda step: 1.0)

@@ -153,8 +153,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
          "whole groups, for memory; the result is the same; 0: all those of a step")
     flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
          help="engine of the training samples. shared_prefix: sampling/groups.py; paged: "
-         "transformers' continuous batching on a copy of the model, without filters, half as fast on a CPU. A "
-         "seed gives the same samples with either, but other ones")
+         "transformers' continuous batching on a copy of the model, without filters, half as fast "
+         "on a CPU. A seed gives the same samples with either, but other ones")
     flag("--compile_sampler", action="store_true", help="torch.compile the steps of the "
          "training samples: fewer and larger kernels, for minutes of compiling, memory that stays "
          "taken (weights and cache), and finished rows not dropped")
@@ -288,8 +288,11 @@ def take_up_saved_flags(parser, argv):
 
 
 def parse_known(parser, argv):
-    """The parser's namespace; an unknown argument is an error that names the closest flag."""
-    args, unknown = parser.parse_known_args(argv)
+    """The parser's namespace; an unknown argument is an error that names the closest flag.
+
+    Words without a flag may stand anywhere among the flags.
+    """
+    args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
