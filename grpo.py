@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 
 STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
+LINEAR_ABOVE = 10.0  # nats; below it, all that a healthy run has, k3 is exact
 
 
 def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
@@ -87,14 +88,18 @@ def kl_estimate(logprobs, ref_logprobs, estimator="k3"):
 
     As *values*, k1 and k3 are unbiased and k3 is never negative. As a *loss*, what counts is the
     expected gradient, and on-policy only k2's is that of the reverse KL; k3's is that of the
-    forward KL, KL(reference || policy); k1's is zero. k3 is what the paper uses.
+    forward KL, KL(reference || policy); k1's is zero. k3 is what the paper uses. Where q/p is above
+    e^LINEAR_ABOVE, its q/p goes on in a straight line: a token that the policy has all but
+    forgotten would otherwise overflow, and its whole step be skipped.
     """
     log_ratio = ref_logprobs - logprobs  # log q/p
     if estimator == "k1":
         return -log_ratio
     if estimator == "k2":
         return 0.5 * log_ratio.square()
-    return log_ratio.exp() - 1 - log_ratio
+    bounded = log_ratio.clamp(max=LINEAR_ABOVE)
+    ratio = bounded.exp() * (1 + (log_ratio - bounded))
+    return ratio - 1 - log_ratio
 
 
 def token_weights(completion_mask, aggregation="grpo", max_completion_length=None, sequences=None):

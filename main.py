@@ -29,7 +29,7 @@ from sampling.groups import sample_groups
 from sampling.rollouts import joined_rollouts
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
-from training.processes import everyones, everyones_rollouts, is_lost_contact, own_part
+from training.processes import everyones, everyones_rollouts, lost_contact, own_part
 from training.token_log import watch_tokens
 from training.update import update_policy
 from training.weight_meter import WeightMeter
@@ -75,7 +75,7 @@ def train(args):
             done = step + 1
             if args.update_ref_model and is_due(done, args.update_ref_model_freq):
                 mix_into(setup.reference, setup.policy, args.ref_model_mixup_alpha)
-            metrics = step_metrics(step, rollouts, rewards, update, setup.stopwatch.lap())
+            metrics = step_metrics(step, rollouts, rewards, update, setup)
             run.log_step(metrics)
             saver.completed(done, metrics["skipped"])
             evaluate_if_due(done)
@@ -147,9 +147,9 @@ def command(args):
               file=sys.stderr)  # fmt: skip
         return 128 + stop.number
     except RuntimeError as error:
-        if not is_lost_contact(error):
+        if not (lost := lost_contact(error)):
             raise
-        print("main.py: error: another process of this run has ended", file=sys.stderr)
+        print(f"main.py: error: another process of this run {lost}", file=sys.stderr)
         return 1
     return 0
 

@@ -17,7 +17,7 @@ from records.trackers import start_trackers
 from rldatasets import Problems, fingerprint
 from tasks import check_weights, load_task
 from training.lora import add_adapter
-from training.processes import from_main, make_accelerator
+from training.processes import from_main, make_accelerator, patient
 from training.setup import Setup
 from training.sharding import shard_if_configured
 from utils import Stopwatch, UserError, hub_token, phase
@@ -43,7 +43,7 @@ def begin(args):
     check_weights(args.reward_weights, task.reward_functions)
     start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
-    with phase("loading"), accelerator.main_process_first():
+    with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
     warn(task, data.test, args.reward_weights, args.reward_timeout)
     trackers = start_trackers(accelerator, args, first)

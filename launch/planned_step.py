@@ -30,7 +30,7 @@ from sampling.decoder import Decoder
 from sampling.groups import sample_tokens
 from training.logprobs import completion_logprobs
 from training.lora import add_adapter, trained_parameters
-from training.optimizer import make_optimizer
+from training.optimizer import clip_gradients, make_optimizer
 from training.shared_prefix import WITHOUT_GRADIENT, micro_batches
 from training.update import objective_of
 from utils import base_and_adapters, hub_token, parameters_of
@@ -184,7 +184,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
         tokens["policy"] = read * args.num_inner_epochs
         with tracker.phase("optimizer"):
             before = tracker.work
-            torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+            clip_gradients(trained, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         work["optimizer"] = (tracker.work - before) * args.num_inner_epochs

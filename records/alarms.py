@@ -71,7 +71,7 @@ def accuracy(history, evaluations):
 
 
 def entropy(history, evaluations):
-    mean = _mean(_values(history, "entropy"))
+    mean = _mean(_values(history, "entropy") or _values(history, "cross_entropy"))
     if mean is None or mean >= ENTROPY:
         return None
     return (f"{mean:.4f} nats per token: a group's completions are nearly the same; raise "

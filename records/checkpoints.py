@@ -30,7 +30,7 @@ from safetensors.torch import load_file, load_model, save_model
 from llms import load_model as load_whole_model
 from records.resuming import check_same_flags, checkpoint_step
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
-from training.processes import everyones
+from training.processes import everyones, patient
 from training.sharding import is_sharded, like, whole_state
 from utils import SIGNALS, Stopped, UserError, hub_token, parameters_of
 
@@ -270,7 +270,7 @@ class Saver:
         worth = worth and (isinstance(error, Stopped) or not self.sharded)
         if error is not None and worth:
             try:
-                self.save(prune=isinstance(error, Stopped))  # after an error, all are kept
+                self._save(prune=isinstance(error, Stopped))  # after an error, all are kept
             except Stopped:
                 pass
             except UserError as failure:
@@ -285,7 +285,13 @@ class Saver:
 
     # --- writing
 
-    def save(self, prune=True):
+    def save(self):
+        """Write the last completed step as a checkpoint; all processes wait until it is written."""
+        with patient(self.accelerator):
+            self._save()
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, prune=True):
         """Write the last completed step as a checkpoint, where it is not one yet.
 
         Then the oldest but --keep_checkpoints are removed. Raises UserError where it could not be

@@ -14,6 +14,7 @@ LABELS = {
     "reward_std": "reward std within a group",
     "kl": "KL to the reference (nats per token)",
     "entropy": "entropy (nats per token)",
+    "cross_entropy": "cross-entropy of filtered tokens under the policy (nats per token)",
     "completion_length": "completion length (tokens)",
     "loss": "loss",
     "grad_norm": "gradient norm before clipping",

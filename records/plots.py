@@ -181,7 +181,7 @@ def plot_runs(runs, folder):
         # Without a reference there is no KL to draw; the gradient norm is the next thing to watch.
         _metric(panels[2], runs, "kl" if "kl" in metric_keys else "grad_norm")
         _metric(panels[3], runs, "completion_length")
-        _metric(panels[4], runs, "entropy")
+        _metric(panels[4], runs, "entropy" if "entropy" in metric_keys else "cross_entropy")
         _seconds(panels[5], runs)
         figure.savefig(folder / "overview.png")
         if len(runs) == 1:

@@ -18,6 +18,8 @@ from records.files import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
 
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
+# As in overview.png: without a reference there is no KL to draw, with a filter no entropy.
+IN_PLACE_OF = {"kl": "grad_norm", "entropy": "cross_entropy"}
 
 # What keeps a page below 5 MB. The run's files hold everything.
 POINTS = 400  # of a curve
@@ -183,8 +185,7 @@ def _charts(run):
         if not key.endswith(NO_FIGURE):
             title = key if LABELS.get(key, "").startswith("held-out") else f"held-out {key}"
             figures[title] = held_out[title] = {key: series}
-    # As in overview.png: without a reference there is no KL to draw.
-    charts = ["grad_norm" if key == "kl" and key not in figures else key for key in FIRST_CHARTS]
+    charts = [key if key in figures else IN_PLACE_OF.get(key, key) for key in FIRST_CHARTS]
     data, first, more = [], [], []
     for title in sorted(figures, key=lambda t: [*charts, t].index(t)):
         share = title.removeprefix("held-out ") in SHARES

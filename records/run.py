@@ -195,15 +195,19 @@ def _commit():
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def step_metrics(step, rollouts, rewards, update, seconds):
+def step_metrics(step, rollouts, rewards, update, setup):
     """One line of metrics.jsonl: what was sampled, what it earned, what the update did, how long.
 
-    `update` is what update_policy returned, `seconds` a dict of stages. Means are over the step's
-    completions; `entropy` is the mean of -logprob over sampled tokens, an unbiased estimate of the
-    policy's entropy at the sampling temperature where no filter (top_k, top_p, min_p) is on.
+    `update` is what update_policy returned; the seconds are those of setup.stopwatch. Means are over the step's
+    completions. The mean of -logprob over sampled tokens is an unbiased estimate of the policy's
+    entropy at the sampling temperature; where a filter (top_k, top_p, min_p) chose them, it is
+    their cross-entropy under the unfiltered policy, and called that.
     """
     tokens = int(rollouts.completion_mask.sum())
     total, on_gpu = rewards.total, torch.cuda.is_available()
+    args, seconds = setup.args, setup.stopwatch.lap()
+    filtered = args.top_k > 0 or args.top_p < 1 or args.min_p > 0
+    surprise = "cross_entropy" if filtered else "entropy"
     per_function = rewards.per_function.mean((0, 1)).tolist()
     return {
         "step": step,
@@ -211,7 +215,7 @@ def step_metrics(step, rollouts, rewards, update, seconds):
         "reward_std": total.std(-1).mean().item(),
         **{f"rewards/{name}": value for name, value in zip(rewards.names, per_function)},
         **update,
-        "entropy": -rollouts.logprobs.sum().item() / tokens,
+        surprise: -rollouts.logprobs.sum().item() / tokens,
         "completion_length": tokens / total.numel(),
         "truncated": (~rollouts.finished).float().mean().item(),
         "flat_groups": 1 - has_signal(total).float().mean().item(),

@@ -15,14 +15,29 @@ def apply_gradients(optimizer, loss, max_grad_norm):
 
     A loss or gradient that is not finite leaves weights and Adam's moments untouched.
     """
-    parameters = parameters_of(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    grad_norm = whole_tensor(grad_norm)
+    grad_norm = clip_gradients(parameters_of(optimizer), max_grad_norm)
     finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
     if finite:
         optimizer.step()
     optimizer.zero_grad()
     return grad_norm, int(not finite)
+
+
+def clip_gradients(parameters, max_grad_norm):
+    """Scale the gradients down to this norm, 0: never. Returns the norm before.
+
+    Squares are summed row by row and the rows in fp64: in one fp32 sum, as torch's clip_grad_norm_
+    has it on a CPU, small ones no longer change a large one, and the norm of 134 million numbers
+    comes out 1.4 % too small.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    rows = (torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients)
+    norms = [torch.linalg.vector_norm(of_rows, dtype=torch.float64) for of_rows in rows]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
+    return whole_tensor(norm)
 
 
 def make_optimizer(policy, args, done=0):

@@ -9,27 +9,43 @@ With one process nothing in here does anything.
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from utils import parameters_of
 
-# How long processes wait for one another: the main one may fetch a model or write a checkpoint.
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+# How long processes wait for one another: in the loop all are busy with the same, but the main one
+# may fetch a model or write a checkpoint meanwhile.
+IN_THE_LOOP, PATIENT = timedelta(minutes=10), timedelta(hours=3)
 
 
 def make_accelerator(**more):
     """accelerate's Accelerator for this machine: bf16 autocast on a GPU, plain fp32 on a CPU."""
     on_gpu = torch.cuda.is_available()
     return Accelerator(
-        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", kwargs_handlers=[PATIENCE],
-        **more,
+        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=IN_THE_LOOP)], **more,
     )  # fmt: skip
+
+
+@contextmanager
+def patient(accelerator):
+    """Inside, processes wait for one another for hours rather than minutes."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    _set_pg_timeout(PATIENT)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(IN_THE_LOOP)
 
 
 def own_part(items, accelerator):
@@ -105,7 +121,12 @@ def summed(numbers, accelerator):
     return {name: torch.tensor(value, device="cpu") for name, value in sums.items()}
 
 
-def is_lost_contact(error):
-    """Whether an error means that another process has ended, which has said why."""
-    text = "closed by peer|reset by peer|Broken pipe|Socket closed|remote process exited"
-    return bool(re.search(text, str(error)))
+def lost_contact(error):
+    """What an error of a collective operation says of another process; None for other errors."""
+    if re.search(
+        "closed by peer|reset by peer|Broken pipe|Socket closed|remote process", str(error)
+    ):
+        return "has ended"  # and said why
+    if re.search("Timed out waiting|[Tt]imeout.*(collective|operation)", str(error)):
+        return "does not answer"
+    return None
