@@ -2,7 +2,7 @@
 
     make gpu-check ARGS="--dataset_path DIR_WITH_GSM8K"
 
-Flags go to all benchmarks and win over those in here. The table is for LOG.md.
+Flags go to all benchmarks and win over those in here. The table is for docs/log.md.
 """
 
 import json

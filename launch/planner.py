@@ -30,7 +30,7 @@ SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH, LORA_RANK = 2048, 16, 16
 ALLOWANCE = {"gpu": {"gaps": 0.05, "other": 1.0}, "cpu": {"gaps": 0.2, "other": 0.7}}
 
 # Data sheet: 989 TFLOP/s in bf16 and 494 in TF32 (dense), 3.35 TB/s. What is reached of that, and
-# what an operation costs the host and the device at least, is as measured (LOG.md, 2026-11-27).
+# what an operation costs the host and the device at least, as measured (docs/log.md, 2026-11-27).
 H100 = Machine(
     name="H100 SXM, 50 % of 989 bf16 and 494 TF32 TFLOP/s, 75 % of 3.35 TB/s",
     flops={torch.bfloat16: 0.5 * 989e12, torch.float32: 0.5 * 494e12},

@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they say; what they measured is in LOG.md."""
+"""The benchmarks run and measure what they say; what they measured is in docs/log.md."""
 
 import json
 import subprocess
