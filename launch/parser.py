@@ -108,8 +108,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
          "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
          "from that run's latest checkpoint, or from that checkpoint, dropping what came later")
-    flag("--allow_changed_rewards", action="store_true", help="let --resume go on with "
-         "rewards or an is_correct that are not those the run began with; log and plots show from where on")
+    flag("--allow_changed_rewards", action="store_true", help="let --resume go on with rewards or "
+         "an is_correct that are not those the run began with; log and plots show from where on")
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
