@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from launch.checks import (
     check_model,
     check_output_dir,
     check_trackers,
+    idle_flags,
 )
 from launch.presets import LORA_TARGETS, PRESETS, PRESETS_ON
 from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flags
@@ -309,6 +311,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     parser = build_parser(*preset_and_dataset(argv, prog), prog, epilog)
     saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
+    idle = idle_flags(args, parser.get_default)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
     args.reward_weights = dict(args.reward_weights)
@@ -325,6 +328,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
             check_output_dir(args)
     except UserError as error:
         parser.error(str(error))
+    for line in idle:
+        print(f"{prog}: warning: {line}", file=sys.stderr)
     return args
 
 
