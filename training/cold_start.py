@@ -32,9 +32,7 @@ def cold_start(setup, train_problems, worked_ids):
         )
         ids = pad_sequence(targets, batch_first=True)  # (Q, C)
         lengths = [[len(target)] for target in targets]
-        own, _, batches, idle = own_batches(
-            policy, prompts, lengths, args.micro_batch_tokens, accelerator
-        )
+        own, _, batches, idle = own_batches(setup, prompts, lengths, ids)
         tokens = sum(map(len, targets))
         mine = torch.tensor(own, device=accelerator.device)[:, None]  # (Q, 1)
         loss = torch.zeros((), device=accelerator.device)

@@ -1,7 +1,7 @@
 """What the policy thinks of a completion: the log-probability of every token that was sampled.
 
-Letters: Q questions, R completions, P prompt tokens, C completion tokens, T of them real, D hidden
-size, V vocabulary.
+Letters: Q questions, R completions, P prompt tokens, C completion tokens, T of them real, U of
+these distinct, D hidden size, V vocabulary.
 """
 
 import torch
@@ -98,15 +98,17 @@ def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=
     Every prompt runs through the model once, and the gradient flows back through it: result and
     gradient are those of R full sequences.
     """
-    hidden, scored = hidden_before_completions(model, batch, completion_ids)  # (T, D), (T,)
-    token_ids = completion_ids.flatten().index_select(0, scored)
+    hidden, packing = hidden_before_completions(model, batch, completion_ids)  # (U, D)
+    flat_ids = completion_ids.flatten()
+    token_ids = flat_ids.index_select(0, packing.distinct)  # (U,)
+    values = token_logprobs(model, hidden, token_ids, temperature, with_entropy)  # (U,) each
 
     def padded(values):
-        values = values.new_zeros(completion_ids.numel()).index_copy(0, scored, values)
-        return values.view(completion_ids.shape)
+        zeros = values.new_zeros(completion_ids.numel())
+        values = values.index_select(0, packing.same)  # (T,)
+        return zeros.index_copy(0, packing.scored, values).view(completion_ids.shape)
 
-    logprobs, entropy = token_logprobs(model, hidden, token_ids, temperature, with_entropy)  # (T,)
-    return padded(logprobs), padded(entropy) if with_entropy else None
+    return tuple(None if value is None else padded(value) for value in values)
 
 
 @torch.no_grad()
@@ -118,7 +120,8 @@ def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, args):
     shared_prefix.WITHOUT_GRADIENT). Returns (Q·G, C), 0 at padded places.
     """
     logprobs = completion_ids.new_zeros(completion_ids.shape, dtype=model.dtype)  # (Q·G, C)
-    for batch in micro_batches(prompt_ids, lengths, WITHOUT_GRADIENT * args.micro_batch_tokens):
+    budget = WITHOUT_GRADIENT * args.micro_batch_tokens
+    for batch in micro_batches(prompt_ids, lengths, budget, completion_ids):
         ids = completion_ids[batch.rows]  # (R, C)
         logprobs[batch.rows], _ = completion_logprobs(model, batch, ids, args.temperature)
     return logprobs

@@ -137,17 +137,18 @@ def like(value, sharded):
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
-def own_batches(policy, prompt_ids, lengths, budget, accelerator):
+def own_batches(setup, prompt_ids, lengths, completion_ids):
     """What this process trains on: (own, lengths, batches, idle).
 
-    prompt_ids: Q tensors (P,), lengths: Q lists of numbers of tokens, budget: see micro_batches.
+    prompt_ids: Q tensors (P,), lengths: Q lists of numbers of tokens, completion_ids: (Q·G, C).
     `own` (Q,) says which groups are this process's; `lengths` are those, 0 in other groups, and
     `batches` their MicroBatches. `idle` are passes on top, over tokens of other groups, which must
     have no weight here.
     """
+    policy, accelerator = setup.policy, setup.accelerator
     own = own_groups([sum(group) for group in lengths], accelerator)
     lengths = [[n * is_own for n in group] for group, is_own in zip(lengths, own)]
-    batches = micro_batches(prompt_ids, lengths, budget)
+    batches = micro_batches(prompt_ids, lengths, setup.args.micro_batch_tokens, completion_ids)
     idle = _idle_passes(policy, prompt_ids, lengths, own, batches, accelerator)
     return own, lengths, batches, idle
 

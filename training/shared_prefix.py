@@ -1,14 +1,17 @@
-"""One forward pass over several groups: every prompt once, the completions on top, no padding.
+"""One forward pass over several groups: every distinct prefix once (see tree.py), no padding.
 
-All prompts and completions stand behind one another in a single row of N tokens, so projections,
-norms and MLPs see real tokens only. Attention alone knows who belongs to whom: a prompt attends to
-itself, a completion to its prompt and to itself. It is an attention function registered with
-transformers, so the layers stay the model's own, with whatever hooks, adapters or activation
-checkpointing they carry, and the gradient of a prompt is the sum over its group by itself. Sharing
-the prompt in training is Prefix Grouper's idea (arXiv 2506.05433).
+All prompts, and of every completion what no completion before it shares, its own tokens, stand
+behind one another in a single row of N tokens, so projections, norms and MLPs see each of them once
+and no padding. Attention alone knows who belongs to whom: a prompt attends to itself, own tokens to
+their prompt and to all of their completion up to them, wherever that stands. It is an attention
+function registered with transformers, so the layers stay the model's own, with whatever hooks,
+adapters or activation checkpointing they carry, and the gradient of what is shared is the sum over
+those who share it by itself. Sharing the prompt in training is Prefix Grouper's idea (arXiv
+2506.05433).
 
 Letters: Q questions, R completions, P prompt tokens (the longest), C completion tokens (the
-longest), N tokens in the row, T scored tokens, H heads, K key-value heads, S head size.
+longest), O own tokens (the most), N tokens in the row, T scored tokens, U distinct ones, H heads, K
+key-value heads, S head size.
 """
 
 import math
@@ -22,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from training.lean_layers import make_lean
+from training.tree import alone, first_of_each, prefix_numbers
 from utils import to_device
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
@@ -38,64 +42,99 @@ class MicroBatch:
     prompts: list  # tensors (P,)
     question: list  # R indices into `prompts`
     lengths: list  # R numbers of tokens
+    prefixes: np.ndarray  # (R, C), the number of the prefix that ends at each token
     rows: torch.Tensor  # (R,), which of the step's Q·G completions they are
 
 
-def micro_batches(prompt_ids, lengths, budget):
-    """Cut the step's completions into passes of about `budget` tokens each, prompts included.
+def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
+    """Cut the step's completions into passes of about `budget` distinct tokens each, prompts
+    included.
 
     prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens; completions of none are
     left out. budget 0: everything in one pass. A completion that exceeds the budget by itself has a
-    pass of its own.
+    pass of its own. completion_ids: (Q·G, C), by which completions share; None: they do not.
 
-    Attention, and what it keeps for the backward pass, is padded to the longest completion of a
-    pass. So long ones stand together, and a pass ends before padding takes as much as the budget.
-    Every pass reads the prompts of its completions again: a group is cut only if it has to be.
+    Attention, and what it keeps for the backward pass, is padded to the most own tokens of a
+    completion in a pass. So long ones stand together, and a pass ends before padding takes as much
+    as the budget. Every pass reads the prompts of its completions again: a group is cut only if it
+    has to be.
     """
     budget = budget or math.inf
-    passes, spent, longest = [], 0, 0
+    group_size = len(lengths[0])
+    prefixes = _prefixes(lengths, completion_ids)
+    passes, spent, longest, held = [], 0, 0, set()  # the last three: of the pass being filled
     for question, prompt in enumerate(prompt_ids):
-        group = sorted((length, g) for g, length in enumerate(lengths[question]) if length)
+        rows = [question * group_size + g for g, length in enumerate(lengths[question]) if length]
+        group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
+        # Copies behind each other, whose prefixes have equal numbers.
+        order = sorted(rows, key=lambda row: (len(group[row]), group[row], row), reverse=True)
         asked = False  # whether the pass being filled holds this question's prompt
-        whole = len(prompt) + sum(length for length, _ in group)
+        whole = len(prompt) + len({number for numbers in group.values() for number in numbers})
         if spent + whole > budget >= whole:
             spent = math.inf  # the pass being filled is full
-        for length, g in reversed(group):
-            cost = length + (0 if asked else len(prompt))
-            longest = max(longest, length)
+        for row in order:
+            own = sum(number not in held for number in group[row])
+            cost = own + (0 if asked else len(prompt))
+            longest = max(longest, own)
             if not passes or spent + cost > budget or (len(passes[-1]) + 1) * longest > 2 * budget:
                 passes.append([])
-                spent, cost, longest = 0, length + len(prompt), length
-            passes[-1].append((question, g, length))
+                spent, cost, held = 0, len(group[row]) + len(prompt), set()
+                longest = len(group[row])
+            passes[-1].append(row)
+            held.update(group[row])
             spent, asked = spent + cost, True
-    return [_micro_batch(chosen, prompt_ids, len(lengths[0])) for chosen in passes]
+    return [_micro_batch(rows, prompt_ids, lengths, prefixes) for rows in passes]
 
 
-def _micro_batch(chosen, prompt_ids, group_size):
-    questions = sorted({question for question, _, _ in chosen})
-    rows = [question * group_size + g for question, g, _ in chosen]
+def _prefixes(lengths, completion_ids):
+    """The number of each completion's prefixes, (Q·G, C), on the host."""
+    flat = [length for group in lengths for length in group]
+    if completion_ids is None:
+        return alone(flat, max(flat, default=0))
+    question = np.repeat(np.arange(len(lengths)), len(lengths[0]))
+    return prefix_numbers(completion_ids.cpu().numpy(), flat, question)
+
+
+def _micro_batch(rows, prompt_ids, lengths, prefixes):
+    group_size = len(lengths[0])
+    asked = [row // group_size for row in rows]
+    questions = sorted(set(asked))
+    lengths = [lengths[row // group_size][row % group_size] for row in rows]
     return MicroBatch(
         prompts=[prompt_ids[question] for question in questions],
-        question=[questions.index(question) for question, _, _ in chosen],
-        lengths=[length for _, _, length in chosen],
+        question=[questions.index(question) for question in asked],
+        lengths=lengths,
+        prefixes=prefixes[rows, : max(lengths)],
         rows=to_device(torch.tensor(rows, device="cpu"), prompt_ids[0].device),
     )
+
+
+def own_tokens(batch):
+    """R numbers: how many of a completion's prefixes no completion before it in the pass has."""
+    held, counts = set(), []
+    for numbers in batch.prefixes:
+        own = set(numbers[numbers >= 0].tolist()) - held
+        counts.append(len(own))
+        held |= own
+    return counts
 
 
 @dataclass(frozen=True)
 class Packing:
     """Where everything stands in the row of N tokens; padded places point at its first token."""
 
-    ids: torch.Tensor  # (1, N), all prompts, then all completions less their last tokens
+    ids: torch.Tensor  # (1, N), all prompts, then all completions' own tokens
     positions: torch.Tensor  # (1, N), counted from the start of the prompt
     prompts: torch.Tensor  # (Q, P)
-    completions: torch.Tensor  # (R, C - 1)
-    keys: torch.Tensor  # (R, P + C - 1), a completion's prompt, then itself
+    own: torch.Tensor  # (R', O), of the R' completions that have own tokens
+    keys: torch.Tensor  # (R', P + C - 1), their prompt, then all their tokens but the last
     prompt_bias: torch.Tensor  # (H/K * P, P), 0 where a token may attend, else -inf; for every head
-    bias: torch.Tensor  # (R, 1, H/K * (C - 1), P + C - 1), the same for `keys`
-    unpad: torch.Tensor  # (N,), each token's place among the Q·P and then R·(C - 1) padded ones
-    before: torch.Tensor  # (T,), where the token before each scored one stands
+    bias: torch.Tensor  # (R', 1, H/K * O, P + C - 1), the same for `keys`
+    unpad: torch.Tensor  # (N,), each token's place among the Q·P and then R'·O padded ones
+    before: torch.Tensor  # (U,), where the token before each distinct scored one stands
+    distinct: torch.Tensor  # (U,), where that one first stands in completion_ids, flattened
     scored: torch.Tensor  # (T,), each scored token's place in completion_ids, flattened
+    same: torch.Tensor  # (T,), which of the U it is
 
 
 def pack(batch, completion_ids, heads_per_key, dtype):
@@ -108,24 +147,35 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     question, lengths = np.array(batch.question), np.array(batch.lengths)  # (R,)
     prompt_lengths = np.array([len(prompt) for prompt in batch.prompts])  # (Q,)
     starts, in_prompt = _consecutive(prompt_lengths)  # (Q,), (Q, P)
-    row_starts, in_row = _consecutive(lengths - 1)  # (R,), (R, C - 1); a last token predicts none
-    offset = np.arange(max(in_prompt.shape[1], completion_ids.shape[1]))
-    p, c = offset[: in_prompt.shape[1]], offset[: in_row.shape[1]]
+    p, c = np.arange(in_prompt.shape[1]), np.arange(batch.prefixes.shape[1])
     prompts = np.where(in_prompt, starts[:, None] + p, 0)  # (Q, P)
-    rows = np.where(in_row, prompt_lengths.sum() + row_starts[:, None] + c, 0)  # (R, C - 1)
 
-    # A completion of n tokens is scored from the end of its prompt and its own first n - 1 tokens.
+    # Of the tokens that end a prefix the first is read, the others find it there. A completion's
+    # last token predicts nothing, and is not read.
+    places = np.arange(completion_ids.numel()).reshape(completion_ids.shape)[:, : len(c)]  # (R, C)
+    is_read, is_scored = c < lengths[:, None] - 1, c < lengths[:, None]  # (R, C)
+    first, same = first_of_each(batch.prefixes[is_read])
+    path = np.zeros(is_read.shape, dtype=np.int64)  # (R, C), where a completion's tokens stand
+    path[is_read] = prompt_lengths.sum() + same
+    is_own = np.zeros(is_read.shape, dtype=bool)  # (R, C)
+    is_own.flat[np.flatnonzero(is_read)[first]] = True
+    count = is_own.sum(-1)  # (R,), they are the last that it reads
+    rows = np.flatnonzero(count) if count.any() else np.array([0])  # (R',)
+    own_starts, in_own = _consecutive(count[rows])  # (R',), (R', O)
+    o = np.arange(in_own.shape[1])
+    own = np.where(in_own, prompt_lengths.sum() + own_starts[:, None] + o, 0)  # (R', O)
+    depth = (lengths - 1 - count)[rows, None] + o  # (R', O), in the completion
+    position = prompt_lengths[question[rows], None] + depth  # (R', O)
+    positions = np.concatenate([np.broadcast_to(p, in_prompt.shape)[in_prompt], position[in_own]])
+    path, c = path[:, :-1], c[:-1]
+    of_prompt = np.broadcast_to(in_prompt[question[rows], None], (*in_own.shape, len(p)))
+    of_itself = c <= depth[:, :, None]  # (R', O, C - 1)
+
+    # A token is scored from the one before it, the first from the prompt's end.
     last = (starts + prompt_lengths - 1)[question, None]  # (R, 1)
-    before = np.concatenate([last, rows], axis=1)  # (R, C)
-    is_before = np.concatenate([np.ones_like(last, dtype=bool), in_row], axis=1)
-    position = prompt_lengths[question, None] + c  # (R, C - 1)
-    positions = np.concatenate([np.broadcast_to(p, in_prompt.shape)[in_prompt], position[in_row]])
-
-    in_ids = offset[: completion_ids.shape[1]]
-    scored = np.flatnonzero(in_ids < lengths[:, None])
-    read = np.flatnonzero(in_ids < lengths[:, None] - 1)
-    of_prompt = np.broadcast_to(in_prompt[question, None], (len(rows), len(c), len(p)))
-    of_itself = np.broadcast_to(c <= c[:, None], (len(rows), len(c), len(c)))
+    before = np.concatenate([last, path], axis=1)  # (R, C)
+    scored = places[is_scored]  # (T,)
+    distinct, same = first_of_each(batch.prefixes[is_scored])
 
     def on_device(array):
         return to_device(torch.from_numpy(array), device)
@@ -140,16 +190,18 @@ def pack(batch, completion_ids, heads_per_key, dtype):
 
     flat_ids = completion_ids.flatten()
     return Packing(
-        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, on_device(read))])[None],
+        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, on_device(places[is_own]))])[None],
         positions=on_device(positions)[None],
         prompts=on_device(prompts),
-        completions=on_device(rows),
-        keys=on_device(np.concatenate([prompts[question], rows], axis=1)),
+        own=on_device(own),
+        keys=on_device(np.concatenate([prompts[question[rows]], path[rows]], axis=1)),
         prompt_bias=bias(p <= p[:, None]),
         bias=bias(np.concatenate([of_prompt, of_itself], axis=-1)[:, None]),
-        unpad=on_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_row.ravel()]))),
-        before=on_device(before[is_before]),
+        unpad=on_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_own.ravel()]))),
+        before=on_device(before[is_scored][distinct]),
+        distinct=on_device(scored[distinct]),
         scored=on_device(scored),
+        same=on_device(same),
     )
 
 
@@ -162,8 +214,8 @@ def _consecutive(lengths):
 def hidden_before_completions(model, batch, completion_ids):
     """The last hidden state before each completion token of a MicroBatch.
 
-    completion_ids: (R, C). Returns (T, D) for the T real tokens alone, completion by completion,
-    and the places (T,) of these tokens in completion_ids, flattened.
+    completion_ids: (R, C). Returns (U, D) for the U distinct real tokens, and the Packing, which
+    says which these are and where the others find theirs.
     """
     device, config = completion_ids.device.type, model.config
     dtype = model.get_input_embeddings().weight.dtype
@@ -181,7 +233,7 @@ def hidden_before_completions(model, batch, completion_ids):
         use_cache=False,
         packing=packing,
     ).last_hidden_state[0]  # (N, D)
-    return hidden.index_select(0, packing.before), packing.scored
+    return hidden.index_select(0, packing.before), packing
 
 
 def shared_prefix_attention(
@@ -214,7 +266,7 @@ def shared_prefix_attention(
 
     outputs = [
         attend(packing.prompts, packing.prompts, packing.prompt_bias),
-        attend(packing.completions, packing.keys, packing.bias),
+        attend(packing.own, packing.keys, packing.bias),
     ]
     out = torch.cat(outputs).index_select(0, packing.unpad)  # (N, H * S)
     return out.unflatten(-1, (-1, size))[None], None

@@ -17,7 +17,7 @@ from training.logprobs import completion_logprobs, logprobs_without_gradient
 from training.optimizer import apply_gradients
 from training.processes import sum_gradients, summed
 from training.sharding import own_batches
-from training.shared_prefix import MicroBatch
+from training.shared_prefix import MicroBatch, own_tokens
 from utils import release_freed_memory
 
 
@@ -89,7 +89,7 @@ def cut(setup, rollouts, advantages, chosen):
     bonus, no gradient: it is left out. Idle passes have weight 0: where weights are cut up (FSDP2),
     all processes go through the model equally often.
     """
-    policy, args, accelerator = setup.policy, setup.args, setup.accelerator
+    args = setup.args
     mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
     if args.mask_truncated:
         mask = mask & rollouts.finished[:, :, None]
@@ -97,12 +97,12 @@ def cut(setup, rollouts, advantages, chosen):
     weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
     if not always_trained(setup):
         mask = mask & (advantages != 0).any(-1)[:, None, None]
+    ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     own, lengths, batches, idle = own_batches(
-        policy, rollouts.prompt_ids, mask.sum(-1).tolist(), args.micro_batch_tokens, accelerator
+        setup, rollouts.prompt_ids, mask.sum(-1).tolist(), ids
     )
     # `own` groups are this process's; the others have weight 0 here.
     weights = weights * weights.new_tensor(own)[:, None, None]
-    ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     step = Batch(
         old_logprobs=rollouts.logprobs.flatten(0, 1),
         advantages=advantages.flatten(),
@@ -141,13 +141,13 @@ def trained_counts(passes, always):
     """What an update trained on, as metrics.
 
     always: see always_trained. tokens/trained: those that carry gradient. tokens/padded: places in
-    the passes' attention that hold no token, in prompts and completions.
+    the passes' attention that hold no token, in prompts and in completions' own tokens.
     """
     trained, padded = [], 0
     for one in passes:
         prompts = [len(prompt) for prompt in one.read.prompts]
-        for rows in (prompts, one.read.lengths):
-            padded += len(rows) * max(rows) - sum(rows)
+        for rows in (prompts, [own for own in own_tokens(one.read) if own]):
+            padded += len(rows) * max(rows, default=0) - sum(rows)
         trained += [
             length
             for advantage, length in zip(one.batch.advantages.tolist(), one.read.lengths)
