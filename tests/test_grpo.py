@@ -19,23 +19,6 @@ from grpo import (
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 
 
-def random_step(seed, questions=3, group_size=4, length=7):
-    """Log-probs, rewards and a mask of unequal lengths, in fp64; one completion is empty."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    shape = (questions, group_size, length)
-    logprobs = -random(*shape).abs()
-    old = logprobs + 0.3 * random(*shape)
-    reference = logprobs + 0.3 * random(*shape)
-    lengths = torch.randint(0, length + 1, shape[:2], generator=generator)
-    lengths[0, 0] = 0
-    mask = torch.arange(length) < lengths[..., None]
-    return logprobs, old, reference, random(*shape[:2]), mask
-
-
 def numpy_loss(logprobs, old, reference, advantages, mask, aggregation, low, high, beta, kind):
     """The loss and its gradient, token by token, from the papers' formulas."""
     questions, group_size, length = mask.shape

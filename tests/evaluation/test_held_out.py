@@ -152,26 +152,6 @@ def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_ste
 # --- what a run writes -------------------------------------------------------------------------
 
 
-def records_of(verdicts):
-    return [
-        {"question": f"{i}?", "answer": "1", "completion": "", "correct": verdict}
-        for i, verdict in enumerate(verdicts)
-    ]
-
-
-def test_later_evaluations_are_tested_against_step_0_on_the_same_questions(tmp_path):
-    run = Run(tmp_path)
-    first, later = [True] * 5 + [False] * 15, [False] + [True] * 11 + [False] * 8
-    assert run.log_evaluation(0, {"accuracy": 0.25}, records_of(first)) == {"accuracy": 0.25}
-    summary = run.log_evaluation(10, {"accuracy": 0.55}, records_of(later))
-    assert summary["mcnemar_p"] == pytest.approx(stats.binomtest(7, 8).pvalue)
-    other = run.log_evaluation(20, {"accuracy": 0.55}, records_of(later[:-1]))
-    assert other["mcnemar_p"] is None  # other questions: nothing to pair
-    rows = [row for _, row in read_jsonl(tmp_path / "eval.jsonl")]
-    assert [row["step"] for row in rows] == [0, 10, 20]
-    assert "mcnemar_p" not in rows[0] and rows[1]["mcnemar_p"] == summary["mcnemar_p"]
-
-
 def test_the_final_table_shows_strict_lenient_format_intervals_and_p(judged, tmp_path):
     before, after = judged(*["0"] * 6)[0], {**judged(*TEXTS)[0], "mcnemar_p": 0.5}
     text = summary_table(tmp_path, before, after)

@@ -16,13 +16,6 @@ from evaluation.significance import (
 )
 
 
-def answers(both, only_first, only_second, neither):
-    """Two lists of verdicts on the same questions."""
-    first = [True] * (both + only_first) + [False] * (only_second + neither)
-    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
-    return first, second
-
-
 def test_wilson_interval_matches_published_values():
     # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29
     for (k, n), expected in {

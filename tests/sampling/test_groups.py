@@ -15,31 +15,6 @@ from sampling.decoder import Decoder
 from sampling.groups import joined_rollouts, sample_rollouts, sample_tokens
 
 
-class Words:
-    """A stand-in tokenizer for a tiny vocabulary: `stop` ends a completion and is also padding."""
-
-    def __init__(self, stop):
-        self.eos_token_id = self.pad_token_id = stop
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return [" ".join(str(i) for i in row if i != self.eos_token_id) for row in rows]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def seeds(start=0):
-    """As many seeds as there are prompts."""
-    return itertools.count(1000 * start)
-
-
-def naive(model, rollouts, question, temperature):
-    with torch.no_grad():
-        prompt, ids = rollouts.prompt_ids[question], rollouts.completion_ids[question]
-        return naive_logprobs(model, prompt, ids, temperature)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logprobs_match_a_naive_forward_at_the_sampling_temperature(family, temperature):
@@ -108,25 +83,6 @@ def test_greedy_is_the_true_argmax_despite_a_poisoned_config():
     for _ in range(10):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert rollouts.completion_ids[0].tolist() == [ids[3:], ids[3:]]
-
-
-def assert_stops_end_completions(rollouts, length_limit):
-    """Tokens 0 and 1 stop, 0 pads: masks end with the first of either, and both occur."""
-    endings = set()
-    ids, mask, finished = (
-        x.flatten(0, 1).tolist()
-        for x in (rollouts.completion_ids, rollouts.completion_mask, rollouts.finished)
-    )
-    for row, kept, ended in zip(ids, mask, finished):
-        stops = [t for t, token in enumerate(row) if token in (0, 1) and kept[t]]
-        length = sum(kept)
-        assert kept == [True] * length + [False] * (len(row) - length)
-        assert ended == (len(stops) == 1)
-        assert length == (stops[0] + 1 if stops else length_limit)
-        assert all(token == 0 for token in row[length:])
-        endings.update(row[t] for t in stops)
-    assert endings == {0, 1}
-    assert not all(finished)
 
 
 def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
@@ -269,65 +225,6 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
 # --- what a GPU would have to wait for ---------------------------------------------------------
 
 
-def tensors_in(*values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-
-
-def of_host(*values):
-    return all(hasattr(x, "of_host") for x in tensors_in(*values))
-
-
-class HostTensors(TorchFunctionMode):
-    """On the CPU, tells the tensors that stand for the GPU's from those that are the host's.
-
-    The host's are made with device="cpu", copied by `.cpu()`, or computed from such alone. Notes
-    what copies between the two, and would wait: `.cpu()`, `.tolist()`, torch.tensor(..., device).
-    """
-
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs, name = tensors_in(args, kwargs), func.__name__
-        if name in ("cpu", "tolist", "numpy") and not of_host(inputs):
-            self.waits.append(name)
-        if func is torch.tensor and kwargs.get("device") != "cpu":
-            self.waits.append("torch.tensor")
-        if name == "cpu" or (name == "to" and of_host(inputs)):  # to_device: from pinned memory
-            result = args[0].clone()
-        else:
-            result = func(*args, **kwargs)
-        made = not inputs and kwargs.get("device") == "cpu"
-        if name != "to" and (name == "cpu" or made or (inputs and of_host(inputs))):
-            for tensor in tensors_in(result):
-                tensor.of_host = True
-        return result
-
-
-WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select"}
-WAITING |= {"isin", "_unique", "_unique2", "unique_consecutive"}
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operations on the GPU's tensors whose result the host needs before it can go on."""
-
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index.dtype == torch.bool for index in tensors_in(args[1])
-        )
-        positions = name == "where" and len(args) == 1
-        if (name in WAITING or masked or positions) and not of_host(args, kwargs):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
     """One wait per look, none before the first token, two for the texts at the end."""
     monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
@@ -371,3 +268,47 @@ def test_the_modes_above_notice_what_waits(wait):
     with torch.inference_mode(), HostTensors(events), Waits(events):
         wait(torch.ones((), device=torch.device("cpu")))
     assert events
+
+
+# --- a step's groups ----------------------------------------------------------------------------
+
+
+def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    problems = [Problem(f"{n}+{n}", str(2 * n), "") for n in range(5)]
+    args = make_args(
+        seed=3, group_size=4, sampling_batch_size=9, max_completion_length=6, top_k=0, top_p=1.0,
+        min_p=0.0, sampler="shared_prefix", compile_sampler=False,
+    )  # fmt: skip
+    asked, sample = [], main.sample_rollouts
+    monkeypatch.setattr(
+        main, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
+    )
+    rollouts = main.sample_groups(model, tokenizer, problems, range(5), args, accelerator, TASK)
+    assert [len(prompts) for prompts in asked] == [2, 2, 1]
+    prompts = [ids for prompts in asked for ids in prompts]
+    assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
+    assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
+    assert rollouts.completion_mask.shape[:2] == (5, 4)
+    args.sampling_batch_size = 0
+    assert main.sample_groups(
+        model, tokenizer, problems, range(5), args, accelerator, TASK
+    ).texts == (rollouts.texts)
+
+
+def test_what_is_compiled_serves_all_batches_of_a_step(accelerator, monkeypatch):
+    """torch.compile starts anew for a batch of another size."""
+    tokenizer = make_tokenizer()
+    asked = []
+    monkeypatch.setattr(main, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
+    monkeypatch.setattr(main, "joined_rollouts", len)
+    args = make_args(
+        seed=3, group_size=4, sampling_batch_size=9, top_k=0, top_p=1.0, min_p=0.0,
+        sampler="shared_prefix", compile_sampler=True,
+    )  # fmt: skip
+    for questions, sizes in ((5, [1] * 5), (4, [2] * 2), (2, [2])):
+        drawn = [Problem("1 + 1?", "2", "")] * questions
+        main.sample_groups(None, tokenizer, drawn, range(questions), args, accelerator, TASK)
+        assert asked == sizes
+        asked.clear()

@@ -351,20 +351,6 @@ def several(tmp_path):
     return run
 
 
-def flags_of(saved_models, path, *more):
-    """The flags of a toy run in `path`, whose data are beside it."""
-    data = path.parent / "data.jsonl"
-    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (
-        "--preset", "cpu", "--model_name", saved_models["qwen2"], "--dataset_path", data,
-        "--output_dir", path, "--questions_per_step", 6, "--group_size", 3, "--num_train_iters", 3,
-        "--max_completion_length", 6, "--cold_start_steps", 1, "--eval_problems", 5,
-        "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 2, "--keep_checkpoints", 9,
-        *more,
-    )  # fmt: skip
-
-
 @pytest.mark.faults  # for its length
 def test_a_run_of_several_processes_is_that_of_one_and_resumes_with_another_number(
     saved_models, tmp_path, several, command
