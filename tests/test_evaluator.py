@@ -1,11 +1,10 @@
 """Reward functions, answers and scores; test_reward_parser.py has the tables and the fuzzing."""
 
 import ast
-import math
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from toys import written
 
 from evaluator import (
     REWARD_FUNCTIONS,
@@ -16,13 +15,11 @@ from evaluator import (
     is_correct_leniently,
     last_number,
     parse_number,
-    score,
     soft_format,
     strict_format,
     tag_count,
 )
 from rldatasets import SYSTEM_PROMPT, Problem
-from utils import UserError
 
 GOLD = Problem("How many?", "72", "")
 

@@ -1,24 +1,14 @@
 """Log-probabilities, the shared prefix, chat prompts, stop tokens and loading."""
 
 import json
-import math
 import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, make_args, make_model, make_tokenizer
+from conftest import make_args, make_model, make_tokenizer
+from toys import PROMPT
 
-import llms
-from llms import (
-    chat_prompt,
-    completion_logprobs,
-    frozen_copy,
-    kl_reference,
-    load_model,
-    mix_into,
-    stop_token_ids,
-)
-from training.shared_prefix import micro_batches
+from llms import chat_prompt, frozen_copy, kl_reference, load_model, mix_into, stop_token_ids
 from utils import UserError
 
 

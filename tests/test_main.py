@@ -1,6 +1,5 @@
-"""One update against naive references, the optimizer's recipe, and whole runs end to end."""
+"""What a step draws, and whole runs end to end."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,61 +10,36 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import cold_start as cold_start_module
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
-from test_llms import naive_logprobs
-from test_sampler import Words, seeds
-from tqdm import tqdm
+from conftest import ROOT, make_args, make_model, make_setup, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluator
 import main
-from evaluation.comparison import summarize
-from evaluation.held_out import evaluate
 from launch.parser import parse_args
-from llms import frozen_copy
-from main import update_policy
-from records.plots import Series
+from records.files import Series
 from records.rollout_file import load_rollouts
-from records.run import show_progress
 from rldatasets import Problem, Problems, arithmetic_problems
-from sampling.groups import sample_rollouts
-from training import sharding
-from training.cold_start import cold_start, worked_ids
-from training.optimizer import apply_gradients, make_optimizer
-from training.shared_prefix import micro_batches
-from utils import Stopwatch, UserError
-
-
-# --- one update --------------------------------------------------------------------------------
+from utils import UserError
 
 
 def test_every_draw_of_every_question_has_a_seed_of_its_own(accelerator, monkeypatch):
     seen = []
     real = main.sample_groups
     monkeypatch.setattr(
-        main, "sample_groups", lambda *inputs: seen.extend(inputs[3]) or real(*inputs)
+        main, "sample_groups", lambda *inputs: seen.extend(inputs[2]) or real(*inputs)
     )
     tokenizer = make_tokenizer()
     args = make_args(
-        seed=3, group_size=2, questions_per_step=3, max_draws=2, sampling_batch_size=0, top_k=0,
-        top_p=1.0, min_p=0.0, sampler="shared_prefix", compile_sampler=False, reward_weights={},
-        reward_timeout=None, overlong_buffer=0, max_completion_length=2,
-    )  # fmt: skip
+        seed=3, group_size=2, questions_per_step=3, max_draws=2, max_completion_length=2
+    )
     problems = Problems([Problem(f"{n}?", str(n), "") for n in range(5)], 0)
     run = SimpleNamespace(save_step=lambda *_: None)
     for step in range(2):
-        main.draw_groups(
-            make_model(vocab_size=len(tokenizer)), tokenizer, problems, step, run, args,
-            accelerator, Stopwatch(), TASK,
-        )  # fmt: skip
+        model = make_model(vocab_size=len(tokenizer))
+        main.draw_groups(make_setup(model, args, accelerator, tokenizer), problems, step, run)
     assert len(seen) == len(set(seen)) == 12
-
-
-# --- the optimizer's recipe --------------------------------------------------------------------
 
 
 # --- whole runs --------------------------------------------------------------------------------
@@ -174,8 +148,8 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(
 
 
 def test_the_checkpointing_flag_reaches_the_layers(saved_models, tmp_path, monkeypatch):
-    def stop(policy, *_):
-        assert policy.is_activation_checkpointing and policy.training
+    def stop(setup, *_):
+        assert setup.policy.is_activation_checkpointing and setup.policy.training
         raise InterruptedError
 
     monkeypatch.setattr(main, "cold_start", stop)

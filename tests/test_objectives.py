@@ -7,17 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_args, make_model
-from test_grpo import random_step
-from test_llms import naive_logprobs
-from test_main import ADVANTAGES, distance, gradients, rollouts_from, toy
+from toys import random_step
 
-import llms
-import main
-from evaluator import Rewards, with_overlong_penalty
-from grpo import group_advantages, grpo_loss, overlong_penalty, token_weights
+from grpo import Batch, Objective, group_advantages, grpo_loss, overlong_penalty, token_weights
 from launch.parser import parse_args
-from llms import frozen_copy
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 COMBINATIONS = [
@@ -84,10 +77,8 @@ def computed(inputs, weights, low=0.2, high=0.2, beta=0.0, **settings):
     """The loss, its gradients to log-probs and entropies, and the sums."""
     logprobs, old, first, reference, entropy, advantages, _ = inputs
     leaf, entropy = logprobs.clone().requires_grad_(), entropy.clone().requires_grad_()
-    loss, sums = grpo_loss(
-        leaf, old, reference if beta else None, advantages, weights, low, high, beta,
-        first_logprobs=first, entropy=entropy, **settings,
-    )  # fmt: skip
+    batch = Batch(old, advantages, weights, reference if beta else None, first)
+    loss, sums = grpo_loss(leaf, batch, Objective(low, high, beta, **settings), entropy)
     loss.backward()
     to_entropy = torch.zeros_like(leaf) if entropy.grad is None else entropy.grad
     return loss.item(), leaf.grad, to_entropy, sums

@@ -1,14 +1,7 @@
 """Seeds, JSON lines, the stopwatch and the run's files."""
 
-import json
-import shlex
 import time
-from types import SimpleNamespace
 
-import pytest
-import torch
-
-from records.run import Run, step_metrics, summary_table
 from utils import Stopwatch, mixed_seed, read_jsonl, write_jsonl
 
 

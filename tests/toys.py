@@ -1,5 +1,22 @@
 """Tiny models, stand-in tokenizers and naive references that several test files share."""
 
+import itertools
+import json
+
+import torch
+from conftest import make_args, make_model, make_setup, make_tokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from records.checkpoints import Saver
+from sampling.groups import sample_rollouts
+from training.logprobs import completion_logprobs
+from training.optimizer import make_optimizer
+from training.shared_prefix import micro_batches
+from training.update import update_policy
+from utils import write_jsonl
+
 PROMPT = torch.tensor([5, 17, 2, 88, 41, 7])
 
 
@@ -25,7 +42,7 @@ def group_logprobs(model, prompt, completion_ids, temperature):
     """`completion_logprobs` for one whole group, in its own order."""
     rows, length = completion_ids.shape
     [batch] = micro_batches([prompt], [[length] * rows], 0)
-    logprobs = completion_logprobs(model, batch, completion_ids[batch.rows], temperature)
+    logprobs, _ = completion_logprobs(model, batch, completion_ids[batch.rows], temperature)
     return logprobs[batch.rows.argsort()]
 
 
@@ -164,11 +181,11 @@ class RecordingSGD(torch.optim.SGD):
 def gradients(
     model, rollouts, accelerator, advantages=ADVANTAGES, reference=None, chosen=None, **flags
 ):
+    """(what an update gives the optimizer, its metrics)."""
     optimizer = RecordingSGD(model)
     args = make_args(max_completion_length=10, **flags)
-    metrics = update_policy(
-        model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch(), chosen
-    )
+    setup = make_setup(model, args, accelerator, reference=reference)
+    metrics = update_policy(setup, optimizer, rollouts, advantages, chosen)
     return optimizer.seen, metrics
 
 
@@ -240,7 +257,8 @@ def saver_of(path, model=None, reference=None, start=None, **overrides):
     )
     model = make_model() if model is None else model
     optimizer, _ = make_optimizer(model, args)
-    return Saver(args, {"n": 1}, model, make_tokenizer(), reference, optimizer, start)
+    setup = make_setup(model, args, tokenizer=make_tokenizer(), reference=reference)
+    return Saver(setup, optimizer, {"n": 1}, start)
 
 
 def resuming(path, resume="latest", **overrides):

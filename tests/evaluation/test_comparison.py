@@ -1,12 +1,9 @@
 """Two runs compared: what is said of the difference, what is shown, what is refused."""
 
-import json
-
 import pytest
-from test_significance import answers
+from toys import answers, record, write_run
 
 from launch.commands import main
-from utils import write_jsonl
 
 
 @pytest.fixture

@@ -1,5 +1,19 @@
 """Every reward function on every completion: shapes, weights, and functions that are broken."""
 
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toys import written
+
+from evaluation.scoring import Rewards, score, with_overlong_penalty
+from evaluator import REWARD_FUNCTIONS
+from rldatasets import Problem
+from utils import UserError
+
+GOLD = Problem("How many?", "72", "")
+
 
 def rollouts_of(*texts):
     return SimpleNamespace(texts=list(texts))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 from scipy import stats
+from toys import answers
 
 from evaluation.significance import (
     gained_and_lost,

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from records.budget import budget, budget_lines, sampled_counts, trained_counts
-from training.shared_prefix import micro_batches
+from records.budget import budget, budget_lines, sampled_counts
 
 LENGTHS = [[4, 1, 2], [3, 3, 5]]
 

@@ -10,27 +10,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_tokenizer
+from conftest import make_model
 from faults import (
     INTERVAL,
     MOVING,
     Toy,
     assert_same_run,
     kill_and_resume,
-    lines,
     operations,
     signal_in,
 )
+from toys import equal, move, resuming, saver_of
 from transformers import AutoModelForCausalLM
 
-from launch.interrupts import Stopped, only_process_in
+from launch.interrupts import only_process_in
 from launch.parser import parse_args
 from llms import frozen_copy
 from records import checkpoints
-from records.checkpoints import Saver, checkpoint_to_resume, checkpoints_in
+from records.checkpoints import checkpoint_to_resume, checkpoints_in
 from records.run import Run
-from training.optimizer import make_optimizer
-from utils import TimedOut, UserError, jsonl, phase, time_limit
+from utils import Stopped, TimedOut, UserError, phase, time_limit
 
 
 @pytest.fixture(scope="module")

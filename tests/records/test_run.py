@@ -1,5 +1,19 @@
 """The run's directory: metrics, configuration, evaluations, summary, and what is cut back."""
 
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from faults import lines
+from scipy import stats
+from tqdm import tqdm
+
+from records.run import Run, show_progress, step_metrics, summary_table
+from utils import jsonl, read_jsonl, write_jsonl
+
 
 def test_step_metrics_match_hand_computed_values():
     mask = torch.tensor([[[True, True], [True, False]]])
@@ -106,6 +120,14 @@ def test_a_first_line_that_was_not_finished_is_cut_off_too(tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "accu')
     Run(tmp_path).cut_back(0)
     assert (tmp_path / "eval.jsonl").read_text() == ""
+
+
+def test_what_is_watched_is_written_under_its_step_s_number_and_nothing_without(tmp_path):
+    run = Run(tmp_path)
+    run.save_tokens(1, [{"row": 3}])
+    run.save_tokens(2, [])
+    [file] = run.completions.iterdir()
+    assert file.name == "tokens_00001.jsonl" and read_jsonl(file) == [(1, {"row": 3})]
 
 
 # --- evaluations -------------------------------------------------------------------------------

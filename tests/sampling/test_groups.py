@@ -4,15 +4,23 @@ import itertools
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
-from test_llms import group_logprobs, naive_logprobs
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import FAMILIES, make_args, make_model, make_setup, make_tokenizer
+from toys import (
+    HostTensors,
+    Waits,
+    Words,
+    assert_stops_end_completions,
+    generator,
+    group_logprobs,
+    naive,
+    seeds,
+)
 
-from sampling import groups as sampler
+from rldatasets import Problem
+from sampling import groups
 from sampling.decoder import Decoder
-from sampling.groups import joined_rollouts, sample_rollouts, sample_tokens
+from sampling.groups import sample_groups, sample_rollouts, sample_tokens
+from sampling.rollouts import joined_rollouts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +110,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
         return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, seeds(1))
 
     often = run()
-    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
     rarely = run()
     assert torch.equal(often.completion_ids, rarely.completion_ids)
     assert torch.equal(often.completion_mask, rarely.completion_mask)
@@ -227,7 +235,7 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
 
 def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
     """One wait per look, none before the first token, two for the texts at the end."""
-    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
     events = []
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *args: events.append("step") or step(*args))
@@ -277,38 +285,31 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer))
     problems = [Problem(f"{n}+{n}", str(2 * n), "") for n in range(5)]
-    args = make_args(
-        seed=3, group_size=4, sampling_batch_size=9, max_completion_length=6, top_k=0, top_p=1.0,
-        min_p=0.0, sampler="shared_prefix", compile_sampler=False,
-    )  # fmt: skip
-    asked, sample = [], main.sample_rollouts
+    args = make_args(sampling_batch_size=9, max_completion_length=6)
+    setup = make_setup(model, args, accelerator, tokenizer)
+    asked, sample = [], groups.sample_rollouts
     monkeypatch.setattr(
-        main, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
+        groups, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
     )
-    rollouts = main.sample_groups(model, tokenizer, problems, range(5), args, accelerator, TASK)
+    rollouts = sample_groups(setup, problems, range(5))
     assert [len(prompts) for prompts in asked] == [2, 2, 1]
     prompts = [ids for prompts in asked for ids in prompts]
     assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
     assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
     assert rollouts.completion_mask.shape[:2] == (5, 4)
     args.sampling_batch_size = 0
-    assert main.sample_groups(
-        model, tokenizer, problems, range(5), args, accelerator, TASK
-    ).texts == (rollouts.texts)
+    assert sample_groups(setup, problems, range(5)).texts == rollouts.texts
 
 
 def test_what_is_compiled_serves_all_batches_of_a_step(accelerator, monkeypatch):
     """torch.compile starts anew for a batch of another size."""
-    tokenizer = make_tokenizer()
     asked = []
-    monkeypatch.setattr(main, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
-    monkeypatch.setattr(main, "joined_rollouts", len)
-    args = make_args(
-        seed=3, group_size=4, sampling_batch_size=9, top_k=0, top_p=1.0, min_p=0.0,
-        sampler="shared_prefix", compile_sampler=True,
-    )  # fmt: skip
+    monkeypatch.setattr(groups, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
+    monkeypatch.setattr(groups, "joined_rollouts", len)
+    args = make_args(sampling_batch_size=9, compile_sampler=True)
+    setup = make_setup(None, args, accelerator, make_tokenizer())
     for questions, sizes in ((5, [1] * 5), (4, [2] * 2), (2, [2])):
         drawn = [Problem("1 + 1?", "2", "")] * questions
-        main.sample_groups(None, tokenizer, drawn, range(questions), args, accelerator, TASK)
+        sample_groups(setup, drawn, range(questions))
         assert asked == sizes
         asked.clear()

@@ -1,5 +1,16 @@
 """Supervised steps: what they teach, and the loss they do it by."""
 
+import pytest
+import torch
+from conftest import TASK, make_args, make_model, make_setup, make_tokenizer
+from toys import distance, naive_logprobs
+
+from evaluation.comparison import summarize
+from evaluation.held_out import evaluate
+from llms import worked_ids
+from rldatasets import Problem, Problems
+from training.cold_start import cold_start
+
 WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
 
 
@@ -25,11 +36,12 @@ def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, m
         seen.update(loss=loss.item(), gradients=[p.grad.clone() for p in model.parameters()])
         optimizer.zero_grad()
 
-    monkeypatch.setattr(cold_start_module, "apply_gradients", record)
+    monkeypatch.setattr("training.cold_start.apply_gradients", record)
     args = make_args(
         cold_start_steps=1, cold_start_learning_rate=1e-3, questions_per_step=2, max_grad_norm=1.0
     )
-    cold_start(model, tokenizer, Problems(problems, 0), args, accelerator, TASK)
+    setup = make_setup(model, args, accelerator, tokenizer)
+    cold_start(setup, Problems(problems, 0), worked_ids)
     logprobs = []
     for problem in problems:
         prompt, target = worked_ids(tokenizer, problem, TASK)
@@ -47,9 +59,11 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
     model = make_model(vocab_size=len(tokenizer), initializer_range=0.05)
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     args = make_args(
-        cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0
-    )
-    cold_start(model, tokenizer, Problems([problem], 0), args, accelerator, TASK)
-    [record] = evaluate(model, tokenizer, [problem], 80, 1, TASK)
+        cold_start_steps=60, cold_start_learning_rate=1e-2, questions_per_step=1, max_grad_norm=1.0,
+        max_completion_length=80, eval_batch_size=1,
+    )  # fmt: skip
+    setup = make_setup(model, args, accelerator, tokenizer)
+    cold_start(setup, Problems([problem], 0), worked_ids)
+    [record] = evaluate(setup, [problem])
     assert record["completion"] == WORKED
     assert summarize([record])["accuracy"] == 1.0

@@ -1,4 +1,13 @@
-"""Log-probabilities and entropies of tokens, and their gradients, against naive ones and torch's."""
+"""Log-probabilities and entropies of tokens, and their gradients, against naive ones."""
+
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from toys import COMPLETIONS, PROMPT, group_logprobs, naive_logprobs
+
+from training.logprobs import TokenLogprobs, token_logprobs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +40,7 @@ def test_chunks_change_neither_logprobs_nor_gradients(monkeypatch):
     model = make_model(dtype=torch.float64)
 
     def run(chunk):
-        monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
+        monkeypatch.setattr("training.logprobs.LOGPROB_CHUNK", chunk)
         model.zero_grad()
         logprobs = group_logprobs(model, PROMPT, COMPLETIONS, 1.0)
         logprobs.sum().backward()
@@ -57,7 +66,7 @@ def head_step(temperature, trained_head=True):
         leaf = hidden.clone().requires_grad_()
         model.zero_grad()
         if by_hand:
-            logprobs = llms.token_logprobs(model, leaf, ids, temperature)
+            logprobs, _ = token_logprobs(model, leaf, ids, temperature)
         else:
             logprobs = (leaf @ weight.T / temperature).log_softmax(-1)[torch.arange(9), ids]
         (logprobs * upstream).sum().backward()
@@ -70,7 +79,7 @@ def head_step(temperature, trained_head=True):
 def test_log_probs_of_tokens_and_their_gradients_are_those_of_torch(
     chunk, temperature, monkeypatch
 ):
-    monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr("training.logprobs.LOGPROB_CHUNK", chunk)
     ours, theirs = head_step(temperature)
     for a, b in zip(ours, theirs):
         assert (a - b).abs().max() < 1e-12
@@ -83,9 +92,10 @@ def test_log_probs_are_fp32_even_under_bf16_autocast():
     model = make_model()
     hidden, ids = torch.randn(4, 32), torch.tensor([1, 2, 3, 4])
     with torch.autocast("cpu", torch.bfloat16):
-        logprobs = llms.token_logprobs(model, hidden, ids, 1.0)
-    assert logprobs.dtype == torch.float32
-    assert torch.equal(logprobs, llms.token_logprobs(model, hidden, ids, 1.0))
+        rounded, _ = token_logprobs(model, hidden, ids, 1.0)
+    exact, _ = token_logprobs(model, hidden, ids, 1.0)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, exact)
 
 
 def test_dropout_in_the_config_does_not_reach_scoring():
@@ -98,8 +108,8 @@ def test_dropout_in_the_config_does_not_reach_scoring():
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 @pytest.mark.parametrize("trained_head", [True, False])
 def test_entropies_and_their_gradients_are_those_of_torch(chunk, trained_head, monkeypatch):
-    monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
-    monkeypatch.setattr(llms, "SOFTMAX_ROWS", 2)
+    monkeypatch.setattr("training.logprobs.LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr("training.logprobs.SOFTMAX_ROWS", 2)
     model = make_model(dtype=torch.float64)
     weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +121,7 @@ def test_entropies_and_their_gradients_are_those_of_torch(chunk, trained_head, m
         leaf = hidden.clone().requires_grad_()
         model.zero_grad()
         if ours:
-            logprobs, entropy = llms.token_logprobs(model, leaf, ids, 0.7, with_entropy=True)
+            logprobs, entropy = token_logprobs(model, leaf, ids, 0.7, with_entropy=True)
         else:
             distribution = torch.distributions.Categorical(logits=leaf @ weight.T / 0.7)
             logprobs, entropy = distribution.log_prob(ids), distribution.entropy()
@@ -130,5 +140,5 @@ def test_the_gradients_of_log_probs_and_entropies_are_finite_differences():
     )
     ids = torch.tensor([5, 0, 2])
     assert torch.autograd.gradcheck(
-        lambda h, w: llms.TokenLogprobs.apply(h, w, ids, True), (hidden, weight)
+        lambda h, w: TokenLogprobs.apply(h, w, ids, True), (hidden, weight)
     )

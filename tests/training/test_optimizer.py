@@ -1,5 +1,15 @@
 """The optimizer's recipe: decay, schedule, and updates that are not taken."""
 
+import math
+
+import pytest
+import torch
+from conftest import make_args, make_model, make_setup
+from toys import ADVANTAGES, rollouts_from
+
+from training.optimizer import apply_gradients, make_optimizer
+from training.update import update_policy
+
 
 @pytest.mark.parametrize(
     ("loss", "gradient", "skipped"),
@@ -50,9 +60,9 @@ def test_at_a_rate_of_1e_6_fp32_weights_move_and_bf16_ones_do_not(accelerator):
         start = [p.clone() for p in model.parameters() if p.ndim == 2]
         args = make_args(learning_rate=1e-6)
         optimizer, _ = make_optimizer(model, args)
+        setup = make_setup(model, args, accelerator)
         for step in range(10):
-            rollouts = rollouts_from(model, seed=step)
-            without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
+            update_policy(setup, optimizer, rollouts_from(model, seed=step), ADVANTAGES)
         now = [p for p in model.parameters() if p.ndim == 2]
         moved = sum((a != b).sum().item() for a, b in zip(now, start))
         return moved / sum(p.numel() for p in now)

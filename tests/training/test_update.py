@@ -1,14 +1,31 @@
 """One update against naive references, whatever the objective, and what it counts."""
 
+import dataclasses
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_args, make_model, make_setup, make_tokenizer
+from toys import ADVANTAGES, Words, distance, gradients, naive_logprobs, rollouts_from, seeds, toy
+
+from evaluation.comparison import summarize
+from evaluation.held_out import evaluate
+from evaluation.scoring import score
+from evaluator import REWARD_FUNCTIONS
+from grpo import Batch, group_advantages, grpo_loss, token_weights
+from llms import frozen_copy, worked_ids
+from rldatasets import Problem, Problems
+from sampling.groups import sample_groups, sample_rollouts
+from training import sharding, update
+from training.cold_start import cold_start
+from training.optimizer import make_optimizer
+from training.shared_prefix import micro_batches
+from training.update import Pass, objective_of, trained_counts, update_policy
+
 
 def norm_of(gradients):
     return math.sqrt(sum(g.square().sum().item() for g in gradients))
-
-
-def without_reference(model, optimizer, rollouts, advantages, args, accelerator):
-    return update_policy(
-        model, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
-    )
 
 
 # --- one update --------------------------------------------------------------------------------
@@ -94,13 +111,13 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     model = toy()
     rollouts = rollouts_from(model)
     scored = []
-    original = main.completion_logprobs
+    original = update.completion_logprobs
 
-    def spy(model, batch, completion_ids, temperature):
+    def spy(model, batch, *rest):
         scored.extend(prompt.tolist() for prompt in batch.prompts)
-        return original(model, batch, completion_ids, temperature)
+        return original(model, batch, *rest)
 
-    monkeypatch.setattr(main, "completion_logprobs", spy)
+    monkeypatch.setattr(update, "completion_logprobs", spy)
     without, _ = gradients(model, rollouts, accelerator)
     assert scored == [[5, 9, 3], [7, 7, 1, 3]]
     monkeypatch.setattr(sharding, "micro_batches", lambda prompts, lengths, budget: [
@@ -140,10 +157,10 @@ def test_a_step_in_which_nothing_is_chosen_changes_nothing(aggregation, kl_beta,
     before = [p.clone() for p in model.parameters()]
     args = make_args(aggregation=aggregation, kl_beta=kl_beta, num_inner_epochs=2)
     optimizer, _ = make_optimizer(model, args)
-    metrics = update_policy(
-        model, frozen_copy(model) if kl_beta else None, optimizer, rollouts_from(model), ADVANTAGES,
-        args, accelerator, Stopwatch(), torch.zeros(3, 4, dtype=torch.bool),
-    )  # fmt: skip
+    reference = frozen_copy(model) if kl_beta else None
+    setup = make_setup(model, args, accelerator, reference=reference)
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    metrics = update_policy(setup, optimizer, rollouts_from(model), ADVANTAGES, nothing)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -152,10 +169,8 @@ def test_no_advantage_at_all_leaves_the_policy_alone(accelerator):
     model = toy()
     before = [p.clone() for p in model.parameters()]
     optimizer, _ = make_optimizer(model, make_args())
-    metrics = update_policy(
-        model, None, optimizer, rollouts_from(model), torch.zeros(3, 4), make_args(), accelerator,
-        Stopwatch(),
-    )  # fmt: skip
+    setup = make_setup(model, make_args(), accelerator)
+    metrics = update_policy(setup, optimizer, rollouts_from(model), torch.zeros(3, 4))
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped"] == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -165,11 +180,11 @@ def test_the_first_pass_has_ratio_one_and_the_second_does_not(accelerator):
     rollouts = rollouts_from(model)
     args = make_args(learning_rate=0.02, num_inner_epochs=1)
     optimizer, _ = make_optimizer(model, args)
-    arguments = (None, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch())
-    first = update_policy(model, *arguments)
+    arguments = (make_setup(model, args, accelerator), optimizer, rollouts, ADVANTAGES)
+    first = update_policy(*arguments)
     assert first["mismatch"] < 1e-5
     assert first["clip_fraction"] == 0
-    second = update_policy(model, *arguments)
+    second = update_policy(*arguments)
     assert second["mismatch"] > 0.01
     assert second["clip_fraction"] > 0
 
@@ -180,10 +195,8 @@ def test_inner_epochs_update_once_each_on_the_same_completions(accelerator):
         rollouts = rollouts_from(model)
         args = make_args(num_inner_epochs=epochs, learning_rate=0.01)
         optimizer, _ = make_optimizer(model, args)
-        metrics = [
-            without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
-            for _ in range(calls)
-        ]
+        setup = make_setup(model, args, accelerator)
+        metrics = [update_policy(setup, optimizer, rollouts, ADVANTAGES) for _ in range(calls)]
         return [p.detach() for p in model.parameters()], metrics
 
     at_once, [metrics] = run(1, 3)
@@ -201,20 +214,21 @@ def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments(poison, acc
     args = make_args(max_grad_norm=0.5)
     optimizer, _ = make_optimizer(model, args)
 
-    def update(advantages):
-        return without_reference(model, optimizer, rollouts, advantages, args, accelerator)
+    def updated(advantages):
+        setup = make_setup(model, args, accelerator)
+        return update_policy(setup, optimizer, rollouts, advantages)
 
-    assert update(ADVANTAGES)["skipped"] == 0
+    assert updated(ADVANTAGES)["skipped"] == 0
     weights = [p.clone() for p in model.parameters()]
     moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
     poisoned = ADVANTAGES.clone()
     poisoned[0, 0] = poison
-    assert update(poisoned)["skipped"] == 1
+    assert updated(poisoned)["skipped"] == 1
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights))
     after = [t for state in optimizer.state.values() for t in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, moments))
     assert all(p.grad is None for p in model.parameters())
-    assert update(ADVANTAGES)["skipped"] == 0
+    assert updated(ADVANTAGES)["skipped"] == 0
 
 
 def test_truncated_completions_are_masked_only_on_request(accelerator):
@@ -235,8 +249,8 @@ def test_all_truncated_and_masked_gives_a_finite_loss_and_no_change(accelerator)
     rollouts = rollouts_from(model, length=1)
     rollouts.finished.fill_(False)
     optimizer, _ = make_optimizer(model, make_args())
-    args = make_args(mask_truncated=True)
-    metrics = without_reference(model, optimizer, rollouts, ADVANTAGES, args, accelerator)
+    setup = make_setup(model, make_args(mask_truncated=True), accelerator)
+    metrics = update_policy(setup, optimizer, rollouts, ADVANTAGES)
     assert metrics["loss"] == 0 and metrics["skipped"] == 0
 
 
@@ -253,17 +267,17 @@ def test_the_sampled_ids_reach_the_model_unchanged(accelerator, monkeypatch):
         rows = logits.shape[0]
         return next(steps).expand(rows), torch.full((rows,), -1.0, dtype=logits.dtype)
 
-    monkeypatch.setattr("sampler.sample_tokens", scripted)
+    monkeypatch.setattr("sampling.groups.sample_tokens", scripted)
     rollouts = sample_rollouts(model, tokenizer, [[65]], 2, 3, 1.0, seeds())
     assert rollouts.texts == [["ab", "ab"]]
     seen = []
-    original = main.completion_logprobs
+    original = update.completion_logprobs
 
-    def spy(model, batch, completion_ids, temperature):
+    def spy(model, batch, completion_ids, *rest):
         seen.append(completion_ids.tolist())
-        return original(model, batch, completion_ids, temperature)
+        return original(model, batch, completion_ids, *rest)
 
-    monkeypatch.setattr(main, "completion_logprobs", spy)
+    monkeypatch.setattr(update, "completion_logprobs", spy)
     gradients(model, rollouts, accelerator, advantages=torch.tensor([[1.0, -1.0]]))
     assert seen == [[script.tolist()] * 2]
 
@@ -275,31 +289,20 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     args = make_args(
         kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4, questions_per_step=1,
-        group_size=4, sampling_batch_size=0, seed=0, top_k=5, top_p=0.9, min_p=0.01,
-        sampler="shared_prefix", compile_sampler=False,
+        top_k=5, top_p=0.9, min_p=0.01, eval_batch_size=4,
     )  # fmt: skip
+    setup = make_setup(model, args, accelerator, tokenizer, reference=frozen_copy(model))
     problems = Problems([problem], 0)
-    reference = frozen_copy(model)
     torch.set_default_device("meta")
     try:
-        cold_start(model, tokenizer, problems, args, accelerator, TASK)
+        cold_start(setup, problems, worked_ids)
         optimizer, _ = make_optimizer(model, args)
-        drawn = problems.batch(0, 1)
-        rollouts = main.sample_groups(model, tokenizer, drawn, [0], args, accelerator, TASK)
-        rewards = evaluator.score(rollouts, [problem], evaluator.REWARD_FUNCTIONS)
-        advantages = main.group_advantages(rewards.total)
+        rollouts = sample_groups(setup, problems.batch(0, 1), [0])
+        rewards = score(rollouts, [problem], REWARD_FUNCTIONS)
+        advantages = group_advantages(rewards.total)
         advantages[0, 0] = 1.0
-        metrics = update_policy(
-            model,
-            reference,
-            optimizer,
-            rollouts,
-            advantages,
-            args,
-            accelerator,
-            Stopwatch(),
-        )
-        records = evaluate(model, tokenizer, [problem], 8, 4, TASK)
+        metrics = update_policy(setup, optimizer, rollouts, advantages)
+        records = evaluate(setup, [problem])
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -319,16 +322,8 @@ def test_a_step_on_the_gpu_under_bf16_autocast():
     assert rollouts.completion_ids.device.type == "cuda"
     args = make_args(kl_beta=0.1, micro_batch_tokens=40)
     optimizer, _ = make_optimizer(model, args)
-    metrics = update_policy(
-        model,
-        reference,
-        optimizer,
-        rollouts,
-        ADVANTAGES,
-        args,
-        accelerator,
-        Stopwatch(),
-    )
+    setup = make_setup(model, args, accelerator, reference=reference)
+    metrics = update_policy(setup, optimizer, rollouts, ADVANTAGES)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert metrics["mismatch"] < 0.05
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -351,7 +346,7 @@ def off_policy():
     return toy(seed=1, initializer_range=0.1), rollouts_from(toy(initializer_range=0.1))
 
 
-@pytest.mark.parametrize("flags", UPDATES, ids=named)
+@pytest.mark.parametrize("flags", UPDATES, ids=str)
 def test_an_update_with_any_objective_has_the_naive_gradient_however_it_is_cut(
     flags, off_policy, accelerator
 ):
@@ -378,13 +373,9 @@ def test_an_update_with_any_objective_has_the_naive_gradient_however_it_is_cut(
     with torch.no_grad():
         ref = scored(reference)
     weights = token_weights(mask, flags.get("aggregation", "grpo"))
-    names = ("ratio", "clip", "tis_cap", "entropy_bonus")
-    loss, _ = grpo_loss(
-        logprobs, rollouts.logprobs, ref, ADVANTAGES, weights,
-        flags.get("clip_epsilon", 0.2), flags.get("clip_epsilon_high", 0.2), 0.1,
-        first_logprobs=logprobs.detach(), entropy=entropy,
-        **{name: flags[name] for name in names if name in flags},
-    )  # fmt: skip
+    batch = Batch(rollouts.logprobs, ADVANTAGES, weights, ref, logprobs.detach())
+    objective = objective_of(make_args(kl_beta=0.1, **flags))
+    loss, _ = grpo_loss(logprobs, batch, objective, entropy)
     assert distance(actual, torch.autograd.grad(loss, list(model.parameters()))) < 1e-5
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     parts, part_metrics = gradients(model, rollouts, accelerator, micro_batch_tokens=30, **settings)
@@ -408,29 +399,29 @@ def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_sta
 ):
     """Epoch 1: ratio 1 though sampler and trainer differ. Later: against the trainer, not them."""
     _, rollouts = off_policy
-    calls, original = [], main.grpo_loss
+    calls, original = [], update.grpo_loss
 
-    def spy(logprobs, old, *rest, **named):
-        loss, sums = original(logprobs, old, *rest, **named)
-        calls.append((logprobs.detach(), old, named["first_logprobs"], sums))
+    def spy(logprobs, batch, *rest):
+        loss, sums = original(logprobs, batch, *rest)
+        calls.append((logprobs.detach(), batch.first_logprobs, sums))
         return loss, sums
 
-    monkeypatch.setattr(main, "grpo_loss", spy)
+    monkeypatch.setattr(update, "grpo_loss", spy)
     settings = {"tis_cap": 1.1, "num_inner_epochs": 2, "micro_batch_tokens": 30}
     moving = toy(seed=1, initializer_range=0.1)
     args = make_args(max_completion_length=10, **settings)
-    optimizer, _ = main.make_optimizer(moving, args)
-    metrics = main.update_policy(
-        moving, None, optimizer, rollouts, ADVANTAGES, args, accelerator, main.Stopwatch()
-    )
+    optimizer, _ = make_optimizer(moving, args)
+    setup = make_setup(moving, args, accelerator)
+    metrics = update_policy(setup, optimizer, rollouts, ADVANTAGES)
     passes = len(calls) // 2
     assert passes > 1
     moved = 0.0
-    for first, second in zip(calls[:passes], calls[passes:]):
-        assert torch.equal(first[2], first[0]) and torch.equal(second[2], first[0])
-        assert first[3]["clip_fraction"] == 0 and first[3]["mismatch"] > 0
-        assert first[3]["tis_capped"] == second[3]["tis_capped"]
-        moved += (second[0] - first[0]).abs().max().item()
+    for (first, before, sums), (second, known, later) in zip(calls[:passes], calls[passes:]):
+        assert before is None  # in the first epoch they are those of the moment
+        assert torch.equal(known, first)
+        assert sums["clip_fraction"] == 0 and sums["mismatch"] > 0
+        assert sums["tis_capped"] == later["tis_capped"]
+        moved += (second - first).abs().max().item()
     assert moved > 0
     assert metrics["tis_capped"] > 0
 
@@ -439,16 +430,20 @@ def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_sta
 
 
 def test_trained_are_those_with_an_advantage_and_with_a_kl_term_all():
-    prompts = [torch.arange(7), torch.arange(2)]
-    advantages = [1.0, -1.0, 0.0, 0.0, 0.5, -0.5]
-    one_pass = micro_batches(prompts, LENGTHS, 0)
+    prompts, lengths = [torch.arange(7), torch.arange(2)], [[4, 1, 2], [3, 3, 5]]
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, -0.5])
+
+    def passes(budget):
+        for read in micro_batches(prompts, lengths, budget):
+            batch = Batch(None, advantages[read.rows], torch.ones(len(read.rows), 6))
+            yield Pass(read, None, batch)
+
     # Prompts 7 and 2: 5 places without a token; completions: 6 x 5 - 18 = 12.
-    assert trained_counts(one_pass, advantages, kl=False) == {
+    assert trained_counts(passes(0), always=False) == {
         "tokens/trained": 4 + 1 + 3 + 5, "tokens/padded": 17, "completions/trained": 4,
     }  # fmt: skip
-    assert trained_counts(one_pass, advantages, kl=True)["tokens/trained"] == 18
-    each_alone = micro_batches(prompts, LENGTHS, 1)
-    assert trained_counts(each_alone, advantages, kl=False) == {
+    assert trained_counts(passes(0), always=True)["tokens/trained"] == 18
+    assert trained_counts(passes(1), always=False) == {
         "tokens/trained": 13, "tokens/padded": 0, "completions/trained": 4,
     }  # fmt: skip
-    assert set(trained_counts([], [], kl=False).values()) == {0}
+    assert set(trained_counts([], always=False).values()) == {0}
