@@ -23,10 +23,12 @@ from transformers import (
 )
 
 import utils
-from evaluation.held_out import reward_lint
-from launch.parser import LORA_TARGETS
+from evaluation import reward_lint
+from launch import commands
+from launch.presets import LORA_TARGETS
 from tasks import load_task
 from training.lean_layers import make_lean
+from training.setup import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CANARY = "hf_canary1234567890"  # an access token, which no output may hold
@@ -118,8 +120,23 @@ def make_model(family="qwen2", dtype=torch.float32, vocab_size=300, seed=0, **ov
 
 
 def make_args(**overrides):
-    """The flags that `update_policy` and `make_optimizer` read, at plain values."""
+    """The flags that the functions of a step and of an evaluation read, at plain values."""
     args = {
+        "seed": 0,
+        "questions_per_step": 3,
+        "group_size": 4,
+        "sampling_batch_size": 0,
+        "sampler": "shared_prefix",
+        "compile_sampler": False,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "max_draws": 1,
+        "overlong_buffer": 0,
+        "reward_weights": {},
+        "reward_timeout": None,
+        "eval_batch_size": 8,
+        "eval_samples": 0,
         "temperature": 1.0,
         "aggregation": "grpo",
         "max_completion_length": 16,
@@ -134,6 +151,7 @@ def make_args(**overrides):
         "merge_lora": False,
         "update_ref_model": False,
         "cold_start_steps": 0,
+        "cold_start_learning_rate": 1e-3,
         "model_name": "toy",
         "mask_truncated": False,
         "micro_batch_tokens": 0,
@@ -152,6 +170,13 @@ def make_args(**overrides):
         "adam_beta2": 0.99,
     }
     return SimpleNamespace(**{**args, **overrides})
+
+
+def make_setup(model, args=None, accelerator=None, tokenizer=None, task=TASK, reference=None):
+    """What a run with this model is made of; by default with plain flags and on the CPU."""
+    return Setup(
+        model, tokenizer, task, args or make_args(), accelerator or Accelerator(cpu=True), reference
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -180,11 +205,14 @@ def command(monkeypatch, capfd):
     """Runs main.py in this process as `python main.py FLAGS` would, less the seconds of its
     imports. Returns (exit status, stdout, stderr)."""
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    monkeypatch.setattr(utils, "keep_freed_memory", lambda: None)  # it would hold for all tests
+    # It would hold for all tests. The door, imported anew below, imports it by name.
+    for module in (utils, commands):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, argv)])
+        monkeypatch.delitem(sys.modules, "launch.door", raising=False)
         status = 0
         try:
             runpy.run_path(str(ROOT / "main.py"), run_name="__main__")

@@ -1,11 +1,10 @@
 """Reward functions, answers and scores; test_reward_parser.py has the tables and the fuzzing."""
 
 import ast
-import math
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from toys import written
 
 from evaluator import (
     REWARD_FUNCTIONS,
@@ -16,19 +15,13 @@ from evaluator import (
     is_correct_leniently,
     last_number,
     parse_number,
-    score,
     soft_format,
     strict_format,
     tag_count,
 )
 from rldatasets import SYSTEM_PROMPT, Problem
-from utils import UserError
 
 GOLD = Problem("How many?", "72", "")
-
-
-def written(answer="72", reasoning="48 / 2 = 24"):
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
 
 
 def total(completion, problem=GOLD):
@@ -222,39 +215,6 @@ def test_a_wrong_answer_never_outranks_the_right_one_of_the_same_form():
 
 
 # --- scoring -----------------------------------------------------------------------------------
-
-
-def rollouts_of(*texts):
-    return SimpleNamespace(texts=list(texts))
-
-
-def test_scores_keep_the_group_as_an_axis_and_weights_enter_the_total_alone():
-    rollouts = rollouts_of([written(), "72"], [written("5"), written("73")])
-    problems = [GOLD, Problem("?", "5", "")]
-    rewards = score(rollouts, problems, REWARD_FUNCTIONS, {"correctness": 3.0, "tag_count": 0.0})
-    assert rewards.names == [function.__name__ for function in REWARD_FUNCTIONS]
-    assert rewards.per_function.shape == (2, 2, 5)
-    assert rewards.per_function[..., 0].tolist() == [[2.0, 0.0], [2.0, 0.0]]
-    assert rewards.total.tolist() == [[7.5, 0.0], [7.5, 1.5]]
-
-
-def broken(kind):
-    def picky(completion, problem):
-        if kind == "raises":
-            return {}["no such key"]
-        return {"None": None, "NaN": math.nan, "text": "2.0", "infinite": math.inf}[kind]
-
-    return picky
-
-
-@pytest.mark.parametrize("kind", ["raises", "None", "NaN", "text", "infinite"])
-def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
-    with pytest.raises(UserError) as raised:
-        score(rollouts_of(["text"]), [GOLD], [broken(kind)], file="completions/step_00007.jsonl")
-    message = str(raised.value)
-    for part in ("picky", "How many?", "'text'", "completions/step_00007.jsonl"):
-        assert part in message
-    assert "\n" not in message
 
 
 # --- safety ------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from toys import random_step
 
 from grpo import (
+    Batch,
+    Objective,
     group_advantages,
     grpo_loss,
     has_signal,
@@ -17,23 +20,6 @@ from grpo import (
 )
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
-
-
-def random_step(seed, questions=3, group_size=4, length=7):
-    """Log-probs, rewards and a mask of unequal lengths, in fp64; one completion is empty."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    shape = (questions, group_size, length)
-    logprobs = -random(*shape).abs()
-    old = logprobs + 0.3 * random(*shape)
-    reference = logprobs + 0.3 * random(*shape)
-    lengths = torch.randint(0, length + 1, shape[:2], generator=generator)
-    lengths[0, 0] = 0
-    mask = torch.arange(length) < lengths[..., None]
-    return logprobs, old, reference, random(*shape[:2]), mask
 
 
 def numpy_loss(logprobs, old, reference, advantages, mask, aggregation, low, high, beta, kind):
@@ -79,9 +65,8 @@ def test_loss_and_gradient_match_the_numpy_reference(aggregation, kind):
             "dr_grpo": mask / torch.tensor(sequences * mask.shape[-1]).double(),
         }[aggregation]
         assert torch.allclose(weights, exact, rtol=1e-6, atol=0)
-        loss, _ = grpo_loss(
-            logprobs, old, reference, advantages, exact, 0.1, 0.3, kl_beta=0.2, kl_estimator=kind
-        )
+        batch = Batch(old, advantages, exact, reference)
+        loss, _ = grpo_loss(logprobs, batch, Objective(0.1, 0.3, kl_beta=0.2, kl_estimator=kind))
         loss.backward()
         expected, gradient = numpy_loss(
             logprobs.detach(), old, reference, advantages, mask, aggregation, 0.1, 0.3, 0.2, kind
@@ -174,9 +159,8 @@ def test_clip_acts_on_two_of_the_four_cases(ratio, advantage, objective, slope):
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     weights = torch.ones(1, 1, dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    loss, sums = grpo_loss(
-        logprobs, torch.zeros(1, 1, dtype=torch.float64), None, advantages, weights, 0.1, 0.3
-    )
+    batch = Batch(torch.zeros(1, 1, dtype=torch.float64), advantages, weights)
+    loss, sums = grpo_loss(logprobs, batch, Objective(0.1, 0.3))
     loss.backward()
     assert loss.item() == pytest.approx(-objective)
     assert logprobs.grad.item() == pytest.approx(-slope)
@@ -192,8 +176,8 @@ def test_any_cut_into_micro_batches_adds_up_to_the_same_loss_and_gradient(aggreg
         leaf = logprobs.clone().requires_grad_()
         total = 0.0
         for rows in torch.arange(7).split(size):
-            pieces = (leaf[0, rows], old[0, rows], reference[0, rows], advantages[0, rows])
-            loss, _ = grpo_loss(*pieces, weights[0, rows], kl_beta=0.1)
+            batch = Batch(old[0], advantages[0], weights[0], reference[0]).rows(rows)
+            loss, _ = grpo_loss(leaf[0, rows], batch, Objective(kl_beta=0.1))
             loss.backward()
             total += loss.item()
         return total, leaf.grad
@@ -209,7 +193,8 @@ def test_masked_tokens_get_no_gradient_even_where_their_values_are_wild():
     logprobs = torch.tensor([[-1.0, 500.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     old = torch.tensor([[-1.0, -500.0, 0.0]], dtype=torch.float64)
-    loss, sums = grpo_loss(logprobs, old, old.clone(), torch.ones(1).double(), weights, kl_beta=0.1)
+    batch = Batch(old, torch.ones(1).double(), weights, ref_logprobs=old.clone())
+    loss, sums = grpo_loss(logprobs, batch, Objective(kl_beta=0.1))
     loss.backward()
     assert loss.item() == -1.0
     assert logprobs.grad.tolist() == [[-1.0, 0.0, 0.0]]
@@ -220,9 +205,8 @@ def test_nothing_left_to_train_on_gives_zero_loss():
     mask = torch.zeros(2, 3, 4, dtype=torch.bool)
     for aggregation in AGGREGATIONS:
         weights = token_weights(mask, aggregation, 4)
-        loss, _ = grpo_loss(
-            torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None, torch.ones(2, 3), weights
-        )
+        batch = Batch(torch.zeros(2, 3, 4), torch.ones(2, 3), weights)
+        loss, _ = grpo_loss(torch.zeros(2, 3, 4), batch, Objective())
         assert loss.item() == 0.0
 
 

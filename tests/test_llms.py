@@ -1,138 +1,15 @@
 """Log-probabilities, the shared prefix, chat prompts, stop tokens and loading."""
 
 import json
-import math
 import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, make_args, make_model, make_tokenizer
+from conftest import make_args, make_model, make_tokenizer
+from toys import PROMPT
 
-import llms
-from llms import (
-    chat_prompt,
-    completion_logprobs,
-    frozen_copy,
-    kl_reference,
-    load_model,
-    mix_into,
-    stop_token_ids,
-)
-from training.shared_prefix import micro_batches
+from llms import chat_prompt, frozen_copy, kl_reference, load_model, mix_into, stop_token_ids
 from utils import UserError
-
-PROMPT = torch.tensor([5, 17, 2, 88, 41, 7])
-COMPLETIONS = torch.tensor([[3, 9, 27, 81, 11], [4, 16, 64, 25, 1], [99, 98, 97, 0, 0]])
-
-
-def naive_logprobs(model, prompt, completions, temperature):
-    """One sequence, one position, one token at a time, from full forward passes."""
-    rows = []
-    for completion in completions:
-        sequence = torch.cat([prompt, completion])
-        logits = model(sequence[None]).logits[0]
-        row = []
-        for offset, token in enumerate(completion):
-            scaled = logits[len(prompt) + offset - 1] / temperature
-            scaled = scaled - scaled.max()
-            row.append(scaled[token] - torch.log(torch.exp(scaled).sum()))
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def group_logprobs(model, prompt, completion_ids, temperature):
-    """`completion_logprobs` for one whole group, in its own order."""
-    rows, length = completion_ids.shape
-    [batch] = micro_batches([prompt], [[length] * rows], 0)
-    logprobs = completion_logprobs(model, batch, completion_ids[batch.rows], temperature)
-    return logprobs[batch.rows.argsort()]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_shared_prefix_equals_full_sequences_in_value_and_gradient(family, tied):
-    model = make_model(family, torch.float64, tie_word_embeddings=tied, use_cache=tied)
-    weights = torch.randn(3, 5, dtype=torch.float64)
-
-    def run(function):
-        model.zero_grad()
-        logprobs = function(model, PROMPT, COMPLETIONS, 0.7)
-        (logprobs * weights).sum().backward()
-        return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
-
-    shared, shared_gradients = run(group_logprobs)
-    full, full_gradients = run(naive_logprobs)
-    assert (shared - full).abs().max() < 1e-12
-    for ours, theirs in zip(shared_gradients, full_gradients):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-
-
-def test_a_completion_of_one_token_is_scored_by_the_prompt_alone():
-    model = make_model(dtype=torch.float64)
-    expected = naive_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
-    actual = group_logprobs(model, PROMPT, COMPLETIONS[:, :1], 1.0)
-    assert (actual - expected).abs().max() < 1e-12
-
-
-def test_chunks_change_neither_logprobs_nor_gradients(monkeypatch):
-    model = make_model(dtype=torch.float64)
-
-    def run(chunk):
-        monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
-        model.zero_grad()
-        logprobs = group_logprobs(model, PROMPT, COMPLETIONS, 1.0)
-        logprobs.sum().backward()
-        return logprobs, [p.grad.clone() for p in model.parameters()]
-
-    whole, gradients = run(1024)
-    for chunk in (1, 4, 7):
-        logprobs, chunked = run(chunk)
-        assert (logprobs - whole).abs().max() < 1e-12
-        assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(chunked, gradients))
-
-
-def head_step(temperature, trained_head=True):
-    """Log-probs of 9 tokens and the gradients to hidden states and head, by hand and by torch."""
-    model = make_model(dtype=torch.float64)
-    weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(9, 32, dtype=torch.float64, generator=generator)
-    ids = torch.randint(300, (9,), generator=generator)
-    upstream = torch.randn(9, dtype=torch.float64, generator=generator)
-    results = []
-    for by_hand in (True, False):
-        leaf = hidden.clone().requires_grad_()
-        model.zero_grad()
-        if by_hand:
-            logprobs = llms.token_logprobs(model, leaf, ids, temperature)
-        else:
-            logprobs = (leaf @ weight.T / temperature).log_softmax(-1)[torch.arange(9), ids]
-        (logprobs * upstream).sum().backward()
-        results.append([logprobs.detach(), leaf.grad, weight.grad])
-    return results
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 9, 1024])
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_log_probs_of_tokens_and_their_gradients_are_those_of_torch(
-    chunk, temperature, monkeypatch
-):
-    monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
-    ours, theirs = head_step(temperature)
-    for a, b in zip(ours, theirs):
-        assert (a - b).abs().max() < 1e-12
-    ours, theirs = head_step(temperature, trained_head=False)
-    assert ours[2] is theirs[2] is None
-    assert (ours[1] - theirs[1]).abs().max() < 1e-12
-
-
-def test_log_probs_are_fp32_even_under_bf16_autocast():
-    model = make_model()
-    hidden, ids = torch.randn(4, 32), torch.tensor([1, 2, 3, 4])
-    with torch.autocast("cpu", torch.bfloat16):
-        logprobs = llms.token_logprobs(model, hidden, ids, 1.0)
-    assert logprobs.dtype == torch.float32
-    assert torch.equal(logprobs, llms.token_logprobs(model, hidden, ids, 1.0))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -237,10 +114,3 @@ def test_the_kl_compares_with_a_copy_unless_its_weight_is_zero():
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     assert not {p.data_ptr() for p in ours.values()} & {p.data_ptr() for p in theirs.values()}
     assert all(p.requires_grad for p in ours.values())
-
-
-def test_dropout_in_the_config_does_not_reach_scoring():
-    model = make_model("llama", attention_dropout=0.5)
-    first = group_logprobs(model, PROMPT, COMPLETIONS, 1.0)
-    assert torch.equal(first, group_logprobs(model, PROMPT, COMPLETIONS, 1.0))
-    assert math.isfinite(first.sum().item())

@@ -7,17 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_args, make_model
-from test_grpo import random_step
-from test_llms import naive_logprobs
-from test_main import ADVANTAGES, distance, gradients, rollouts_from, toy
+from toys import random_step
 
-import llms
-import main
-from evaluator import Rewards, with_overlong_penalty
-from grpo import group_advantages, grpo_loss, overlong_penalty, token_weights
+from grpo import Batch, Objective, group_advantages, grpo_loss, overlong_penalty, token_weights
 from launch.parser import parse_args
-from llms import frozen_copy
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 COMBINATIONS = [
@@ -84,10 +77,8 @@ def computed(inputs, weights, low=0.2, high=0.2, beta=0.0, **settings):
     """The loss, its gradients to log-probs and entropies, and the sums."""
     logprobs, old, first, reference, entropy, advantages, _ = inputs
     leaf, entropy = logprobs.clone().requires_grad_(), entropy.clone().requires_grad_()
-    loss, sums = grpo_loss(
-        leaf, old, reference if beta else None, advantages, weights, low, high, beta,
-        first_logprobs=first, entropy=entropy, **settings,
-    )  # fmt: skip
+    batch = Batch(old, advantages, weights, reference if beta else None, first)
+    loss, sums = grpo_loss(leaf, batch, Objective(low, high, beta, **settings), entropy)
     loss.backward()
     to_entropy = torch.zeros_like(leaf) if entropy.grad is None else entropy.grad
     return loss.item(), leaf.grad, to_entropy, sums
@@ -194,19 +185,6 @@ def test_the_penalty_begins_where_the_buffer_does_and_ends_at_minus_one():
     assert penalty.tolist() == pytest.approx([0, 0, -0.05, -0.5, -0.95, -1])
 
 
-def test_the_penalty_is_a_reward_of_its_own_and_off_by_default():
-    rewards = Rewards(["ok"], torch.tensor([[[1.0], [1.0]]]), torch.tensor([[2.0, 2.0]]))
-    mask = torch.arange(10) < torch.tensor([[[10], [7]]])
-    rollouts = SimpleNamespace(completion_mask=mask)
-    args = SimpleNamespace(overlong_buffer=0, max_completion_length=10)
-    assert with_overlong_penalty(rewards, rollouts, args) is rewards
-    args.overlong_buffer = 4
-    penalised = with_overlong_penalty(rewards, rollouts, args)
-    assert penalised.names == ["ok", "overlong"]
-    assert penalised.per_function.tolist() == [[[1.0, -1.0], [1.0, -0.25]]]
-    assert penalised.total.tolist() == [[1.0, 1.75]]
-
-
 def test_a_buffer_longer_than_the_completion_is_refused(capsys):
     argv = ["--preset", "cpu", "--overlong_buffer", "49"]
     with pytest.raises(SystemExit) as stop:
@@ -220,144 +198,7 @@ def test_a_buffer_longer_than_the_completion_is_refused(capsys):
 # --- entropy -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
-@pytest.mark.parametrize("trained_head", [True, False])
-def test_entropies_and_their_gradients_are_those_of_torch(chunk, trained_head, monkeypatch):
-    monkeypatch.setattr(llms, "LOGPROB_CHUNK", chunk)
-    monkeypatch.setattr(llms, "SOFTMAX_ROWS", 2)
-    model = make_model(dtype=torch.float64)
-    weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(9, 32, dtype=torch.float64, generator=generator)
-    ids = torch.randint(300, (9,), generator=generator)
-    up = torch.randn(2, 9, dtype=torch.float64, generator=generator)
-    results = []
-    for ours in (True, False):
-        leaf = hidden.clone().requires_grad_()
-        model.zero_grad()
-        if ours:
-            logprobs, entropy = llms.token_logprobs(model, leaf, ids, 0.7, with_entropy=True)
-        else:
-            distribution = torch.distributions.Categorical(logits=leaf @ weight.T / 0.7)
-            logprobs, entropy = distribution.log_prob(ids), distribution.entropy()
-        (logprobs * up[0] + entropy * up[1]).sum().backward()
-        to_weight = weight.grad if trained_head else torch.zeros(1)
-        results.append((logprobs.detach(), entropy.detach(), leaf.grad, to_weight))
-    for a, b in zip(*results):
-        assert (a - b).abs().max() < 1e-11
-
-
-def test_the_gradients_of_log_probs_and_entropies_are_finite_differences():
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
-        for shape in ((3, 4), (6, 4))
-    )
-    ids = torch.tensor([5, 0, 2])
-    assert torch.autograd.gradcheck(
-        lambda h, w: llms.TokenLogprobs.apply(h, w, ids, True), (hidden, weight)
-    )
-
-
 # --- a whole update ----------------------------------------------------------------------------
-
-UPDATES = [
-    {"ratio": "sequence", "clip_epsilon": 0.05, "clip_epsilon_high": 0.05},
-    {"clip": "cispo", "aggregation": "dapo"},
-    {"tis_cap": 1.1},
-    {"entropy_bonus": 0.05},
-    {"ratio": "sequence", "clip": "cispo", "tis_cap": 1.1, "entropy_bonus": 0.05},
-]
-
-
-@pytest.fixture(scope="module")
-def off_policy():
-    """A model and rollouts of another, whose log-probs are that one's: no ratio is 1."""
-    return toy(seed=1, initializer_range=0.1), rollouts_from(toy(initializer_range=0.1))
-
-
-@pytest.mark.parametrize("flags", UPDATES, ids=named)
-def test_an_update_with_any_objective_has_the_naive_gradient_however_it_is_cut(
-    flags, off_policy, accelerator
-):
-    model, rollouts = off_policy
-    reference = frozen_copy(toy(seed=2, initializer_range=0.1))
-    settings = {"kl_beta": 0.1, "reference": reference, "temperature": 0.8, **flags}
-    actual, metrics = gradients(model, rollouts, accelerator, **settings)
-    prompts = list(zip(rollouts.prompt_ids, rollouts.completion_ids))
-    mask = rollouts.completion_mask
-
-    def scored(of):
-        return torch.stack([naive_logprobs(of, prompt, ids, 0.8) for prompt, ids in prompts])
-
-    logprobs = scored(model)
-    entropy = torch.stack([
-        torch.stack([
-            torch.distributions.Categorical(
-                logits=model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1 : -1] / 0.8
-            ).entropy()
-            for row in ids
-        ])
-        for prompt, ids in prompts
-    ])  # fmt: skip
-    with torch.no_grad():
-        ref = scored(reference)
-    weights = token_weights(mask, flags.get("aggregation", "grpo"))
-    names = ("ratio", "clip", "tis_cap", "entropy_bonus")
-    loss, _ = grpo_loss(
-        logprobs, rollouts.logprobs, ref, ADVANTAGES, weights,
-        flags.get("clip_epsilon", 0.2), flags.get("clip_epsilon_high", 0.2), 0.1,
-        first_logprobs=logprobs.detach(), entropy=entropy,
-        **{name: flags[name] for name in names if name in flags},
-    )  # fmt: skip
-    assert distance(actual, torch.autograd.grad(loss, list(model.parameters()))) < 1e-5
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    parts, part_metrics = gradients(model, rollouts, accelerator, micro_batch_tokens=30, **settings)
-    assert distance(parts, actual) < 1e-5
-    assert part_metrics == pytest.approx(
-        {**metrics, "tokens/padded": part_metrics["tokens/padded"]}, rel=1e-5, abs=1e-7
-    )
-
-
-def test_a_flat_group_takes_part_in_the_entropy_bonus(off_policy, accelerator):
-    model, rollouts = off_policy
-    flat = torch.zeros_like(ADVANTAGES)
-    without, _ = gradients(model, rollouts, accelerator, advantages=flat)
-    assert all((gradient == 0).all() for gradient in without)
-    with_bonus, _ = gradients(model, rollouts, accelerator, advantages=flat, entropy_bonus=0.1)
-    assert max(gradient.abs().max() for gradient in with_bonus) > 0
-
-
-def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_stays(
-    off_policy, accelerator, monkeypatch
-):
-    """Epoch 1: ratio 1 though sampler and trainer differ. Later: against the trainer, not them."""
-    _, rollouts = off_policy
-    calls, original = [], main.grpo_loss
-
-    def spy(logprobs, old, *rest, **named):
-        loss, sums = original(logprobs, old, *rest, **named)
-        calls.append((logprobs.detach(), old, named["first_logprobs"], sums))
-        return loss, sums
-
-    monkeypatch.setattr(main, "grpo_loss", spy)
-    settings = {"tis_cap": 1.1, "num_inner_epochs": 2, "micro_batch_tokens": 30}
-    moving = toy(seed=1, initializer_range=0.1)
-    args = make_args(max_completion_length=10, **settings)
-    optimizer, _ = main.make_optimizer(moving, args)
-    metrics = main.update_policy(
-        moving, None, optimizer, rollouts, ADVANTAGES, args, accelerator, main.Stopwatch()
-    )
-    passes = len(calls) // 2
-    assert passes > 1
-    moved = 0.0
-    for first, second in zip(calls[:passes], calls[passes:]):
-        assert torch.equal(first[2], first[0]) and torch.equal(second[2], first[0])
-        assert first[3]["clip_fraction"] == 0 and first[3]["mismatch"] > 0
-        assert first[3]["tis_capped"] == second[3]["tis_capped"]
-        moved += (second[0] - first[0]).abs().max().item()
-    assert moved > 0
-    assert metrics["tis_capped"] > 0
 
 
 # --- TRL ---------------------------------------------------------------------------------------

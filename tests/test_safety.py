@@ -6,7 +6,6 @@ import pytest
 from conftest import CANARY, ROOT
 
 import evaluator
-from records import run as runlog
 
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "breakpoint"}
 NEVER_CALLED_ON_A_MODULE = {"system", "popen", "getoutput", "getstatusoutput", "unsafe_load"}
@@ -83,7 +82,7 @@ def test_a_run_and_its_errors_show_the_access_token_nowhere(
 
     if reward == "unlucky":
         monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [unlucky])
-    monkeypatch.setattr(runlog, "plot_run", lambda path: None)  # takes longer than the run
+    monkeypatch.setattr("records.run.plot_run", lambda path: None)  # takes longer than the run
     run = tmp_path / "run"
     status, *outputs = command(
         "--preset", "cpu", "--questions_per_step", "2", "--group_size", "2", "--num_train_iters",

@@ -11,14 +11,15 @@ from conftest import ROOT, make_tokenizer
 
 import rldatasets
 from evaluation import chat
-from evaluator import REWARD_FUNCTIONS, score
+from evaluation.scoring import score
+from evaluator import REWARD_FUNCTIONS
 from grpo import group_advantages
 from launch import commands
-from launch.parser import EMBEDDED_MODEL
 from llms import chat_prompt, load_model
 from rldatasets import SYSTEM_PROMPT, Problem, load_problems
-from sampling.groups import as_rollouts, sample_rollouts
-from utils import printable
+from sampling.groups import sample_rollouts
+from sampling.rollouts import as_rollouts
+from utils import EMBEDDED_MODEL, printable
 
 RIGHT = "<reasoning>\n3 + 4 = 7\n</reasoning>\n<answer>\n7\n</answer>\n"
 WRONG = RIGHT.replace("7\n</answer>", "8\n</answer>")

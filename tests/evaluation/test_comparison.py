@@ -1,27 +1,9 @@
 """Two runs compared: what is said of the difference, what is shown, what is refused."""
 
-import json
-
 import pytest
-from test_significance import answers
+from toys import answers, record, write_run
 
 from launch.commands import main
-from utils import write_jsonl
-
-
-def record(question, correct, completion="a text", **more):
-    return {"question": question, "answer": "7", "completion": completion, "correct": correct,
-            "lenient_correct": correct, "format": True, "length": 5, "finished": True,
-            **more}  # fmt: skip
-
-
-def write_run(folder, evaluations, **flags):
-    """A run's directory with these evaluations, {step: records}."""
-    (folder / "completions").mkdir(parents=True)
-    for step, records in evaluations.items():
-        write_jsonl(folder / "completions" / f"eval_{step:05d}.jsonl", records)
-    (folder / "config.json").write_text(json.dumps({"flags": flags}))
-    return str(folder)
 
 
 @pytest.fixture

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TASK, make_model, make_tokenizer
-from scipy import stats
-from test_evaluator import written
+from conftest import TASK, make_args, make_model, make_setup, make_tokenizer
+from toys import written
 
-from evaluation import held_out as evaluation
-from evaluation.comparison import summarize
+from evaluation import held_out
+from evaluation.comparison import evaluation_table, summarize
 from evaluation.held_out import evaluate, evaluate_policy
 from evaluation.significance import wilson_interval
 from llms import chat_prompt
-from records.run import Run, evaluation_table, summary_table
+from records.run import summary_table
 from rldatasets import SYSTEM_PROMPT, Problem
-from sampling.groups import Rollouts, sample_rollouts
-from utils import mixed_seed, read_jsonl
+from sampling.groups import sample_rollouts
+from sampling.rollouts import Rollouts
+from utils import mixed_seed
 
 PROBLEMS = [Problem("ab" * i, str(i), "") for i in range(1, 8)]
 
@@ -27,25 +27,28 @@ def toy():
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
     model.generation_config.do_sample, model.generation_config.top_k = True, 5
-    return model, tokenizer
+    return make_setup(model, make_args(max_completion_length=12), tokenizer=tokenizer)
+
+
+def with_args(setup, **flags):
+    return replace(setup, args=make_args(**{**vars(setup.args), **flags}))
 
 
 def test_evaluation_is_greedy_repeatable_and_independent_of_the_batch_size(toy):
-    runs = [evaluate(*toy, PROBLEMS, 12, size, TASK) for size in (1, 3, 100)]
+    runs = [evaluate(with_args(toy, eval_batch_size=size), PROBLEMS) for size in (1, 3, 100)]
     assert runs[0] == runs[1] == runs[2]
     assert [record["question"] for record in runs[0]] == [p.question for p in PROBLEMS]
     assert summarize(runs[0])["problems"] == 7
 
 
 def test_a_record_holds_all_that_was_asked_answered_and_judged(toy):
-    model, tokenizer = toy
-    records = evaluate(model, tokenizer, PROBLEMS, 12, 4, TASK)
+    records = evaluate(with_args(toy, eval_batch_size=4), PROBLEMS)
     assert list(records[2]) == [
         "question", "prompt", "answer", "completion", "parsed", "lenient_parsed", "correct",
         "lenient_correct", "format", "length", "finished", "rewards",
     ]  # fmt: skip
-    prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, "ababab")
-    assert tokenizer.encode(records[2]["prompt"], add_special_tokens=False) == prompt
+    prompt = chat_prompt(toy.tokenizer, SYSTEM_PROMPT, "ababab")
+    assert toy.tokenizer.encode(records[2]["prompt"], add_special_tokens=False) == prompt
 
 
 def saying(*texts):
@@ -69,11 +72,12 @@ def judged(monkeypatch):
     """(summary, records) of given texts: problem i asks "i" and has the answer i."""
 
     def judge(*texts, task=TASK, samples=0):
-        monkeypatch.setattr(evaluation, "sample_rollouts", saying(*texts))
-        monkeypatch.setattr(evaluation, "chat_prompt", lambda tokenizer, system, question: question)
+        monkeypatch.setattr(held_out, "sample_rollouts", saying(*texts))
+        monkeypatch.setattr(held_out, "chat_prompt", lambda tokenizer, system, question: question)
         problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]
+        args = make_args(max_completion_length=8, eval_batch_size=2, eval_samples=samples)
         model, tokenizer = SimpleNamespace(device="cpu"), SimpleNamespace(decode=str)
-        records = evaluate(model, tokenizer, problems, 8, 2, task, samples=samples)
+        records = evaluate(make_setup(model, args, None, tokenizer, task), problems)
         return summarize(records), records
 
     return judge
@@ -121,18 +125,13 @@ def test_pass_at_k_is_the_share_of_questions_with_a_right_sample_among_k(judged)
 
 
 def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_step(toy, accelerator):
-    args = SimpleNamespace(
-        max_completion_length=8,
-        eval_batch_size=4,
-        eval_samples=2,
-        temperature=0.7,
-        seed=3,
-        reward_timeout=None,
+    args = make_args(
+        max_completion_length=8, eval_batch_size=4, eval_samples=2, temperature=0.7, seed=3
     )
+    setup = make_setup(toy.policy, args, accelerator, toy.tokenizer)
 
     def answers(step, **flags):
-        args.__dict__.update(flags)
-        summary, records = evaluate_policy(*toy, PROBLEMS, args, accelerator, TASK, step)
+        summary, records = evaluate_policy(with_args(setup, **flags), PROBLEMS, step)
         samples = [[s["completion"] for s in record.get("samples", [])] for record in records]
         assert summary.pop("seconds/evaluation") > 0
         return samples, [record["completion"] for record in records], summary
@@ -142,34 +141,15 @@ def test_samples_come_from_the_policy_at_the_temperature_and_follow_seed_and_ste
     assert answers(step=6)[0] != samples
     for problem, texts in zip(PROBLEMS, samples):  # of the seed, the step and the question alone
         seeds = [mixed_seed(mixed_seed(3, 5, "evaluation"), problem.question)]
-        prompt = chat_prompt(toy[1], SYSTEM_PROMPT, problem.question)
-        assert sample_rollouts(*toy, [prompt], 2, 8, 0.7, seeds).texts == [texts]
+        prompt = chat_prompt(toy.tokenizer, SYSTEM_PROMPT, problem.question)
+        rollouts = sample_rollouts(toy.policy, toy.tokenizer, [prompt], 2, 8, 0.7, seeds)
+        assert rollouts.texts == [texts]
     assert answers(step=5, eval_batch_size=100)[0] == samples
     without, alone, summary = answers(step=5, eval_samples=0)
     assert alone == greedy and not any(without) and "pass@1" not in summary
 
 
 # --- what a run writes -------------------------------------------------------------------------
-
-
-def records_of(verdicts):
-    return [
-        {"question": f"{i}?", "answer": "1", "completion": "", "correct": verdict}
-        for i, verdict in enumerate(verdicts)
-    ]
-
-
-def test_later_evaluations_are_tested_against_step_0_on_the_same_questions(tmp_path):
-    run = Run(tmp_path)
-    first, later = [True] * 5 + [False] * 15, [False] + [True] * 11 + [False] * 8
-    assert run.log_evaluation(0, {"accuracy": 0.25}, records_of(first)) == {"accuracy": 0.25}
-    summary = run.log_evaluation(10, {"accuracy": 0.55}, records_of(later))
-    assert summary["mcnemar_p"] == pytest.approx(stats.binomtest(7, 8).pvalue)
-    other = run.log_evaluation(20, {"accuracy": 0.55}, records_of(later[:-1]))
-    assert other["mcnemar_p"] is None  # other questions: nothing to pair
-    rows = [row for _, row in read_jsonl(tmp_path / "eval.jsonl")]
-    assert [row["step"] for row in rows] == [0, 10, 20]
-    assert "mcnemar_p" not in rows[0] and rows[1]["mcnemar_p"] == summary["mcnemar_p"]
 
 
 def test_the_final_table_shows_strict_lenient_format_intervals_and_p(judged, tmp_path):

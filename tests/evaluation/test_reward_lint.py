@@ -9,7 +9,7 @@ import pytest
 from conftest import TASK
 
 import evaluator
-from evaluation.held_out import reward_lint
+from evaluation import reward_lint
 from evaluation.reward_lint import golden_set, lint, report, total, warn
 from evaluator import REWARD_FUNCTIONS, TAGS, extract_answer, parse_number
 from launch.commands import main

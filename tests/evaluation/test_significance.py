@@ -5,6 +5,7 @@ import math
 
 import pytest
 from scipy import stats
+from toys import answers
 
 from evaluation.significance import (
     gained_and_lost,
@@ -14,13 +15,6 @@ from evaluation.significance import (
     pass_at_k,
     wilson_interval,
 )
-
-
-def answers(both, only_first, only_second, neither):
-    """Two lists of verdicts on the same questions."""
-    first = [True] * (both + only_first) + [False] * (only_second + neither)
-    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
-    return first, second
 
 
 def test_wilson_interval_matches_published_values():

@@ -19,7 +19,6 @@ from conftest import CANARY, ROOT
 from safetensors.torch import load, save
 
 from launch import commands
-from records import plots as plotter
 from utils import UserError, hub_token, one_line, read_jsonl, write_jsonl
 
 GOOD = [
@@ -341,9 +340,9 @@ def test_a_plan_of_a_damaged_configuration(refused, damaged):
 # --- the other commands ------------------------------------------------------------------------
 
 
-def assert_refused(main, argv, parts, capsys):
+def assert_refused(argv, parts, capsys):
     try:
-        status = main(argv)
+        status = commands.main(argv)
     except SystemExit as stop:
         status = stop.code
     message = capsys.readouterr().err
@@ -367,7 +366,7 @@ def assert_refused(main, argv, parts, capsys):
 )
 def test_what_cannot_be_plotted(argv, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(plotter.main, argv, parts, capsys)
+    assert_refused(["plot", *argv], parts, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -388,7 +387,7 @@ def test_a_run_whose_files_are_damaged(file, content, parts, capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     write_jsonl("metrics.jsonl", [{"step": 0}, {"step": 1}])
     (tmp_path / file).write_text(content)
-    assert_refused(plotter.main, ["."], parts, capsys)
+    assert_refused(["plot", "."], parts, capsys)
     assert not (tmp_path / "plots").exists()
 
 
@@ -411,7 +410,7 @@ def test_a_run_whose_files_are_damaged(file, content, parts, capsys, tmp_path, m
 )
 def test_what_evaluator_py_refuses(argv, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(commands.main, argv, parts, capsys)
+    assert_refused(argv, parts, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_comparison import record, write_run
+from toys import record, write_run
 
 from evaluation.comparison import compare, read_evaluation
-from evaluation.held_out import evaluate_and_save
 from launch import commands
+from launch.loading import evaluate_and_save
 
 ARITHMETIC = ["--preset", "cpu", "--eval_problems", "4", "--max_completion_length", "6"]
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from test_processes import flags_of
+from toys import flags_of
 
 from utils import read_jsonl
 

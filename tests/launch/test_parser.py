@@ -9,8 +9,10 @@ import time
 import pytest
 from conftest import ROOT
 
-from launch import parser as flags
-from launch.parser import PRESETS, parse_args
+from launch import checks
+from launch.hub import hub_file
+from launch.parser import parse_args
+from launch.presets import PRESETS
 from utils import UserError
 
 CPU = ["--preset", "cpu"]
@@ -31,7 +33,7 @@ def hub(monkeypatch):
             json.dump(config, file)
         return "served.json"
 
-    monkeypatch.setattr(flags, "hub_file", serve)
+    monkeypatch.setattr(checks, "hub_file", serve)
     return config
 
 
@@ -251,12 +253,12 @@ def test_without_the_hub_main_says_so_in_one_line_within_five_seconds(tmp_path):
 def test_a_hub_that_never_answers_is_given_up_on(monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(flags, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr("launch.hub.HUB_SECONDS", 0.2)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: time.sleep(3))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: None)
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot reach"):
-        flags.hub_file("owner/name", "config.json", "model", "--model_name owner/name")
+        hub_file("owner/name", "config.json", "model", "--model_name owner/name")
     assert time.monotonic() - started < 1.5
 
 
@@ -270,5 +272,5 @@ def test_what_the_cache_holds_serves_when_the_hub_does_not(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", offline)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "cached.json")
-    assert flags.hub_file("owner/name", "config.json", "model", "--model_name") == "cached.json"
+    assert hub_file("owner/name", "config.json", "model", "--model_name") == "cached.json"
     assert constants.HF_HUB_OFFLINE

@@ -16,7 +16,8 @@ from launch import planner
 from launch.fake_memory import Machine, Tracker, Work
 from launch.known_models import KNOWN_MODELS
 from launch.parser import parse_args
-from launch.planner import as_if, config_of, planned, quick_peaks
+from launch.planned_step import as_if, config_of, planned
+from launch.planner import quick_peaks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps

@@ -10,60 +10,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_tokenizer
+from conftest import make_model
 from faults import (
     INTERVAL,
     MOVING,
     Toy,
     assert_same_run,
     kill_and_resume,
-    lines,
     operations,
     signal_in,
 )
+from toys import equal, move, resuming, saver_of
 from transformers import AutoModelForCausalLM
 
-from launch.interrupts import Stopped, only_process_in
+from launch.interrupts import only_process_in
 from launch.parser import parse_args
 from llms import frozen_copy
 from records import checkpoints
-from records.checkpoints import Saver, checkpoint_to_resume, checkpoints_in
+from records.checkpoints import checkpoint_to_resume, checkpoints_in
 from records.run import Run
-from training.optimizer import make_optimizer
-from utils import TimedOut, UserError, jsonl, phase, time_limit
+from utils import Stopped, TimedOut, UserError, phase, time_limit
 
 
 @pytest.fixture(scope="module")
 def toy(saved_models, tmp_path_factory):
     return Toy(tmp_path_factory.mktemp("toy"), saved_models["qwen2"])
-
-
-def saver_of(path, model=None, reference=None, start=None, **overrides):
-    args = make_args(
-        output_dir=str(path), cold_start_steps=0, keep_checkpoints=2, seed=1, **overrides
-    )
-    model = make_model() if model is None else model
-    optimizer, _ = make_optimizer(model, args)
-    return Saver(args, {"n": 1}, model, make_tokenizer(), reference, optimizer, start)
-
-
-def resuming(path, resume="latest", **overrides):
-    return make_args(
-        output_dir=str(path), cold_start_steps=0, keep_checkpoints=2, seed=1, resume=resume,
-        **overrides,
-    )  # fmt: skip
-
-
-def move(saver):
-    """A completed step of one update with made-up gradients."""
-    for parameter in saver.policy.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    saver.optimizer.step()
-    saver.completed(saver.done + 1)
-
-
-def equal(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
 # --- what a checkpoint holds ---------------------------------------------------------------------
@@ -114,24 +85,6 @@ def test_too_little_room_is_said_in_bytes_and_nothing_is_written(tmp_path, monke
     with pytest.raises(UserError, match=f"needs {needed:,} bytes of disk, 1,234 are free; step_0"):
         saver.save()
     assert [path.name for path in saver.folder.iterdir()] == ["step_00001"]
-
-
-def test_the_learning_rate_goes_on_where_it_was_and_follows_a_longer_run():
-    def rates(done, iterations):
-        args = make_args(
-            learning_rate=1.0, num_train_iters=iterations, warmup_percent=0.25, lr_schedule="cosine"
-        )
-        optimizer, scheduler = make_optimizer(make_model(), args, done)
-        seen = []
-        for _ in range(done, iterations):
-            seen.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return seen
-
-    for done in (1, 3, 7):
-        assert rates(done, 8) == rates(0, 8)[done:]
-    assert rates(8, 16) == rates(0, 16)[8:]
 
 
 # --- finding one again ---------------------------------------------------------------------------
@@ -190,49 +143,6 @@ def test_the_one_named_is_used_and_a_run_without_any_starts_from_the_beginning(t
         checkpoint_to_resume(resuming(three, num_train_iters=2))
     with pytest.raises(UserError, match=r"other flags: --learning_rate \(was 0.001\); "):
         checkpoint_to_resume(resuming(three, learning_rate=0.5))
-
-
-def test_a_first_line_that_was_cut_short_is_gone_when_the_run_starts_anew(tmp_path):
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        (tmp_path / name).write_text('{"step": 0, "rew')
-    run = Run(tmp_path)
-    run.cut_back(0)
-    run.log_step({"step": 0, "reward": 1.0})
-    run.log_evaluation(0, {"accuracy": 0.5, "accuracy_low": 0, "accuracy_high": 1}, [])
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        assert [row["step"] for row in lines(tmp_path / name)] == [0]
-
-
-def test_what_is_later_than_the_checkpoint_is_cut_off(tmp_path):
-    run = Run(tmp_path)
-    for done in range(5):
-        (run.completions / f"step_{done:05d}.jsonl").write_text("{}")
-        run.log_evaluation(done, {"accuracy": done / 10, "accuracy_low": 0, "accuracy_high": 1}, [])
-        run.log_step({"step": done, "reward": 0.1 + 0.2})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "rew')  # it died here
-    run = Run(tmp_path)
-    run.cut_back(3)
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-    assert [row["step"] for row in lines(tmp_path / "eval.jsonl")] == [0, 1, 2, 3]
-    assert sorted(path.name for path in run.completions.iterdir()) == [
-        *(f"eval_{step:05d}.jsonl" for step in range(4)),
-        *(f"step_{step:05d}.jsonl" for step in range(3)),
-    ]
-    assert {step: row["accuracy"] for step, row in run.evaluations.items()} == {
-        step: step / 10 for step in range(4)
-    }
-    text = (tmp_path / "metrics.jsonl").read_text()
-    run.cut_back(3)
-    assert (tmp_path / "metrics.jsonl").read_text() == text == jsonl(
-        {"step": step, "reward": 0.1 + 0.2, "alarms": []} for step in range(3)
-    )  # fmt: skip
-
-
-def test_a_first_line_that_was_not_finished_is_cut_off_too(tmp_path):
-    (tmp_path / "eval.jsonl").write_text('{"step": 0, "accu')
-    Run(tmp_path).cut_back(0)
-    assert (tmp_path / "eval.jsonl").read_text() == ""
 
 
 # --- the flags of a resumed run ------------------------------------------------------------------

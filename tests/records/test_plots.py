@@ -6,8 +6,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from records import plots as plotter
-from records.plots import Series, over_seeds, plot_run, smooth
+from launch.commands import main
+from records import plots
+from records.files import Series, over_seeds, smooth
+from records.plots import plot_run
 from utils import write_jsonl
 
 
@@ -43,7 +45,7 @@ def test_a_run_gets_an_overview_and_a_figure_per_metric(runs):
 
 def test_several_runs_are_laid_over_each_other(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    plotter.main([str(run) for run in runs])
+    main(["plot", *map(str, runs)])
     assert capsys.readouterr().out.strip() == "comparison"
     assert (tmp_path / "comparison" / "overview.png").exists()
     assert (tmp_path / "comparison" / "novelty.png").exists()
@@ -51,12 +53,12 @@ def test_several_runs_are_laid_over_each_other(runs, tmp_path, monkeypatch, caps
 
 
 def test_the_original_s_log_dir_flag_works(runs):
-    plotter.main(["--log_dir", str(runs[0])])
+    main(["plot", "--log_dir", str(runs[0])])
     assert (runs[0] / "plots" / "overview.png").exists()
 
 
 def test_a_directory_without_a_run_is_refused_in_one_line(tmp_path, capsys):
-    assert plotter.main([str(tmp_path)]) == 2
+    assert main(["plot", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert f"{tmp_path}: no run here" in message
     assert message.count("\n") == 1
@@ -70,10 +72,10 @@ def test_a_run_that_died_while_writing_is_still_drawn(runs):
 
 def test_what_cannot_be_drawn_is_said_in_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert plotter.main([str(runs[0]), "--output_dir", str(tmp_path / "file")]) == 2
+    assert main(["plot", str(runs[0]), "--output_dir", str(tmp_path / "file")]) == 2
     (runs[0] / "config.json").write_text("{")
-    assert plotter.main([str(runs[0])]) == 2
-    assert plotter.main([]) == 2
+    assert main(["plot", str(runs[0])]) == 2
+    assert main(["plot"]) == 2
     assert capsys.readouterr().err.count("\n") == 3
 
 
@@ -92,20 +94,20 @@ def test_alarms_are_marked_in_every_figure_at_their_step(runs):
     assert series.alarms == [(13, "kl: far"), (13, "entropy: low")]
     assert "alarms" not in series.metrics
     axes = Figure().subplots()
-    plotter._metric(axes, [series], "reward")
+    plots._metric(axes, [series], "reward")
     assert [text.get_text() for text in axes.texts] == ["kl, entropy"]
     assert list(axes.lines[-1].get_xdata()) == [13, 13]
 
 
 def test_a_stage_of_few_steps_stands_on_the_others_there_alone():
     axes = Figure().subplots()
-    plotter._stack(axes, {"policy": ([0, 1, 2], [1.0, 2.0, 3.0]), "watching": ([0, 2], [0.5, 4.0])})
+    plots._stack(axes, {"policy": ([0, 1, 2], [1.0, 2.0, 3.0]), "watching": ([0, 2], [0.5, 4.0])})
     tops, edges, bases = zip(*(patch.get_data() for patch in axes.patches))
     assert [list(values) for values in (*tops, *bases)] == [
         [1, 2, 3], [1.5, 2, 7], [0, 0, 0], [1, 2, 3]
     ]  # fmt: skip
     assert list(edges[0]) == [-0.5, 0.5, 1.5, 2.5]
-    plotter._stack(axes, {})  # a run without steps
+    plots._stack(axes, {})  # a run without steps
 
 
 def test_the_budget_s_bars_add_up_to_what_was_sampled(runs):
@@ -113,7 +115,7 @@ def test_the_budget_s_bars_add_up_to_what_was_sampled(runs):
              "tokens/flat": 20, "tokens/truncated": 5} for step in range(3)]  # fmt: skip
     write_jsonl(runs[0] / "metrics.jsonl", rows)
     axes = Figure().subplots()
-    plotter._tokens(axes, [Series(runs[0])])
+    plots._tokens(axes, [Series(runs[0])])
     trained, whole = (list(patch.get_data().values) for patch in axes.patches)
     assert trained == [60] * 3 and whole == [90] * 3
     plot_run(runs[0])
@@ -162,7 +164,7 @@ def test_a_mean_of_equal_values_lies_on_them_and_is_drawn(tmp_path):
         write_jsonl(folder / "eval.jsonl", [{"step": 0, "accuracy": 0.1}])
     [mean] = over_seeds([Series(folder) for folder in folders])
     assert mean.evaluations["accuracy"] == ([0], [0.1])
-    plotter.plot_runs([mean], tmp_path / "plots")
+    plots.plot_runs([mean], tmp_path / "plots")
 
 
 def flags_written(folder, data=None, **flags):
@@ -214,17 +216,17 @@ def test_a_seed_that_was_run_more_often_counts_once(seeds):
 
 def test_a_run_whose_flags_are_unknown_has_no_recipe(seeds, capsys):
     (seeds[1] / "config.json").unlink()
-    assert plotter.main(["--mean", *map(str, seeds)]) == 2
+    assert main(["plot", "--mean", *map(str, seeds)]) == 2
     assert f"{seeds[1]}: no config.json" in capsys.readouterr().err
 
 
 def test_means_are_drawn_with_their_bands(seeds, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.fill_between", lambda *args, **_: drawn.append(args))
-    assert not plotter.main(["--mean", *map(str, seeds), "--output_dir", str(tmp_path / "out")])
+    assert not main(["plot", "--mean", *map(str, seeds), "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "entropy.png").exists()
     assert [list(low) for _, _, low, _ in drawn].count([2, 3, 4]) == 4  # overview and own, twice
-    assert not plotter.main(["--mean", *map(str, seeds[:2]), "--output_dir", str(tmp_path / "o")])
+    assert not main(["plot", "--mean", *map(str, seeds[:2]), "--output_dir", str(tmp_path / "o")])
 
 
 def test_the_smooth_line_is_a_moving_average():

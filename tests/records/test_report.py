@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from records import plots as plotter
+from launch import commands
 from records import report
 from records.report import write_report
 from utils import write_jsonl
@@ -148,9 +148,9 @@ def test_a_page_of_many_long_answers_and_tokens_stays_below_5_mb(tmp_path, page)
 
 
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plotter, "plot_runs", lambda runs, folder: folder)
+    monkeypatch.setattr("records.plots.plot_runs", lambda runs, folder: folder)
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 0, "reward": 1.0}])
-    assert not plotter.main([str(tmp_path), "--report"])
+    assert not commands.main(["plot", str(tmp_path), "--report"])
     assert f"{tmp_path}/report.html" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()
     assert "Not evaluated yet" in text and 'id="tokens"' not in text

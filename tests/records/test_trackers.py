@@ -14,8 +14,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import parser as flags
-from records import run as runlog
+from launch import checks, parser
 from records import trackers
 from records.files import read_rows
 from records.run import Run
@@ -65,7 +64,7 @@ def draw(path):
 def test_tensorboard_has_the_numbers_of_a_run_s_files_after_resuming_too(
     command, saved_models, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(runlog, "plot_run", draw)
+    monkeypatch.setattr("records.run.plot_run", draw)
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     write_jsonl(data, [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(30)])
@@ -165,7 +164,7 @@ ALARMS = ["kl: 2.00 nats per token", "entropy: low"]
 
 
 def log_everything(run, monkeypatch):
-    monkeypatch.setattr("runlog.new_alarms", lambda *_: ALARMS)
+    monkeypatch.setattr("records.run.new_alarms", lambda *_: ALARMS)
     run.log_evaluation(0, {"accuracy": 0.5, "rewards/length": 1.0, "truncated": 0.0}, [RECORD] * 20)
     run.log_step({"step": 0, "reward": 0.25, "kl": float("nan"), "truncated": 0.5})
     log_plots(run.trackers, 1, draw(run.path))
@@ -245,7 +244,7 @@ def test_a_tracker_that_cannot_be_started_is_refused(tracked, fakes, tmp_path):
 def test_a_resumed_run_goes_on_at_its_step_with_the_evaluation_that_it_starts_from(
     tracked, fakes, monkeypatch
 ):
-    monkeypatch.setattr("runlog.new_alarms", lambda *_: [])
+    monkeypatch.setattr("records.run.new_alarms", lambda *_: [])
     run = tracked("wandb")
     for step in range(3):
         run.log_evaluation(step, {"accuracy": step / 4}, [])
@@ -286,10 +285,10 @@ def test_what_cannot_be_tracked_with(argv, parts, monkeypatch, capsys, tmp_path)
         if name in ("wandb", "trackio"):
             raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(flags.metadata, "version", version)
+    monkeypatch.setattr(checks.metadata, "version", version)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        flags.parse_args(["--preset", "cpu", "--track", *argv])
+        parser.parse_args(["--preset", "cpu", "--track", *argv])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and len(message) <= 201
     assert all(part in message for part in ("main.py: error: ", *parts)), message
@@ -297,8 +296,8 @@ def test_what_cannot_be_tracked_with(argv, parts, monkeypatch, capsys, tmp_path)
 
 
 def test_nothing_is_tracked_by_default_and_a_resumed_run_may_change_it():
-    args = flags.build_parser("cpu").parse_args([])
-    assert args.track == [] and flags.build_parser("cpu").parse_args(["--track"]).track == []
-    flags.check_same_flags(args, {"track": ["wandb"]})
+    args = parser.build_parser("cpu").parse_args([])
+    assert args.track == [] and parser.build_parser("cpu").parse_args(["--track"]).track == []
+    parser.check_same_flags(args, {"track": ["wandb"]})
     with pytest.raises(UserError, match="--group_size"):
-        flags.check_same_flags(args, {"group_size": 3, "track": ["wandb"]})
+        parser.check_same_flags(args, {"group_size": 3, "track": ["wandb"]})

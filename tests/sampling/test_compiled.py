@@ -6,11 +6,9 @@ import shutil
 import pytest
 import torch
 from conftest import make_model
-from test_llms import group_logprobs
-from test_sampler import Words, seeds
+from toys import Words, group_logprobs, seeds
 
-from sampling import compiled as static_decoder
-from sampling import cuda_graph as graph_decoder
+from sampling import cuda_graph
 from sampling.compiled import DECODERS
 from sampling.groups import sample_rollouts
 
@@ -30,8 +28,8 @@ def graphs(monkeypatch):
         compiled.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(static_decoder, "COMPILER", {"cpu": {"backend": backend}})
-    monkeypatch.setattr(graph_decoder, "SHORTEST", 16)
+    monkeypatch.setattr("sampling.compiled.COMPILER", {"cpu": {"backend": backend}})
+    monkeypatch.setattr(cuda_graph, "SHORTEST", 16)
     return compiled
 
 
@@ -96,8 +94,8 @@ def test_under_autocast_the_compiled_step_has_its_precision_and_does_the_same(gr
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler")
 def test_inductor_writes_the_same(monkeypatch):
     plain = {"options": {"cpp.vec_isa_ok": False}}  # to find out what the CPU has takes seconds
-    monkeypatch.setattr(static_decoder, "COMPILER", {"cpu": plain})
-    monkeypatch.setattr(graph_decoder, "SHORTEST", 16)
+    monkeypatch.setattr("sampling.compiled.COMPILER", {"cpu": plain})
+    monkeypatch.setattr(cuda_graph, "SHORTEST", 16)
     model = make_model(vocab_size=20, num_hidden_layers=1)
     assert_same(model, [[5, 9, 3], [8]], tokens=16)
     change(model)
@@ -127,7 +125,7 @@ def test_a_decoder_is_kept_while_the_batch_fits_and_the_model_lives():
 def test_on_a_gpu_cuda_graphs_write_the_same(monkeypatch):
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(graph_decoder, "SHORTEST", 16)
+    monkeypatch.setattr(cuda_graph, "SHORTEST", 16)
     model = make_model(vocab_size=40, initializer_range=0.1).cuda()
     prompts = [[5, 9, 3], [8], [7, 7, 1, 3]]
     counters.clear()

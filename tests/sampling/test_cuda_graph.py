@@ -7,12 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import make_model
-from test_llms import group_logprobs
-from test_sampler import HostTensors, Waits, Words, seeds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toys import HostTensors, Waits, Words, group_logprobs, seeds
 
-from sampling import cuda_graph as graph_decoder
+from sampling import cuda_graph
 from sampling.groups import sample_rollouts
 
 VARIANTS = [
@@ -56,14 +55,14 @@ class Graph(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch):
     """Every graph that is recorded from now on."""
-    monkeypatch.setattr(graph_decoder, "SHORTEST", 16)
+    monkeypatch.setattr(cuda_graph, "SHORTEST", 16)
     monkeypatch.setattr(Graph, "made", [])
     return Graph.made
 
 
 def sample(model, prompts, recorders, tokens=40, seed=0, group_size=8, **more):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_decoder, "RECORDERS", recorders)
+        patch.setattr(cuda_graph, "RECORDERS", recorders)
         return sample_rollouts(
             model, Words(0), prompts, group_size, tokens, 1.0, seeds(seed), **more
         )
@@ -151,12 +150,12 @@ def test_a_decoder_and_its_graphs_are_gone_when_the_batch_is(graphs, monkeypatch
     """Their memory is free when the update begins, without waiting for a garbage collector."""
     made: ClassVar = []
 
-    class Noted(graph_decoder.GraphDecoder):
+    class Noted(cuda_graph.GraphDecoder):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("sampler.GraphDecoder", Noted)
+    monkeypatch.setattr("sampling.groups.GraphDecoder", Noted)
     gc.disable()
     try:
         sample(make_model(vocab_size=20), PROMPTS, {"cpu": Graph}, tokens=3)
@@ -167,12 +166,12 @@ def test_a_decoder_and_its_graphs_are_gone_when_the_batch_is(graphs, monkeypatch
 
 @pytest.mark.gpu
 def test_on_a_gpu_graphs_write_what_the_eager_steps_write(monkeypatch):
-    monkeypatch.setattr(graph_decoder, "SHORTEST", 16)
+    monkeypatch.setattr(cuda_graph, "SHORTEST", 16)
     model = make_model(vocab_size=40, initializer_range=0.1).cuda()
     for seed in range(3):
-        assert_same(model, PROMPTS, graph_decoder.RECORDERS, seed=seed, tokens=70)
+        assert_same(model, PROMPTS, cuda_graph.RECORDERS, seed=seed, tokens=70)
     with torch.autocast("cuda", torch.bfloat16):
-        rollouts = sample(model, PROMPTS, graph_decoder.RECORDERS, tokens=40)
+        rollouts = sample(model, PROMPTS, cuda_graph.RECORDERS, tokens=40)
         assert scored_otherwise(model, rollouts) < 0.05
 
 
@@ -181,6 +180,6 @@ def test_on_a_gpu_batch_after_batch_takes_no_more_memory():
     model = make_model(vocab_size=40, hidden_size=256, num_hidden_layers=4).cuda()
     held = []
     for seed in range(6):
-        sample(model, PROMPTS, graph_decoder.RECORDERS, seed=seed, tokens=200)
+        sample(model, PROMPTS, cuda_graph.RECORDERS, seed=seed, tokens=200)
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert held[-1][0] <= held[1][0] and held[-1][1] <= 1.5 * held[1][1]

@@ -4,40 +4,23 @@ import itertools
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_tokenizer
-from test_llms import group_logprobs, naive_logprobs
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import FAMILIES, make_args, make_model, make_setup, make_tokenizer
+from toys import (
+    HostTensors,
+    Waits,
+    Words,
+    assert_stops_end_completions,
+    generator,
+    group_logprobs,
+    naive,
+    seeds,
+)
 
-from sampling import groups as sampler
+from rldatasets import Problem
+from sampling import groups
 from sampling.decoder import Decoder
-from sampling.groups import joined_rollouts, sample_rollouts, sample_tokens
-
-
-class Words:
-    """A stand-in tokenizer for a tiny vocabulary: `stop` ends a completion and is also padding."""
-
-    def __init__(self, stop):
-        self.eos_token_id = self.pad_token_id = stop
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return [" ".join(str(i) for i in row if i != self.eos_token_id) for row in rows]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def seeds(start=0):
-    """As many seeds as there are prompts."""
-    return itertools.count(1000 * start)
-
-
-def naive(model, rollouts, question, temperature):
-    with torch.no_grad():
-        prompt, ids = rollouts.prompt_ids[question], rollouts.completion_ids[question]
-        return naive_logprobs(model, prompt, ids, temperature)
+from sampling.groups import sample_groups, sample_rollouts, sample_tokens
+from sampling.rollouts import joined_rollouts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,25 +93,6 @@ def test_greedy_is_the_true_argmax_despite_a_poisoned_config():
     assert rollouts.completion_ids[0].tolist() == [ids[3:], ids[3:]]
 
 
-def assert_stops_end_completions(rollouts, length_limit):
-    """Tokens 0 and 1 stop, 0 pads: masks end with the first of either, and both occur."""
-    endings = set()
-    ids, mask, finished = (
-        x.flatten(0, 1).tolist()
-        for x in (rollouts.completion_ids, rollouts.completion_mask, rollouts.finished)
-    )
-    for row, kept, ended in zip(ids, mask, finished):
-        stops = [t for t, token in enumerate(row) if token in (0, 1) and kept[t]]
-        length = sum(kept)
-        assert kept == [True] * length + [False] * (len(row) - length)
-        assert ended == (len(stops) == 1)
-        assert length == (stops[0] + 1 if stops else length_limit)
-        assert all(token == 0 for token in row[length:])
-        endings.update(row[t] for t in stops)
-    assert endings == {0, 1}
-    assert not all(finished)
-
-
 def test_masks_end_with_the_first_of_either_stop_token_and_go_by_position():
     """Token 0 is stop and padding at once, and stands in the prompt too; token 1 stops as well."""
     model = make_model(vocab_size=10, initializer_range=0.1)
@@ -146,7 +110,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
         return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, seeds(1))
 
     often = run()
-    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
     rarely = run()
     assert torch.equal(often.completion_ids, rarely.completion_ids)
     assert torch.equal(often.completion_mask, rarely.completion_mask)
@@ -269,68 +233,9 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
 # --- what a GPU would have to wait for ---------------------------------------------------------
 
 
-def tensors_in(*values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-
-
-def of_host(*values):
-    return all(hasattr(x, "of_host") for x in tensors_in(*values))
-
-
-class HostTensors(TorchFunctionMode):
-    """On the CPU, tells the tensors that stand for the GPU's from those that are the host's.
-
-    The host's are made with device="cpu", copied by `.cpu()`, or computed from such alone. Notes
-    what copies between the two, and would wait: `.cpu()`, `.tolist()`, torch.tensor(..., device).
-    """
-
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs, name = tensors_in(args, kwargs), func.__name__
-        if name in ("cpu", "tolist", "numpy") and not of_host(inputs):
-            self.waits.append(name)
-        if func is torch.tensor and kwargs.get("device") != "cpu":
-            self.waits.append("torch.tensor")
-        if name == "cpu" or (name == "to" and of_host(inputs)):  # to_device: from pinned memory
-            result = args[0].clone()
-        else:
-            result = func(*args, **kwargs)
-        made = not inputs and kwargs.get("device") == "cpu"
-        if name != "to" and (name == "cpu" or made or (inputs and of_host(inputs))):
-            for tensor in tensors_in(result):
-                tensor.of_host = True
-        return result
-
-
-WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select"}
-WAITING |= {"isin", "_unique", "_unique2", "unique_consecutive"}
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operations on the GPU's tensors whose result the host needs before it can go on."""
-
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index.dtype == torch.bool for index in tensors_in(args[1])
-        )
-        positions = name == "where" and len(args) == 1
-        if (name in WAITING or masked or positions) and not of_host(args, kwargs):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
     """One wait per look, none before the first token, two for the texts at the end."""
-    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 16})
+    monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
     events = []
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *args: events.append("step") or step(*args))
@@ -371,3 +276,40 @@ def test_the_modes_above_notice_what_waits(wait):
     with torch.inference_mode(), HostTensors(events), Waits(events):
         wait(torch.ones((), device=torch.device("cpu")))
     assert events
+
+
+# --- a step's groups ----------------------------------------------------------------------------
+
+
+def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    problems = [Problem(f"{n}+{n}", str(2 * n), "") for n in range(5)]
+    args = make_args(sampling_batch_size=9, max_completion_length=6)
+    setup = make_setup(model, args, accelerator, tokenizer)
+    asked, sample = [], groups.sample_rollouts
+    monkeypatch.setattr(
+        groups, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
+    )
+    rollouts = sample_groups(setup, problems, range(5))
+    assert [len(prompts) for prompts in asked] == [2, 2, 1]
+    prompts = [ids for prompts in asked for ids in prompts]
+    assert [ids.tolist() for ids in rollouts.prompt_ids] == prompts
+    assert len({tuple(map(tuple, texts)) for texts in rollouts.texts}) == 5  # no draw twice
+    assert rollouts.completion_mask.shape[:2] == (5, 4)
+    args.sampling_batch_size = 0
+    assert sample_groups(setup, problems, range(5)).texts == rollouts.texts
+
+
+def test_what_is_compiled_serves_all_batches_of_a_step(accelerator, monkeypatch):
+    """torch.compile starts anew for a batch of another size."""
+    asked = []
+    monkeypatch.setattr(groups, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
+    monkeypatch.setattr(groups, "joined_rollouts", len)
+    args = make_args(sampling_batch_size=9, compile_sampler=True)
+    setup = make_setup(None, args, accelerator, make_tokenizer())
+    for questions, sizes in ((5, [1] * 5), (4, [2] * 2), (2, [2])):
+        drawn = [Problem("1 + 1?", "2", "")] * questions
+        sample_groups(setup, drawn, range(questions))
+        assert asked == sizes
+        asked.clear()

@@ -1,16 +1,15 @@
-"""The other engine, held to what sampler.py promises."""
+"""The other engine, held to what sampling/groups.py promises."""
 
 import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, TASK, make_args, make_model, make_tokenizer
-from test_llms import group_logprobs
-from test_sampler import Words, assert_stops_end_completions, naive, seeds
+from conftest import FAMILIES, make_args, make_model, make_setup, make_tokenizer
+from toys import Words, assert_stops_end_completions, group_logprobs, naive, seeds
 
-import main
 from rldatasets import Problem
-from sampling.groups import sample_rollouts
+from sampling import groups
+from sampling.groups import sample_groups, sample_rollouts
 from sampling.paged import engine_model, sample_rollouts_paged
 from utils import UserError
 
@@ -136,15 +135,11 @@ def test_the_flags_choose_the_engine_of_a_training_step(
     flags, engine, filters, accelerator, monkeypatch
 ):
     called = []
-    monkeypatch.setattr(main, engine, lambda *arguments: called.append(arguments) or "rollouts")
-    monkeypatch.setattr(main, "joined_rollouts", lambda parts: "".join(parts))
-    tokenizer = make_tokenizer()
-    args = make_args(
-        group_size=4, sampling_batch_size=0, seed=0, top_k=5, top_p=1, min_p=0, temperature=0.8,
-        **flags,
-    )  # fmt: skip
-    problem = Problem("1 + 1?", "2", "1 + 1 = 2")
-    rollouts = main.sample_groups(None, tokenizer, [problem], [7], args, accelerator, TASK)
+    monkeypatch.setattr(groups, engine, lambda *arguments: called.append(arguments) or "rollouts")
+    monkeypatch.setattr(groups, "joined_rollouts", lambda parts: "".join(parts))
+    args = make_args(top_k=5, temperature=0.8, **flags)
+    setup = make_setup(None, args, accelerator, make_tokenizer())
+    rollouts = sample_groups(setup, [Problem("1 + 1?", "2", "1 + 1 = 2")], [7])
     assert rollouts == "rollouts"
     [(model, _, prompts, group_size, tokens, temperature, source, *rest)] = called
     assert (model, len(prompts), group_size, tokens, temperature) == (None, 1, 4, 16, 0.8)

@@ -17,16 +17,13 @@ import evaluator
 import main
 import rldatasets
 import tasks
+from evaluation import reward_lint
 from evaluation.comparison import compare, read_evaluation
-from evaluation.held_out import reward_lint
-from launch import commands
-from launch import parser as flags
+from launch import commands, parser
 from launch.parser import parse_args
-from records import run as runlog
 from rldatasets import Problem, fingerprint, load_problems
 from tasks import load_task
-from tasks import verifier_process as judge
-from tasks.verifier_process import Judge
+from tasks.verifier_process import Judge, without_eval
 from training import cold_start
 from utils import TimedOut, UserError, time_limit
 
@@ -43,7 +40,7 @@ needs_gym = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """Which take longer than all else in a run of toys."""
-    monkeypatch.setattr(runlog, "plot_run", lambda path: None)
+    monkeypatch.setattr("records.run.plot_run", lambda path: None)
 
 
 def lines(path):
@@ -62,7 +59,7 @@ def written(answer):
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
     """A directory of tasks in the place of tasks/. Call it to add one, with its name and text."""
-    for module in (flags, tasks):
+    for module in (parser, tasks):
         monkeypatch.setattr(module, "TASKS", tmp_path)
     added = []
 
@@ -256,11 +253,11 @@ def test_presets_know_the_tasks_and_run_directories_their_names(tmp_path, monkey
     assert (args.max_completion_length, args.temperature) == (96, 1.0)
     assert args.output_dir.startswith("runs/countdown-smollm2-135m-2")
     args.dataset_name, args.evaluator = "reasoning_gym/chain_sum", "some/where/rewards.py"
-    assert flags.run_directory(args, "m").startswith("runs/reasoning_gym-chain_sum-rewards-m-2")
-    parser = flags.build_parser("cpu", "reasoning_gym/chain_sum")
-    assert parser.get_default("max_completion_length") == 160
-    names = {name.partition("/")[0] for _, name in flags.PRESETS_ON}
-    assert names <= {*flags.BUILT_IN, *(path.stem for path in flags.TASKS.glob("*.py"))}
+    assert parser.run_directory(args, "m").startswith("runs/reasoning_gym-chain_sum-rewards-m-2")
+    defaults = parser.build_parser("cpu", "reasoning_gym/chain_sum")
+    assert defaults.get_default("max_completion_length") == 160
+    names = {name.partition("/")[0] for _, name in parser.PRESETS_ON}
+    assert names <= {*parser.BUILT_IN, *(path.stem for path in parser.TASKS.glob("*.py"))}
 
 
 # --- rewards of one's own ------------------------------------------------------------------------
@@ -522,7 +519,7 @@ def test_a_judge_that_cannot_start_is_an_error(capfd):
 def test_what_is_judged_is_never_carried_out(monkeypatch):
     module = type(sys)("careless.verifier")
     monkeypatch.setitem(sys.modules, "careless.verifier", module)
-    with judge.without_eval("careless"):
+    with without_eval("careless"):
         read = vars(module)["eval"]
         assert read("[1, 'a']") == [1, "a"]
         with pytest.raises(ValueError, match="malformed"):

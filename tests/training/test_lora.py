@@ -4,28 +4,42 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from importlib import util
 
 import pytest
 import torch
-from conftest import FAMILIES, TASK, make_args, make_model, make_tokenizer
+from conftest import FAMILIES, make_args, make_model, make_setup, make_tokenizer
 from faults import INTERVAL, Toy, assert_same_run, lines, signal_in
-from test_checkpoints import equal, move, resuming, saver_of
-from test_llms import COMPLETIONS, PROMPT, group_logprobs, naive_logprobs
-from test_main import ADVANTAGES, distance, gradients, rollouts_from
-from test_sampler import Words, generator, naive, seeds
+from toys import (
+    ADVANTAGES,
+    COMPLETIONS,
+    PROMPT,
+    Words,
+    distance,
+    equal,
+    generator,
+    gradients,
+    group_logprobs,
+    move,
+    naive,
+    naive_logprobs,
+    resuming,
+    rollouts_from,
+    saver_of,
+    seeds,
+)
 from transformers import AutoModelForCausalLM
 
-import main
 from evaluation.held_out import evaluate
-from launch.parser import PEFT, parse_args
-from llms import kl_reference, load_model
-from main import update_policy
+from launch.checks import PEFT
+from launch.parser import parse_args
+from llms import kl_reference, load_model, worked_ids
 from records.checkpoints import checkpoint_to_resume
 from rldatasets import Problem, Problems
 from sampling.compiled import StaticLinear
 from sampling.decoder import Decoder
-from sampling.groups import sample_rollouts
+from sampling.groups import sample_groups, sample_rollouts
 from sampling.paged import engine_model
 from training.cold_start import cold_start
 from training.lora import (
@@ -37,7 +51,8 @@ from training.lora import (
     whole_weight,
 )
 from training.optimizer import make_optimizer
-from utils import Stopwatch, UserError
+from training.update import update_policy
+from utils import UserError
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0}
 
@@ -210,10 +225,9 @@ def test_an_update_changes_the_adapter_alone_and_nothing_else_has_a_gradient(acc
     reference = kl_reference(model, args)
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer, _ = make_optimizer(model, args)
+    setup = make_setup(model, args, accelerator, reference=reference)
     for _ in range(2):  # at the first, A has no gradient, for B is 0
-        update_policy(
-            model, reference, optimizer, rollouts, ADVANTAGES, args, accelerator, Stopwatch()
-        )
+        update_policy(setup, optimizer, rollouts, ADVANTAGES)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (".lora_" in name)
         assert torch.equal(parameter, before[name]) == (".lora_" not in name), name
@@ -245,29 +259,25 @@ def test_gradient_checkpointing_changes_no_gradient(accelerator):
 
 
 def test_every_tensor_is_made_on_the_model_s_device(accelerator):
-    """See the test of this name in test_main.py."""
+    """See the test of this name in test_update.py."""
     tokenizer = make_tokenizer()
     args = make_args(
-        **LORA, kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4, group_size=4,
-        questions_per_step=1, sampling_batch_size=0, seed=0, top_k=0, top_p=1, min_p=0,
-        sampler="shared_prefix", compile_sampler=False,
+        **LORA, kl_beta=0.1, cold_start_steps=1, cold_start_learning_rate=1e-4,
+        questions_per_step=1, eval_batch_size=4,
     )  # fmt: skip
     model = with_lora(make_model(vocab_size=len(tokenizer)), learnt=False)
+    setup = make_setup(model, args, accelerator, tokenizer)
     problem = Problem("1 + 1?", "2", "1 + 1 = 2")
     problems = Problems([problem], 0)
     torch.set_default_device("meta")
     try:
-        cold_start(model, tokenizer, problems, args, accelerator, TASK)
-        reference = kl_reference(model, args)
+        cold_start(setup, problems, worked_ids)
+        setup = replace(setup, reference=kl_reference(model, args))
         optimizer, _ = make_optimizer(model, args)
-        rollouts = main.sample_groups(
-            model, tokenizer, problems.batch(0, 1), [0], args, accelerator, TASK
-        )
+        rollouts = sample_groups(setup, problems.batch(0, 1), [0])
         advantages = torch.tensor([[1.0, -1.0, 0.0, 0.0]], device="cpu")
-        metrics = update_policy(
-            model, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
-        )
-        evaluate(model, tokenizer, [problem], 8, 4, TASK)
+        metrics = update_policy(setup, optimizer, rollouts, advantages)
+        evaluate(setup, [problem])
     finally:
         torch.set_default_device(None)
     assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0

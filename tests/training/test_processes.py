@@ -16,23 +16,24 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import ROOT, TASK, make_args, make_model, make_tokenizer
+from conftest import ROOT, TASK, make_args, make_model, make_setup, make_tokenizer
 from safetensors.torch import load_file
-from test_main import rollouts_from
+from toys import flags_of, rollouts_from
 
 import main
 from evaluation.held_out import evaluate_policy
-from evaluator import score
+from evaluation.scoring import score
 from grpo import group_advantages
-from launch.interrupts import Stopped
-from llms import frozen_copy
+from llms import frozen_copy, worked_ids
 from records.checkpoints import Saver, checkpoint_to_resume
 from rldatasets import Problem, Problems
+from sampling.groups import sample_groups
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
 from training.processes import everyones, everyones_rollouts, from_main, own_groups, own_part
 from training.sharding import shard, shard_if_configured, whole_tensor
-from utils import Stopwatch, UserError, read_jsonl
+from training.update import update_policy
+from utils import Stopped, UserError, read_jsonl
 
 PROBLEMS = [Problem(f"{n} + {n * n}?", str(n + n * n), f"{n} + {n * n}") for n in range(7)]
 
@@ -128,18 +129,17 @@ def step_of(settings, accelerator, sharded=False):
     args = make_args(
         **{
             "questions_per_step": 6, "group_size": 3, "sampling_batch_size": 6, "seed": 1,
-            "top_k": 0, "top_p": 1.0, "min_p": 0.0, "sampler": "shared_prefix", "max_draws": 1,
-            "compile_sampler": False, "max_completion_length": 9, "train_group_size": 0,
-            "reward_weights": {}, "reward_timeout": None, "overlong_buffer": 3,
-            "learning_rate": 1e-3, "max_grad_norm": 0.5, "eval_samples": 2, "eval_batch_size": 2,
-            "cold_start_steps": 2, "cold_start_learning_rate": 1e-3, **settings,
+            "max_completion_length": 9, "train_group_size": 0, "overlong_buffer": 3,
+            "max_grad_norm": 0.5, "eval_samples": 2, "eval_batch_size": 2, "cold_start_steps": 2,
+            **settings,
         }
     )  # fmt: skip
     if sharded:
         shard(policy)
     task = replace(TASK, reward_functions=[spread])
-    cold_start(policy, tokenizer, Problems(PROBLEMS, 0), args, accelerator, task)
-    reference = frozen_copy(policy) if args.kl_beta else None
+    setup = make_setup(policy, args, accelerator, tokenizer, task)
+    cold_start(setup, Problems(PROBLEMS, 0), worked_ids)
+    setup = replace(setup, reference=frozen_copy(policy) if args.kl_beta else None)
     optimizer, _ = make_optimizer(policy, args)
     gradients = []
 
@@ -152,18 +152,14 @@ def step_of(settings, accelerator, sharded=False):
         def save_step(self, *_):
             return None
 
-    _, rollouts, rewards = main.draw_groups(
-        policy, tokenizer, Problems(PROBLEMS, 0), 0, Nowhere(), args, accelerator, Stopwatch(), task
-    )
+    _, rollouts, rewards = main.draw_groups(setup, Problems(PROBLEMS, 0), 0, Nowhere())
     chosen = main.choose(rewards.total, args)
     advantages = group_advantages(rewards.total, "std", chosen)
     if "only" in settings:
         advantages[:] = 0.0
         advantages[0] = torch.tensor([1.0, -0.5, -0.5])
-    metrics = main.update_policy(
-        policy, reference, optimizer, rollouts, advantages, args, accelerator, Stopwatch(), chosen
-    )
-    summary, records = evaluate_policy(policy, tokenizer, PROBLEMS, args, accelerator, TASK, 1)
+    metrics = update_policy(setup, optimizer, rollouts, advantages, chosen)
+    summary, records = evaluate_policy(replace(setup, task=TASK), PROBLEMS, 1)
     del summary["seconds/evaluation"]
     return rollouts.texts, torch.stack(gradients).numpy(), metrics, summary, records
 
@@ -208,12 +204,10 @@ def test_a_step_without_signal_changes_nothing_in_several_processes_either(accel
         policy = make_model(vocab_size=20)
         args = make_args(learning_rate=0.1)
         optimizer, _ = make_optimizer(policy, args)
-        rollouts = rollouts_from(policy)
+        rollouts, setup = rollouts_from(policy), make_setup(policy, args, accelerator)
         for advantages in (torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 3), torch.zeros(3, 4)):
             before = [p.detach().clone() for p in policy.parameters()]
-            main.update_policy(
-                policy, None, optimizer, rollouts, advantages, args, accelerator, Stopwatch()
-            )
+            update_policy(setup, optimizer, rollouts, advantages)
         return all(map(torch.equal, before, policy.parameters()))
 
     assert weights(accelerator)
@@ -230,7 +224,7 @@ def steps_of_ones(path, accelerator, sharded, until, resume=None, interrupted=No
         shard(policy)
     optimizer, _ = make_optimizer(policy, args)
     start = from_main(lambda: checkpoint_to_resume(args), accelerator)
-    saver = Saver(args, {}, policy, make_tokenizer(), None, optimizer, start, accelerator)
+    saver = Saver(make_setup(policy, args, accelerator, make_tokenizer()), optimizer, {}, start)
     try:
         with saver:
             while saver.done < until:
@@ -270,13 +264,10 @@ def test_each_process_scores_its_own_completions_alone():
     model = make_model(vocab_size=len(tokenizer))
 
     def scored(accelerator):
-        args = make_args(
-            group_size=2, sampling_batch_size=0, sampler="shared_prefix", compile_sampler=False,
-            top_k=0, top_p=1.0, min_p=0.0, max_completion_length=4,
-        )  # fmt: skip
-        asked = []
+        args = make_args(group_size=2, max_completion_length=4)
+        setup, asked = make_setup(model, args, accelerator, tokenizer), []
         own = own_part(PROBLEMS[:5], accelerator)
-        part = main.sample_groups(model, tokenizer, own, range(len(own)), args, accelerator, TASK)
+        part = sample_groups(setup, own, range(len(own)))
         score(part, own, [lambda completion, problem: asked.append(problem.question) or 0.0])
         return asked, [len(p.texts) for p in everyones_rollouts(part, accelerator)]
 
@@ -314,9 +305,7 @@ class Configured:
     ],
 )
 def test_configurations_that_would_not_work_are_refused(kind, is_fsdp2, flags, complaint):
-    args = make_args(
-        **{"lora_rank": 0, "compile_sampler": False, "sampler": "shared_prefix", **flags}
-    )
+    args = make_args(**flags)
     with pytest.raises(UserError, match=complaint):
         shard_if_configured(None, args, Configured(kind, is_fsdp2))
 
@@ -337,6 +326,7 @@ def several(tmp_path):
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
             sys.argv = ["main.py", *map(str, argv)]
+            sys.modules.pop("launch.door", None)
             status = 0
             try:
                 runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
@@ -349,20 +339,6 @@ def several(tmp_path):
         return launch(count, command)
 
     return run
-
-
-def flags_of(saved_models, path, *more):
-    """The flags of a toy run in `path`, whose data are beside it."""
-    data = path.parent / "data.jsonl"
-    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(60)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (
-        "--preset", "cpu", "--model_name", saved_models["qwen2"], "--dataset_path", data,
-        "--output_dir", path, "--questions_per_step", 6, "--group_size", 3, "--num_train_iters", 3,
-        "--max_completion_length", 6, "--cold_start_steps", 1, "--eval_problems", 5,
-        "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 2, "--keep_checkpoints", 9,
-        *more,
-    )  # fmt: skip
 
 
 @pytest.mark.faults  # for its length

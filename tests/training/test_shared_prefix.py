@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import FAMILIES, make_model
-from test_llms import naive_logprobs
+from toys import naive_logprobs
 
-from llms import completion_logprobs, frozen_copy
+from llms import frozen_copy
+from training.logprobs import completion_logprobs
 from training.shared_prefix import micro_batches
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 17, 2, 88], [9], [41, 7, 3, 3, 3, 60, 12])]
@@ -23,7 +24,7 @@ def packed(model, budget=0, temperature=0.7, mask=MASK):
     """The same through micro-batches, put back in place."""
     result = torch.zeros(9, 6, dtype=torch.float64)
     for batch in micro_batches(PROMPTS, mask.sum(-1).tolist(), budget):
-        logprobs = completion_logprobs(model, batch, IDS.flatten(0, 1)[batch.rows], temperature)
+        logprobs, _ = completion_logprobs(model, batch, IDS.flatten(0, 1)[batch.rows], temperature)
         result = result.index_copy(0, batch.rows, logprobs.double())
     return result.view(MASK.shape)
 
