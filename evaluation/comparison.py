@@ -111,11 +111,15 @@ def _cell(key, summary):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a run: `name` is RUN@STEP, `flags` those of the run's config.json."""
+    """One evaluation of a run: `name` is RUN@STEP, `config` what its config.json holds."""
 
     name: str
     records: list
-    flags: dict
+    config: dict
+
+    @property
+    def flags(self):
+        return self.config.get("flags", {})
 
 
 def read_evaluation(place):
@@ -144,10 +148,11 @@ def read_evaluation(place):
     if not records or any(key not in record for record in records for key in NEEDED):
         raise UserError(f"{files[step]}: not an evaluation's records ({', '.join(NEEDED)})")
     try:
-        flags = json.loads((folder / "config.json").read_text(encoding="utf-8"))["flags"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {**config, "flags": {**config["flags"]}}
     except (OSError, ValueError, KeyError, TypeError):
-        flags = {}
-    return Evaluation(f"{path}@{step}", records, flags)
+        config = {}
+    return Evaluation(f"{path}@{step}", records, config)
 
 
 def compare(first, second, show):
@@ -162,15 +167,16 @@ def compare(first, second, show):
         common &= {row["question"] for row in second.records}
         raise UserError(f"these runs answered different questions: {len(first.records)} and "
                         f"{len(second.records)}, of which {len(common)} in common")  # fmt: skip
+    other = differences(first, second)
     return "\n".join([
         *(f"{letter}  {described(side)}" for letter, side in zip("AB", (first, second))),
-        *differing_limits(first, second),
+        *([f"Note: not only the models differ: {', '.join(other)}."] if other else []),
         "",
         *table([("held-out", "A", "B", "B - A", "p"), *share_rows(*pairs), *mean_rows(*pairs)]),
         f"{len(pairs[0])} questions; in brackets 95 % intervals; p: McNemar's exact test.",
         "All of it is about these two models: another seed of a training makes another model.",
         "",
-        *verdict(*pairs),
+        *verdict(*pairs, other),
         *examples(*pairs, show),
     ])  # fmt: skip
 
@@ -183,11 +189,27 @@ def described(evaluation):
     return "  ".join([evaluation.name, ", ".join(facts)]).rstrip()
 
 
-def differing_limits(first, second):
-    lengths = [side.flags.get("max_completion_length") for side in (first, second)]
-    if lengths[0] == lengths[1] or None in lengths:
-        return []
-    return ["Note: --max_completion_length differs, so one side had more room to answer."]
+def differences(first, second):
+    """What besides the models differs between two Evaluations of the same questions, in words. What
+    one side did not write down, as runs of before did not, is not compared."""
+    found = []
+    if any(a != b for a, b in zip(*(prompts(side.records) for side in (first, second)))):
+        found.append("prompts")
+    if differ(first.config, second.config, "verdict_sha256"):
+        found.append("is_correct")
+    flags = ("dataset_name", "difficulty", "max_completion_length")
+    return found + [f"--{name}" for name in flags if differ(first.flags, second.flags, name)]
+
+
+def prompts(records):
+    """The prompts that were answered, in the order of their questions; none where not all know."""
+    known = all("prompt" in record for record in records)
+    ordered = sorted(records, key=lambda record: (record["question"], record["answer"]))
+    return [record["prompt"] for record in ordered] if known else []
+
+
+def differ(first, second, name):
+    return None not in (first.get(name), second.get(name)) and first[name] != second[name]
 
 
 def shares(records):
@@ -236,8 +258,8 @@ def points(difference, low, high):
     return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def verdict(first, second):
-    """What the figures allow one to say, in one or two lines."""
+def verdict(first, second, other):
+    """What the figures allow one to say, in one or two lines. `other`: see differences."""
     before, after = shares(first), shares(second)
     found = {}
     for name in ("accuracy", "lenient_accuracy"):
@@ -249,6 +271,10 @@ def verdict(first, second):
     beyond_noise, figures, difference = found["accuracy"]
     if not beyond_noise:
         yield f"The difference in accuracy, {figures}, is within the noise."
+        return
+    if other:
+        yield (f"Accuracy differs, {figures}, but so does {', '.join(other)}: neither is called "
+               "better.")  # fmt: skip
         return
     yield f"{'B' if difference > 0 else 'A'} is better: accuracy {figures}."
     if "lenient_accuracy" in found and not found["lenient_accuracy"][0]:

@@ -24,6 +24,19 @@ from utils import EMBEDDED_MODEL, UserError, base_and_adapters, hub_token
 EMBEDDED_CONTEXT = 8192
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
+# (flags, when they do nothing, in words); those of LoRA are an error, see check_lora.
+IDLE = (
+    (("update_ref_model_freq", "ref_model_mixup_alpha"),
+     lambda args: not args.update_ref_model, "without --update_ref_model"),
+    (("kl_estimator",), lambda args: args.kl_beta == 0, "at --kl_beta 0"),
+    (("ratio", "clip", "clip_epsilon", "clip_epsilon_high"),
+     lambda args: args.num_inner_epochs == 1, "at --num_inner_epochs 1: the ratio is 1"),
+    (("difficulty",), lambda args: args.dataset_name != "arithmetic",
+     "on other data than --dataset_name arithmetic"),
+    (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,
+     "at --cold_start_steps 0"),
+    (("allow_changed_rewards",), lambda args: args.resume is None, "without --resume"),
+)  # fmt: skip
 
 
 def check_flags(args):
@@ -61,6 +74,17 @@ def check_flags(args):
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
+
+
+def idle_flags(args, default_of):
+    """A line for every flag that differs from its default and does nothing here. That is no error:
+    commands are passed on, and changed bit by bit."""
+    return [
+        f"--{name} {getattr(args, name)} does nothing {when}"
+        for names, is_idle, when in IDLE
+        for name in names
+        if is_idle(args) and getattr(args, name) != default_of(name)
+    ]
 
 
 def check_trackers(args):

@@ -1,6 +1,7 @@
 """What a run begins with: problems, model, directory, and whatever is wrong with them."""
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,8 +11,10 @@ from accelerate.utils import set_seed
 from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn
+from evaluation.sources import sources_of
 from llms import chat_prompt, load_model
 from records.checkpoints import checkpoint_to_resume
+from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
 from records.trackers import start_trackers
 from rldatasets import Problems, fingerprint
@@ -46,10 +49,16 @@ def begin(args):
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
     warn(task, data.test, args.reward_weights, args.reward_timeout)
+    saved = saved_config(args.output_dir) if start else {}
+    sources = sources_of(task)
+    changed_at = steps_with_other_rewards(saved, sources, first, args.allow_changed_rewards)
+    if first in changed_at:
+        print("main.py: warning: the rewards are others from here on", file=sys.stderr)
     trackers = start_trackers(accelerator, args, first)
     run = Run(args.output_dir, trackers, writes=accelerator.is_main_process)
     run.cut_back(first)
-    run.save_config(args, str(accelerator.device), **data.facts)
+    facts = {**data.facts, **sources, "rewards_changed_at": changed_at}
+    run.save_config(args, str(accelerator.device), saved, first, **facts)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
         policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
@@ -108,7 +117,8 @@ def evaluate_and_save(args):
     policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
     check_room(policy, tokenizer, problems, args.max_completion_length, task)
     run = Run(args.output_dir)
-    run.save_config(args, str(accelerator.device), test_problems=len(problems))
+    facts = {"test_problems": len(problems), **sources_of(task)}
+    run.save_config(args, str(accelerator.device), **facts)
     with phase("evaluation"):
         setup = Setup(policy, tokenizer, task, args, accelerator)
         summary, records = evaluate_policy(setup, problems, step=0)

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from launch.checks import (
     check_model,
     check_output_dir,
     check_trackers,
+    idle_flags,
 )
 from launch.presets import LORA_TARGETS, PRESETS, PRESETS_ON
 from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flags
-from rldatasets import BUILT_IN
-from tasks import TASKS, has_own_evaluator
+from tasks import dataset_names, has_own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, one_line
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
@@ -64,7 +65,7 @@ def _weight(text):
 
 
 def _dataset_name(text):
-    names = [*BUILT_IN, *sorted(path.stem for path in TASKS.glob("[!_]*.py"))]
+    names = dataset_names()
     name = text.partition("/")[0]
     if name not in names:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; {hint(name[:40], names)}")
@@ -109,6 +110,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
          "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
          "from that run's latest checkpoint, or from that checkpoint, dropping what came later")
+    flag("--allow_changed_rewards", action="store_true", help="let --resume go on with rewards or "
+         "an is_correct that are not those the run began with; log and plots show from where on")
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
@@ -308,6 +311,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     parser = build_parser(*preset_and_dataset(argv, prog), prog, epilog)
     saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
+    idle = idle_flags(args, parser.get_default)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
     args.reward_weights = dict(args.reward_weights)
@@ -324,6 +328,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
             check_output_dir(args)
     except UserError as error:
         parser.error(str(error))
+    for line in idle:
+        print(f"{prog}: warning: {line}", file=sys.stderr)
     return args
 
 

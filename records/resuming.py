@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
     "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
     "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track", "merge_lora",
+    "allow_changed_rewards",
 }  # fmt: skip
 
 
@@ -45,16 +46,36 @@ def checkpoint_step(path):
     return int(match[1]) if match else None
 
 
-def saved_flags(output_dir):
-    """The flags of the run in a directory, {} where it has no config.json yet."""
+def saved_config(output_dir):
+    """What config.json of the run in a directory holds, {} where there is none yet."""
     file = Path(output_dir) / "config.json"
     try:
-        flags = json.loads(file.read_text(encoding="utf-8"))["flags"]
-        return {name: flags[name] for name in flags}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {**config, "flags": {**config["flags"]}}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file}: damaged; remove it and give --resume the run's flags") from None
+
+
+def saved_flags(output_dir):
+    """The flags of the run in a directory, {} where it has no config.json yet."""
+    return saved_config(output_dir).get("flags", {})
+
+
+def steps_with_other_rewards(saved, sources, step, allowed):
+    """The steps from which on a run's rewards or verdicts were others: those in its config.json,
+    and `step`, at which it goes on, where these `sources` differ from what is saved there.
+
+    Raises UserError where they differ and that is not `allowed`.
+    """
+    steps = saved.get("rewards_changed_at", [])
+    if all(saved.get(name, value) == value for name, value in sources.items()):
+        return steps
+    if not allowed:
+        raise UserError("--resume: the rewards or is_correct are not those that the run began "
+                        "with; undo the change, or add --allow_changed_rewards")  # fmt: skip
+    return [*steps, step]
 
 
 def check_same_flags(args, saved):

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from records.rollout_file import save_rollouts
 from records.trackers import log_evaluation, log_plots, log_row
 from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
 
+REWARDS_CHANGED = "rewards: they are others from this step on (--allow_changed_rewards)"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "peft", "reasoning-gym",
             "math-verify")  # fmt: skip
 
@@ -32,7 +34,7 @@ class Run:
     """A run's directory, and the only writer of what is in it. `trackers` get the figures as well.
     Of a run of several processes all have one, and that of the main process alone writes.
 
-    config.json        the command, every flag, versions, device, commit
+    config.json        the first command, every flag, versions, device, and every start of the run
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
@@ -50,6 +52,7 @@ class Run:
         self.completions = self.path / "completions"
         if writes:
             self.completions.mkdir(parents=True, exist_ok=True)
+        self.config = {}  # what config.json holds, see save_config
         self.evaluations = {}  # step: summary
         self.rows = []  # the lines of metrics.jsonl, for the alarms
 
@@ -62,8 +65,8 @@ class Run:
             if self.writes and path.exists():  # also where all it holds is a torn line
                 replace_text(path, jsonl(kept[name]))
         for path in (*self.completions.glob("*_*.jsonl"), *self.path.glob("rollouts/step_*")):
-            kind, _, step = path.stem.partition("_")
-            if self.writes and int(step) > (done if kind == "eval" else done - 1):
+            ours = re.fullmatch(r"(step|eval|tokens)_(\d{5,})", path.stem)
+            if ours and self.writes and int(ours[2]) > (done if ours[1] == "eval" else done - 1):
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
         for row in kept["eval.jsonl"]:
@@ -80,26 +83,35 @@ class Run:
     def last_evaluation(self):
         return self.evaluations[max(self.evaluations)]
 
-    def save_config(self, args, device, **facts):
-        if not self.writes:
-            return
-        config = {
+    def save_config(self, args, device, saved=None, step=0, **facts):
+        """Write config.json. `saved` is what it held, where a run goes on at `step`: the first
+        command and commit stay, and this start joins the others in `starts`."""
+        now = {
             "command": shlex.join(["python", *sys.argv]),
+            "commit": _commit(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        first = {name: saved[name] for name in now if name in saved} if saved else now
+        starts = saved.get("starts", [{**first, "step": 0}]) if saved else []
+        self.config = {
+            **first,
             "flags": vars(args),
             **facts,
             "device": device,
             "python": platform.python_version(),
             "packages": _versions(),
-            "commit": _commit(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "starts": [*starts, {**now, "step": step}],
         }
-        text = json.dumps(finite(config), indent=2, ensure_ascii=False)
-        replace_text(self.path / "config.json", text + "\n")
+        if self.writes:
+            text = json.dumps(finite(self.config), indent=2, ensure_ascii=False)
+            replace_text(self.path / "config.json", text + "\n")
 
     def log_step(self, metrics):
         """Write a step's metrics; `alarms` is added to them, a list of lines, mostly empty."""
         self.rows.append(finite(metrics))
         metrics["alarms"] = new_alarms(self.rows, self._evaluation_rows(), "step")
+        if metrics["step"] in self.config.get("rewards_changed_at", ()):
+            metrics["alarms"].append(REWARDS_CHANGED)
         self._write("metrics.jsonl", [metrics], mode="a")
         log_row(self.trackers, metrics)
 
@@ -198,10 +210,10 @@ def _commit():
 def step_metrics(step, rollouts, rewards, update, setup):
     """One line of metrics.jsonl: what was sampled, what it earned, what the update did, how long.
 
-    `update` is what update_policy returned; the seconds are those of setup.stopwatch. Means are over the step's
-    completions. The mean of -logprob over sampled tokens is an unbiased estimate of the policy's
-    entropy at the sampling temperature; where a filter (top_k, top_p, min_p) chose them, it is
-    their cross-entropy under the unfiltered policy, and called that.
+    `update` is what update_policy returned; the seconds are those of setup.stopwatch. Means are
+    over the step's completions. The mean of -logprob over sampled tokens is an unbiased estimate of
+    the policy's entropy at the sampling temperature; where a filter (top_k, top_p, min_p) chose
+    them, it is their cross-entropy under the unfiltered policy, and called that.
     """
     tokens = int(rollouts.completion_mask.sum())
     total, on_gpu = rewards.total, torch.cuda.is_available()

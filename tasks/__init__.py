@@ -42,6 +42,13 @@ from rldatasets import BUILT_IN, Problem, Problems, load_problems
 from utils import UserError, hint
 
 TASKS = Path(__file__).parent
+NO_TASKS = ("__init__", "verifier_process")  # the files here that are none
+
+
+def dataset_names():
+    """What --dataset_name may be, variants aside: the built-in datasets and the tasks."""
+    found = (path.stem for path in TASKS.glob("*.py"))
+    return [*BUILT_IN, *sorted(name for name in found if name not in NO_TASKS)]
 
 
 @dataclass(frozen=True)
