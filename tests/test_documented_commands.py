@@ -27,6 +27,7 @@ import utils
 from launch import checks, commands
 from launch.commands import COMMANDS, build_command_parser, parse_command
 from launch.parser import build_parser, parse_args
+from records.files import LABELS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md"]
@@ -318,6 +319,12 @@ def test_links_and_files_that_a_page_names_exist(page):
 
 MADE_UP = {"rewards.py", "tasks/NAME.py"}
 FOLDERS = ("sampling", "training", "configs/accelerate")
+
+
+def test_every_metric_has_its_meaning():
+    [spans] = [code(page)[1] for page in PAGES if page.name == "runs.md"]
+    for name in LABELS:
+        assert name in spans or f"{name.split('/')[0]}/…" in spans, f"docs/runs.md: {name}"
 
 
 def test_the_readme_is_short_and_every_page_is_linked_from_it():
