@@ -62,7 +62,8 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
     budget = budget or math.inf
     group_size = len(lengths[0])
     prefixes = _prefixes(lengths, completion_ids)
-    passes, spent, longest, held = [], 0, 0, set()  # the last three: of the pass being filled
+    passes, held = [], set()  # `held` and those below are of the pass being filled
+    spent = longest = padded = 0  # tokens, most own tokens, completions that have some
     for question, prompt in enumerate(prompt_ids):
         rows = [question * group_size + g for g, length in enumerate(lengths[question]) if length]
         group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
@@ -75,11 +76,11 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
         for row in order:
             own = sum(number not in held for number in group[row])
             cost = own + (0 if asked else len(prompt))
-            longest = max(longest, own)
-            if not passes or spent + cost > budget or (len(passes[-1]) + 1) * longest > 2 * budget:
+            longest, padded = max(longest, own), padded + (own > 0)
+            if not passes or spent + cost > budget or padded * longest > 2 * budget:
                 passes.append([])
-                spent, cost, held = 0, len(group[row]) + len(prompt), set()
-                longest = len(group[row])
+                held, longest, padded = set(), len(group[row]), 1
+                spent, cost = 0, len(group[row]) + len(prompt)
             passes[-1].append(row)
             held.update(group[row])
             spent, asked = spent + cost, True
