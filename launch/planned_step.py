@@ -229,9 +229,9 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
         if on_gpu and recorder_for(policy, "cuda"):
             decoder = GraphDecoder(policy, group_size, length, partial(PlannedGraph, tracker))
         else:
-            decoder = Decoder(policy, group_size, length)
+            decoder = Decoder(policy, group_size, length, shares=False)
     uniforms = torch.zeros((length, rows), dtype=torch.float64)
-    logits = decoder.prefill(worst_prompts(questions, args))  # (R, V)
+    logits, row = decoder.prefill(worst_prompts(questions, args))  # (R, V), (R,)
     caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
     tracker.label([tensor for part in caches for tensor in part], "KV cache")
     prompts = tracker.work - before
@@ -241,7 +241,7 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
         decoder.written = place
         read = decoder.length_to_read()
         tokens, _ = sample_tokens(
-            logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p
+            logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p, row
         )
         logits = decoder.step(tokens)
         of_a_token[read] = tracker.work - before

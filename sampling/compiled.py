@@ -112,9 +112,9 @@ class StaticDecoder(GraphDecoder):
         self._advance()
         return logits
 
-    def keep(self, alive):
+    def branch(self, parents):
         """All rows stay: every number of rows would have to be compiled."""
-        return torch.arange(len(alive), device=self.device)
+        return parents
 
     def _one_token(self, tokens):
         return self._layers(tokens[:, None], self.position[:, None], self._attend_group)

@@ -51,7 +51,7 @@ class GraphDecoder(Decoder):
     """Decoder, used in the same way."""
 
     def __init__(self, model, group_size, max_new_tokens, recorder):
-        super().__init__(model, group_size, max_new_tokens)
+        super().__init__(model, group_size, max_new_tokens, shares=False)
         self.recorder = recorder
 
     @torch.inference_mode()
@@ -69,14 +69,14 @@ class GraphDecoder(Decoder):
         """The least power of two that `written` and the token at hand fit in."""
         return min(max(SHORTEST, 1 << self.written.bit_length()), self.max_new_tokens)
 
-    def keep(self, alive):
-        """Drop rows once half of them have finished. Returns the order of the rest."""
-        if 2 * int(alive.sum()) > len(alive):
-            return torch.arange(len(alive), device=self.device)
-        order = super().keep(alive)
+    def branch(self, parents):
+        """Drop rows once half of them have finished."""
+        if 2 * len(parents) > len(self.position):
+            return parents
+        rows = super().branch(parents)
         self.tokens = torch.zeros_like(self.position)
         self.length = self.graph = None
-        return order
+        return rows
 
     def _make_room(self):
         super()._make_room()

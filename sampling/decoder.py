@@ -2,20 +2,23 @@
 
 A group shares its prompt for good: the prompt's keys and values are computed, stored and read once
 per question, and what all prompts begin with (chat template, system prompt) is computed once per
-batch. Norms, activations and weights are the model's own; the order of operations is that of Qwen2,
+batch. Completions that are equal so far share a row, until their draws part (see training/tree.py).
+ Norms, activations and weights are the model's own; the order of operations is that of Qwen2,
 Qwen3 and LLaMA, with the attention and its cache written out.
 
-Letters: Q questions, G completions per question, R live rows (at most Q·G), P prompt tokens, C
-completion tokens so far, T tokens per row in one call, H heads, K key-value heads, S head size, D
-hidden size, V vocabulary, L layers.
+Letters: Q questions, G completions per question, R rows (at most Q·G), W rows of a question (the
+most), P prompt tokens, C completion tokens so far, T tokens per row in one call, H heads, K
+key-value heads, S head size, D hidden size, V vocabulary, L layers.
 """
 
 from itertools import takewhile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from training.lora import whole_weight
+from training.tree import first_of_each
 from utils import to_device
 
 
@@ -58,17 +61,17 @@ def joined(linears, dtype):
     return product
 
 
-def filled_gaps(alive):
-    """How to move everything alive (N,) to the front: (the order then, gaps, what moves in).
-
-    On the host: on a GPU, counting and finding would each make the host wait.
-    """
-    left = int(alive.sum())
-    gaps = (~alive[:left]).nonzero().squeeze(-1)
-    movers = alive[left:].nonzero().squeeze(-1) + left
-    order = torch.arange(left, device="cpu")
-    order[gaps] = movers
-    return order, gaps, movers
+def arranged(parents):
+    """Where rows go that continue those of numbers `parents`, (R',) on the host: each has one of
+    the first R' places, and keeps its parent's where it can. Returns the places (R',) and what has
+    to be copied: places (M,), from rows (M,), none of which is a place that is written."""
+    first, _ = first_of_each(parents)
+    places = np.full(len(parents), -1)
+    staying = first[parents[first] < len(parents)]
+    places[staying] = parents[staying]
+    moving = np.flatnonzero(places < 0)
+    places[moving] = np.setdiff1d(np.arange(len(parents)), places[staying])
+    return places, places[moving], parents[moving]
 
 
 def rotated(x, cos, sin):
@@ -121,18 +124,19 @@ class Block:
 
 
 class Decoder:
-    """`prefill` once, then `step` for every token; `keep` drops the rows that have finished.
+    """`prefill` once, then `step` for every token; `branch` parts rows and drops finished ones.
 
-    `place` (R,) says for each row which of the Q·G places it has, question by question. Rows stand
-    in that order at first; as rows finish, rows from behind fill the gaps in front.
+    At first there is a row for each question, or for each completion where it does not share. The
+    rows of a question may stand anywhere: `place` (R,) says which of Q·W places each has, question
+    by question.
     """
 
     joined = staticmethod(joined)  # how the layers hold their weights; compiled.py differs
 
     @torch.inference_mode()
-    def __init__(self, model, group_size, max_new_tokens):
+    def __init__(self, model, group_size, max_new_tokens, shares=True):
         decoder, config = model.get_decoder(), model.config
-        self.decoder = decoder
+        self.decoder, self.shares = decoder, shares
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.device = decoder.embed_tokens.weight.device
@@ -145,7 +149,8 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, prompts):
-        """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token."""
+        """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token, and for each
+        of the Q·G completions its row, on the host."""
         # A tensor per layer: one for all would seldom fit where the last batch's was freed.
         self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
         self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
@@ -158,20 +163,31 @@ class Decoder:
 
         bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys[0].dtype)
         self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
-        self.position = self.prompt_mask.sum(-1).repeat_interleave(self.group_size)  # (R,)
+        rows = 1 if self.shares else self.group_size  # of each question
+        self.question = np.arange(len(prompts)).repeat(rows)  # (R,), on the host
+        self.position = self.prompt_mask.sum(-1).repeat_interleave(rows)  # (R,)
         self.written = 0
         self._make_room()
-        return logits.repeat_interleave(self.group_size, dim=0)
+        row = np.arange(len(self.position)).repeat(self.group_size // rows)  # (Q·G,)
+        return logits.repeat_interleave(rows, dim=0), row
 
     def _make_room(self):
-        """An empty cache for the completions, and the rows in the order of their places."""
-        rows = len(self.position)
-        self.places = torch.arange(rows, device="cpu")  # `place`, where the host can read it
-        self.place = torch.arange(rows, device=self.device)  # (R,)
-        _, heads, _, size = self.prompt_keys[0].shape
-        shape = (rows, heads, self.max_new_tokens, size)
+        """An empty cache for the completions."""
+        self._place_rows()
+        questions, heads, _, size = self.prompt_keys[0].shape
+        shape = (questions * self.group_size, heads, self.max_new_tokens, size)
         self.keys = [keys.new_empty(shape) for keys in self.prompt_keys]  # L times (R, K, C, S)
         self.values = [values.new_empty(shape) for values in self.prompt_values]
+
+    def _place_rows(self):
+        """Number the rows of each question, by which attention to the prompt goes."""
+        order = np.argsort(self.question, kind="stable")
+        counts = np.bincount(self.question)  # (Q,)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - (counts.cumsum() - counts).repeat(counts)
+        self.width = int(counts.max())
+        place = torch.from_numpy(self.question * self.width + rank)
+        self.place = to_device(place, self.device)  # (R,)
 
     @torch.inference_mode()
     def step(self, tokens):
@@ -186,31 +202,33 @@ class Decoder:
         return self.written + 1
 
     @torch.inference_mode()
-    def keep(self, alive):
-        """Drop the rows where alive (R,), on the host, is False. Returns the order of the rest."""
-        order, gaps, movers = filled_gaps(alive)
-        question, slot = self.places[order] // self.group_size, self.places[order] % self.group_size
-        order = self._moved((*self.keys, *self.values), order, gaps, movers, self.written)
-        self.position = self.position[order]
+    def branch(self, parents):
+        """Rows that part and rows that end: from now on there are R' rows, each of which continues
+        one of those so far. parents: (R',). Returns the number (R',) of each. Both on the host."""
+        places, to, of = arranged(parents)
+        parents = parents[np.argsort(places)]  # as the rows stand from now on
+        self.question = self.question[parents]
+        self.position = self.position[self._on_device(parents)]
+        self._copy((*self.keys, *self.values), to, of, self.written)
 
-        # The same for questions of which no row is left.
-        asked = torch.zeros(len(self.prompt_bias), dtype=torch.bool, device="cpu")
-        asked[question] = True
-        kept, gaps, movers = filled_gaps(asked)
-        moved = torch.zeros_like(asked, dtype=torch.long)
-        moved[kept] = torch.arange(len(kept), device="cpu")
-        self.places = moved[question] * self.group_size + slot
-        self.place = to_device(self.places, self.device)
-        kept = self._moved((*self.prompt_keys, *self.prompt_values), kept, gaps, movers)
-        self.prompt_bias = self.prompt_bias[kept]
-        return order
+        asked, question = np.unique(self.question, return_inverse=True)
+        if len(asked) < len(self.prompt_bias):  # the same for questions of which no row is left
+            places_left, to, of = arranged(asked)
+            self._copy((*self.prompt_keys, *self.prompt_values), to, of)
+            self.prompt_bias = self.prompt_bias[self._on_device(asked[np.argsort(places_left)])]
+            question = places_left[question]
+        self.question = question
+        self._place_rows()
+        return places
 
-    def _moved(self, caches, order, gaps, movers, length=None):
-        """Fill the gaps in the caches. Returns the order, on the device."""
-        order, gaps, movers = (to_device(index, self.device) for index in (order, gaps, movers))
-        for cache in caches:
-            cache[gaps, :, :length] = cache[movers, :, :length]
-        return order
+    def _on_device(self, numbers):
+        return to_device(torch.from_numpy(numbers), self.device)
+
+    def _copy(self, caches, to, of, length=None):
+        if len(to):
+            to, of = self._on_device(to), self._on_device(of)
+            for cache in caches:
+                cache[to, :, :length] = cache[of, :, :length]
 
     def _layers(self, ids, positions, attend):
         """Run the model over ids (R, T), with this attention. Logits (R, V) after the last."""
@@ -272,7 +290,7 @@ class Decoder:
         own = self._remember(layer, k, v)
         q = q[:, 0].unflatten(1, (self.kv_heads, -1))  # (R, K, H/K, S)
         of_prompt, log_prompt = attended(
-            self._by_group(q),  # (Q, K, G·H/K, S)
+            self._by_group(q),  # (Q, K, W·H/K, S)
             self.prompt_keys[layer][:questions],
             self.prompt_values[layer][:questions],
             self.prompt_bias,
@@ -289,12 +307,12 @@ class Decoder:
         return self.keys[layer][:rows, :, :length], self.values[layer][:rows, :, :length]
 
     def _by_group(self, x):
-        """(R, K, H/K, S) as (Q, K, G·H/K, S), zero where a row has finished."""
-        shape = (len(self.prompt_bias), self.group_size, *x.shape[1:])
+        """(R, K, H/K, S) as (Q, K, W·H/K, S), zero where a question has fewer rows."""
+        shape = (len(self.prompt_bias), self.width, *x.shape[1:])
         grouped = x.new_zeros(shape[0] * shape[1], x[0].numel())
         grouped.index_copy_(0, self.place, x.flatten(1))
         return grouped.view(shape).transpose(1, 2).flatten(2, 3)
 
     def _by_row(self, x):
-        """(Q, K, G·H/K, N) as (R, K, H/K, N)."""
-        return x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)[self.place]
+        """(Q, K, W·H/K, N) as (R, K, H/K, N)."""
+        return x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.place]

@@ -1,7 +1,8 @@
 """Prompts in, `Rollouts` out: each prompt computed once, its keys and values shared by the group.
 
-Letters: Q questions, G completions per question, R = Q·G rows (fewer as they finish), P prompt
-tokens, C completion tokens, V vocabulary.
+Letters: Q questions, G completions per question, N live completions (at first Q·G), R rows of the
+model (at most N, fewer where completions are equal so far), P prompt tokens, C completion tokens, V
+vocabulary.
 """
 
 import torch
@@ -14,11 +15,16 @@ from sampling.decoder import Decoder
 from sampling.paged import sample_rollouts_paged
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops
 from training.sharding import whole
+from training.tree import first_of_each
 from utils import release_freed_memory, to_device
 
 # Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
 # the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
 LOOK_EVERY = {"cuda": 16}
+# Where completions that are equal so far share a row of the model. It takes a look at every token,
+# and rows that come and go. On a CPU both cost next to nothing and rows cost time; on a GPU it is
+# the other way round, and a recorded step needs as many rows as the one before.
+SHARING = {"cpu"}
 
 BLOCK = 128  # tokens; divides the vocabularies of Qwen2.5, Qwen3, LLaMA-3 and SmolLM2
 BELOW_ONE = 1 - 2**-53  # the largest number below 1 in fp64
@@ -51,21 +57,23 @@ def sample_groups(setup, problems, seeds):
     return joined_rollouts(parts)
 
 
-def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw one token per row. logits: (R, V), uniforms: (R,) fp64 in [0, 1), one per row.
+def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0, row=None):
+    """Draw one token per completion. logits: (R, V), uniforms: (N,) fp64 in [0, 1), one for each of
+    N completions. row: (N,), whose distribution each draws from; by default each has its own.
 
-    Returns (tokens, logprobs), both (R,). The log-probs are those of the *unfiltered* distribution
+    Returns (tokens, logprobs), both (N,). The log-probs are those of the *unfiltered* distribution
     at this temperature, which is what the trainer scores. Temperature 0 is greedy, scored at 1.
     Order of the filters, each on what the one before it left: top_k, top_p, min_p; 0, 1 and 0 turn
     them off.
     """
+    row = torch.arange(len(logits), device=logits.device) if row is None else row
     scale = 1 / temperature if temperature > 0 else 1.0
     probs = (logits * scale).softmax(-1)  # (R, V)
     if temperature > 0:
-        tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms)
+        tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms, row)
     else:
-        tokens = logits.argmax(-1)
-    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
+        tokens = logits.argmax(-1)[row]
+    return tokens, probs[row, tokens].log()
 
 
 def uniform_draws(seeds, questions, group_size, max_new_tokens, device):
@@ -80,7 +88,7 @@ def uniform_draws(seeds, questions, group_size, max_new_tokens, device):
     return torch.cat(groups, dim=1)
 
 
-def _draw(weights, uniforms):
+def _draw(weights, uniforms, row):
     """Inverse transform: the first token whose cumulative weight exceeds the draw.
 
     Block by block first, then inside the block that was hit: summing a whole vocabulary up in fp64
@@ -89,8 +97,8 @@ def _draw(weights, uniforms):
     missing = -weights.shape[-1] % BLOCK
     blocks = F.pad(weights, (0, missing)) if missing else weights
     blocks = blocks.unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
-    block, left = _first_above(blocks.sum(-1), uniforms)
-    token, _ = _first_above(blocks[torch.arange(len(block), device=block.device), block], left)
+    block, left = _first_above(blocks.sum(-1)[row], uniforms)
+    token, _ = _first_above(blocks[row, block], left)
     return block * BLOCK + token
 
 
@@ -166,14 +174,15 @@ def sample_rollouts(
     elif recorder := recorder_for(model, device.type):
         decoder = GraphDecoder(model, group_size, max_new_tokens, recorder)
     else:
-        decoder = Decoder(model, group_size, max_new_tokens)
-    logits = decoder.prefill(prompts)  # (R, V)
-    live = torch.arange(rows, device=device)  # the row of `ids` that each live row writes
+        decoder = Decoder(model, group_size, max_new_tokens, device.type in SHARING)
+    logits, row = decoder.prefill(prompts)  # (R, V), (N,) on the host
+    row_there = to_device(torch.from_numpy(row), device)
+    live = torch.arange(rows, device=device)  # the line of `ids` that each live completion writes
     look_every = LOOK_EVERY.get(device.type, 1)
 
     for t in range(max_new_tokens):
         tokens, scores = sample_tokens(
-            logits, uniforms[t, live], temperature, top_k=top_k, top_p=top_p, min_p=min_p
+            logits, uniforms[t, live], temperature, top_k, top_p, min_p, row_there
         )
         writing = ~finished[live]
         ids[live, t] = torch.where(writing, tokens, pad_id)
@@ -184,13 +193,27 @@ def sample_rollouts(
             watch(ids[mask[:, t], t])
         if t + 1 == max_new_tokens:
             break
-        if (t + 1) % look_every == 0:
+        if decoder.shares or (t + 1) % look_every == 0:
             alive = (~finished[live]).cpu()  # the look
             if not alive.any():
                 break
-            if not alive.all():
-                order = decoder.keep(alive)
-                live, tokens = live[order], tokens[order]
-        logits = decoder.step(tokens)
+            left = alive.nonzero().squeeze(-1)
+            there = to_device(left, device)
+            live, tokens, row = live[there], tokens[there], row[left.numpy()]
+            if decoder.shares:
+                parents, own = parted(row, tokens.numpy())
+                row = decoder.branch(parents)[own]
+            elif len(left) < len(alive):
+                row = decoder.branch(row)
+            row_there = to_device(torch.from_numpy(row), device)
+        of_rows = torch.zeros_like(decoder.position).index_copy(0, row_there, tokens)  # (R,)
+        logits = decoder.step(of_rows)
 
     return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished)
+
+
+def parted(row, tokens):
+    """Rows that completions go on in, where those of one row have drawn these tokens: what each of
+    the R' new rows continues (R',), and which of them is each completion's (N,). On the host."""
+    first, own = first_of_each(row * (tokens.max() + 1) + tokens)
+    return row[first], own

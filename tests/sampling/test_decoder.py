@@ -38,9 +38,10 @@ def test_every_step_gives_the_model_s_own_logits(variant):
     model = make_model(dtype=torch.float64, vocab_size=40, **variant)
     for parameter in model.parameters():  # biases and norms start as zeros and ones
         parameter.add_(0.1 * torch.randn_like(parameter))
-    decoder = Decoder(model, group_size=2, max_new_tokens=6)
+    decoder = Decoder(model, group_size=2, max_new_tokens=6, shares=False)
     rows = [list(prompt) for prompt in PROMPTS for _ in range(2)]
-    logits = decoder.prefill(PROMPTS)
+    logits, row = decoder.prefill(PROMPTS)
+    assert row.tolist() == list(range(6))
     dropped = {1: [0, 5], 2: [1], 3: [0, 2]}  # of the rows as they stand; then question 0 is gone
     for step in range(5):
         assert (logits - next_logits(model, rows)).abs().max() < 1e-5  # transformers norms in fp32
@@ -48,8 +49,10 @@ def test_every_step_gives_the_model_s_own_logits(variant):
         if step in dropped:
             alive = torch.ones(len(rows), dtype=torch.bool)
             alive[dropped[step]] = False
-            order = decoder.keep(alive)
-            assert sorted(order.tolist()) == alive.nonzero()[:, 0].tolist()
+            left = alive.nonzero()[:, 0].numpy()
+            place = decoder.branch(left)
+            assert sorted(place.tolist()) == list(range(len(left)))
+            order = left[place.argsort()]
             rows, tokens = [rows[i] for i in order], tokens[order]
         logits = decoder.step(tokens)
         rows = [[*ids, int(token)] for ids, token in zip(rows, tokens)]
@@ -71,7 +74,7 @@ def test_what_all_prompts_begin_with_is_computed_once():
 @pytest.mark.parametrize("prompts", [[[3]], [[3], [3]], [[3, 4], [3, 4]], [[1], [2, 3, 4]]])
 def test_prompts_that_share_everything_or_nothing(prompts):
     model = make_model(dtype=torch.float64, vocab_size=40)
-    logits = Decoder(model, group_size=1, max_new_tokens=1).prefill(prompts)
+    logits, _ = Decoder(model, group_size=1, max_new_tokens=1).prefill(prompts)
     assert (logits - next_logits(model, prompts)).abs().max() < 1e-5  # transformers norms in fp32
 
 

@@ -109,6 +109,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
     def run():
         return sample_rollouts(model, Words(0), [[5, 2], [3]], 16, 24, 1.0, seeds(1))
 
+    monkeypatch.setattr(groups, "SHARING", set())  # as on a GPU
     often = run()
     monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
     rarely = run()
@@ -236,6 +237,7 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
 def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
     """One wait per look, none before the first token, two for the texts at the end."""
     monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": 16})
+    monkeypatch.setattr(groups, "SHARING", set())  # as on a GPU
     events = []
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *args: events.append("step") or step(*args))
