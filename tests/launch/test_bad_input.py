@@ -394,21 +394,24 @@ def test_a_run_whose_files_are_damaged(file, content, parts, capsys, tmp_path, m
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([], ["required: COMMAND"]),
+        (["lint\n"], [r"unknown command lint\n; did you mean lint?"]),
         (["comapre"], ["unknown command comapre; did you mean compare?"]),
         (["compare", "one"], ["required: RUN"]),
         (["compare", "one", "two"], ["one: no such directory", "runs/demo"]),
         (["compare", LONG, "two"], ["no such directory", "runs/demo"]),
         (["compare", "a\nb", "two"], [r"a\nb: no such directory"]),
         (["compare", "one", "two", "--show", "-1"], ["--show", "'-1'"]),
-        (["run", "--dataset_name", "arithmetic", "nowhere"], ["MODEL nowhere: no such directory"]),
-        (["run", "model", "--group_size", "4"], ["unknown argument --group_size"]),
+        (
+            ["evaluate", "--dataset_name", "arithmetic", "nowhere"],
+            ["MODEL nowhere: no such directory"],
+        ),
+        (["evaluate", "model", "--group_size", "4"], ["unknown argument --group_size"]),
         (["lint", "--reward_weights", LONG + "=1"], ["--reward_weights aaa", "tag_count"]),
         (["lint", "--reward_weights", "a"], ["--reward_weights", "'a'", "correctness=2"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_evaluator_py_refuses(argv, parts, capsys, tmp_path, monkeypatch):
+def test_what_the_other_commands_refuse(argv, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(argv, parts, capsys)
     assert list(tmp_path.iterdir()) == []
