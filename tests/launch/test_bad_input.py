@@ -51,13 +51,13 @@ def refused(folder, command, monkeypatch):
     """Give main.py these flags on top of good ones; the line that refuses them."""
     monkeypatch.chdir(folder)
 
-    def run(*argv):
+    def run(*argv, program="main.py"):
         before = sorted(folder.rglob("*"))
         status, out, message = command(*GOOD, *argv)
         assert status == 2
         assert message.endswith("\n") and message.count("\n") == 1
         assert len(message) <= 201
-        assert message.startswith("main.py: error: ")
+        assert message.startswith(f"{program}: error: ")
         assert CANARY not in out + message
         assert sorted(folder.rglob("*")) == before
         return message
@@ -333,7 +333,7 @@ def test_the_embedded_model_s_file_is_damaged(refused, tmp_path, monkeypatch, co
 def test_a_plan_of_a_damaged_configuration(refused, damaged):
     file, edit = config(num_attention_heads=0)
     (damaged / file).write_bytes(edit((damaged / file).read_bytes()))
-    message = refused("--plan", "--model_name", "damaged")
+    message = refused("--plan", "--model_name", "damaged", program="main.py plan")
     assert_said(message, "--model_name damaged: cannot be planned", "config.json")
 
 
@@ -358,8 +358,8 @@ def assert_refused(argv, parts, capsys):
         (["nowhere"], ["nowhere: no run here"]),
         (["a\nb"], [r"a\nb: no run here"]),
         ([LONG], ["aaa", "too long"]),
-        (["--colour", "red"], ["unrecognized arguments: --colour"]),
-        (["--repor", "run"], ["unrecognized arguments: --repor"]),
+        (["--colour", "red"], ["unknown argument --colour"]),
+        (["--repor", "run"], ["unknown argument --repor; did you mean --report?"]),
         (["run", "--output_dir"], ["--output_dir", "expected one argument"]),
     ],
     ids=lambda value: " ".join(value)[:40],
