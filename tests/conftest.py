@@ -38,6 +38,10 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+FOUR_LAYERS = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "head_dim": 16, "vocab_size": 500, "initializer_range": 0.02,
+}  # fmt: skip
 
 # The task of evaluator.py's rewards, on generated problems.
 TASK = load_task(SimpleNamespace(
@@ -243,3 +247,12 @@ def saved_models(tmp_path_factory):
         model.save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    """A Qwen2 and a directory that holds its configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("four_layers")
+    model = make_model(**FOUR_LAYERS)
+    model.config.save_pretrained(folder)
+    return model, str(folder)

@@ -20,9 +20,12 @@ import transformers.modeling_utils
 
 import evaluator
 import main
+import records.run
+from launch import interrupts, loading
 from launch.parser import parse_args
 from records import checkpoints
-from records import run as runlog
+from sampling import groups
+from training import update
 
 STEPS, INTERVAL = 6, 2
 TOY = [
@@ -80,8 +83,9 @@ class Process:
                 sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
                 torch.set_num_threads(1)
                 evaluator.REWARD_FUNCTIONS[:] = [variety]
-                runlog.plot_run = runlog.write_report = main.warn = lambda *_: None
-                main.exit_on_signals()
+                records.run.plot_run = records.run.write_report = lambda *_: None
+                loading.warn = lambda *_: None
+                interrupts.exit_on_signals()
                 if plant:
                     plant()
                 code = main.command(parse_args(argv))
@@ -186,7 +190,7 @@ def watch_files(root, seen):
     after(transformers.modeling_utils, "safe_save_file", lambda tensors, path: path)
     after(checkpoints, "save_model", lambda model, path: path)
     after(torch, "save", lambda value, file: file.name)
-    after(runlog, "write_jsonl", lambda path, rows: path)
+    after(records.run, "write_jsonl", lambda path, rows: path)
 
 
 def plant_list_of_operations(root, target):
@@ -251,11 +255,11 @@ def open_lines(path):
 # --- signals in a phase --------------------------------------------------------------------------
 
 PHASES = {  # a function that each calls
-    "loading": (main, "load"),
+    "loading": (loading, "load"),
     "cold start": (main, "cold_start"),
-    "sampling": (main, "sample_rollouts"),
+    "sampling": (groups, "sample_rollouts"),
     "rewards": (main, "score"),
-    "policy": (main, "grpo_loss"),
+    "policy": (update, "grpo_loss"),
     "evaluation": (main, "evaluate_policy"),
     "saving": (torch, "save"),
 }

@@ -25,6 +25,7 @@ GSM8K = os.environ.get("GSM8K_DIR", str(ROOT.parent / "shared" / "gsm8k"))
 LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "transformers.generation",
              "transformers.models.qwen2.modeling_qwen2", "accelerate", "datasets", "hypothesis",
              "matplotlib.figure")  # fmt: skip
+FOLDERS = ("sampling", "training", "evaluation", "records", "launch", "tasks")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,24 @@ class Mutant:
     tests: str
 
 
-(GRPO, RUNS, DATA, LLMS, SAMPLER, DECODER, PREFIX, REWARDS, EVALUATION, OBJECTIVES, TRACKERS,
- CHAT, LORA) = (
-    "test_grpo.py", "test_main.py", "test_rldatasets.py", "test_llms.py", "test_sampler.py",
-    "test_decoder.py", "test_shared_prefix.py", "test_reward_parser.py test_evaluator.py",
-    "test_evaluation.py", "test_objectives.py", "test_trackers.py", "test_chat.py", "test_lora.py",
+GRPO, OBJECTIVES, DATA, LLMS = (
+    "test_grpo.py", "test_objectives.py", "test_rldatasets.py", "test_llms.py",
 )  # fmt: skip
-TASKS, COUNTDOWN, PROCESSES = "test_tasks.py", "test_countdown.py", "test_processes.py"
-GRAPHS = "test_graph_decoder.py"
+REWARDS, RUNS = "test_reward_parser.py test_evaluator.py", "test_main.py"
+SAMPLER, DECODER, GRAPHS = (
+    "sampling/test_groups.py", "sampling/test_decoder.py", "sampling/test_cuda_graph.py",
+)  # fmt: skip
+UPDATE, OPTIMIZER, COLD_START, LOGPROBS, PREFIX, LORA, PROCESSES = (
+    "training/test_update.py", "training/test_optimizer.py", "training/test_cold_start.py",
+    "training/test_logprobs.py", "training/test_shared_prefix.py", "training/test_lora.py",
+    "training/test_processes.py",
+)  # fmt: skip
+EVALUATION, SCORING, CHAT = (
+    "evaluation/test_held_out.py", "evaluation/test_scoring.py", "evaluation/test_chat.py",
+)  # fmt: skip
+TRACKERS, TASKS, COUNTDOWN = (
+    "records/test_trackers.py", "tasks/test_tasks.py", "tasks/test_countdown.py",
+)  # fmt: skip
 
 MUTANTS = [
     # --- advantages
@@ -69,14 +80,14 @@ MUTANTS = [
     Mutant("k1 for k3", "return log_ratio.exp() - 1 - log_ratio", "return -log_ratio", GRPO),
     Mutant("k2 without its half", "return 0.5 * log_ratio.square()",
            "return log_ratio.square()", GRPO),
-    Mutant("KL rewarded", "objective - kl_beta * kl", "objective + kl_beta * kl", GRPO),
+    Mutant("KL rewarded", "gain - objective.kl_beta * kl",
+           "gain + objective.kl_beta * kl", GRPO),
     Mutant("max of ratio and clipped ratio", "torch.minimum(", "torch.maximum(", GRPO),
-    Mutant("ratio always 1", "old_logprobs = old_logprobs.masked_fill(padding, 0.0)",
+    Mutant("ratio always 1", "old_logprobs = batch.old_logprobs.masked_fill(padding, 0.0)",
            "old_logprobs = logprobs.detach()", GRPO),
-    Mutant("one clip bound for both sides", "1 + clip_epsilon_high)", "1 + clip_epsilon_low)",
-           GRPO),
-    Mutant("ascent", "return -(weights * objective).sum()", "return (weights * objective).sum()",
-           GRPO),
+    Mutant("one clip bound for both sides", "1 + objective.clip_epsilon_high)",
+           "1 + objective.clip_epsilon)", GRPO),
+    Mutant("ascent", "return -(weights * gain).sum()", "return (weights * gain).sum()", GRPO),
     Mutant("padding counts in a sequence's mean",
            "(sequences * mask.sum(-1, keepdim=True).clamp(min=1))", "(sequences * mask.shape[-1])",
            GRPO),
@@ -88,19 +99,21 @@ MUTANTS = [
            "/ padding.shape[-1]", OBJECTIVES),
     Mutant("cispo's bounded ratio has a gradient of its own", "bounded.detach() * advantages",
            "bounded * advantages", OBJECTIVES),
-    Mutant("importance weights without their cap", "correction.clamp(max=tis_cap) * objective",
-           "correction * objective", OBJECTIVES),
+    Mutant("importance weights without their cap", "correction.clamp(max=objective.tis_cap) * gain",
+           "correction * gain", OBJECTIVES),
     Mutant("leave one out the other way round", "count / (count - 1).clamp(min=1)\n    highest",
            "(count - 1) / count\n    highest", OBJECTIVES),
-    Mutant("entropy punished", "objective + entropy_bonus *", "objective - entropy_bonus *",
-           OBJECTIVES),
+    Mutant("entropy punished", "gain + objective.entropy_bonus *",
+           "gain - objective.entropy_bonus *", OBJECTIVES),
     Mutant("length rewarded", "(max_completion_length - buffer - lengths) / buffer",
            "(lengths + buffer - max_completion_length) / buffer", OBJECTIVES),
     # --- update
-    Mutant("micro-batches each averaged", "weights[batch.rows],",
-           "weights[batch.rows] * len(batches),", RUNS),
+    Mutant("micro-batches each averaged", "grpo_loss(logprobs, one.batch, objective",
+           "grpo_loss(\n                    logprobs,\n                    replace(\n"
+           "                        one.batch, weights=one.batch.weights * len(passes)\n"
+           "                    ),\n                    objective", UPDATE),
     Mutant("the last micro-batch's gradient alone", "                loss.backward()\n",
-           "                optimizer.zero_grad()\n                loss.backward()\n", RUNS),
+           "                optimizer.zero_grad()\n                loss.backward()\n", UPDATE),
     Mutant(
         "gradients clipped per micro-batch",
         "                loss.backward()\n",
@@ -108,37 +121,41 @@ MUTANTS = [
         "                torch.nn.utils.clip_grad_norm_(\n"
         "                    policy.parameters(), args.max_grad_norm or float('inf')\n"
         "                )\n",
-        RUNS,
+        UPDATE,
     ),
     Mutant("flat groups left out of the mean", "sequences = chosen.sum().clamp(min=1)",
-           "sequences = (chosen & (advantages != 0)).sum().clamp(min=1)", RUNS),
+           "sequences = (chosen & (advantages != 0)).sum().clamp(min=1)", UPDATE),
     Mutant("one inner epoch whatever is asked", "for _ in range(args.num_inner_epochs):",
-           "for _ in range(1):", RUNS),
+           "for _ in range(1):", UPDATE),
     Mutant("truncated completions trained on anyway", "mask = mask & rollouts.finished[:, :, None]",
-           "mask = mask.clone()", RUNS),
-    Mutant("the reference is the policy", "logprobs_without_gradient(\n                reference,",
-           "logprobs_without_gradient(\n                policy,", RUNS),
+           "mask = mask.clone()", UPDATE),
+    Mutant("the reference is the policy",
+           "logprobs_without_gradient(\n            setup.reference,",
+           "logprobs_without_gradient(\n            setup.policy,", UPDATE),
     Mutant("mismatch includes what was learnt", 'epochs[0].get("mismatch", 0.0)',
-           'means.get("mismatch", 0.0)', RUNS),
+           'means.get("mismatch", 0.0)', UPDATE),
     Mutant("a step that is not finite is taken",
-           "    if finite:\n        optimizer.step()\n", "    optimizer.step()\n", RUNS),
+           "    if finite:\n        optimizer.step()\n", "    optimizer.step()\n", UPDATE),
     Mutant("a gradient that is not finite is taken",
-           "torch.isfinite(grad_norm) & torch.isfinite(loss)", "torch.isfinite(loss)", RUNS),
+           "torch.isfinite(grad_norm) & torch.isfinite(loss)", "torch.isfinite(loss)", OPTIMIZER),
     Mutant("gradients never cleared", "    optimizer.zero_grad()\n    return grad_norm",
-           "    return grad_norm", RUNS),
+           "    return grad_norm", UPDATE),
     Mutant("the norm is logged after clipping",
            "clip_grad_norm_(parameters, max_grad_norm or math.inf)",
            "clip_grad_norm_(parameters, max_grad_norm or math.inf).clamp(\n"
-           "        max=max_grad_norm or math.inf)", RUNS),
+           "        max=max_grad_norm or math.inf)", UPDATE),
     Mutant("weight decay on norms and biases", '{"params": vectors, "weight_decay": 0.0}',
-           '{"params": vectors, "weight_decay": args.weight_decay}', RUNS),
-    Mutant("warm-up starts at 0", "return (step + 1) / warmup", "return step / warmup", RUNS),
+           '{"params": vectors, "weight_decay": args.weight_decay}', OPTIMIZER),
+    Mutant("warm-up starts at 0", "return (step + 1) / warmup", "return step / warmup", OPTIMIZER),
+    Mutant("a later epoch corrects for itself", "replace(one.batch, first_logprobs=logprobs)",
+           "replace(one.batch, first_logprobs=None)", UPDATE),
     # --- the run
     Mutant("the schedule steps before its rate is logged and used",
-           '            update["learning_rate"] = scheduler.get_last_lr()[0]\n'
+           '            update |= meter.shares() | {"learning_rate": scheduler.get_last_lr()[0]}\n'
            "            scheduler.step()\n",
            "            scheduler.step()\n"
-           '            update["learning_rate"] = scheduler.get_last_lr()[0]\n', RUNS),
+           '            update |= meter.shares() | {"learning_rate": scheduler.get_last_lr()[0]}\n',
+           RUNS),
     Mutant("evaluation on training problems",
            "test_problems = test_problems[: args.eval_problems or None]",
            "test_problems = train_problems[: args.eval_problems or None]", RUNS),
@@ -149,11 +166,11 @@ MUTANTS = [
     Mutant("every step samples with the same numbers",
            "[mixed_seed(args.seed, draw, q)", "[mixed_seed(args.seed, q)", RUNS),
     Mutant("the cold start averages each solution", "mine[batch.rows]).sum() / tokens",
-           "mine[batch.rows]).sum() / logprobs.numel()", RUNS),
+           "mine[batch.rows]).sum() / logprobs.numel()", COLD_START),
     Mutant("the cold start teaches no end", "return prompt, [*ids, tokenizer.eos_token_id]",
-           "return prompt, ids", RUNS),
+           "return prompt, ids", COLD_START),
     Mutant("a resumed run warms up again", "last_epoch=done - 1", "last_epoch=-1",
-           "test_checkpoints.py"),
+           OPTIMIZER),
     # --- data
     Mutant("the seed does not shuffle", "mixed_seed(self.seed, epoch)", "mixed_seed(0, epoch)",
            DATA),
@@ -174,7 +191,7 @@ MUTANTS = [
     Mutant("one stop token of several",
            "stops.update(declared if isinstance(declared, list) else [declared])", "pass", LLMS),
     Mutant("log-probs without the temperature", "hidden.to(weight.dtype) / temperature",
-           "hidden.to(weight.dtype)", LLMS),
+           "hidden.to(weight.dtype)", LOGPROBS),
     Mutant("weights in the file's precision",
            'dtype=torch.float32, attn_implementation="sdpa", token=token',
            'dtype="auto", attn_implementation="sdpa", token=token', LLMS),
@@ -277,13 +294,13 @@ MUTANTS = [
            "return 0.5 if tags and reasoning.strip() and answer.strip() and '\\n' not in reasoning "
            "else 0.0", REWARDS),
     Mutant("reward weights without effect", "(per_function * factors).sum(-1)",
-           "per_function.sum(-1)", REWARDS),
+           "per_function.sum(-1)", SCORING),
     Mutant("a gold answer anywhere in the answer", "return parse_number(answer) == number",
            "return gold in answer", REWARDS),
     Mutant("evaluation at a temperature", "group_size=1, temperature=0)",
            "group_size=1, temperature=1)", EVALUATION),
-    Mutant("accuracy is the reward's", 'task, reward_timeout),\n                "format',
-           'task, reward_timeout), "correct": row[0] >= 2,\n                "format', EVALUATION),
+    Mutant("accuracy is the reward's", 'task, timeout),\n                "format',
+           'task, timeout), "correct": row[0] >= 2,\n                "format', EVALUATION),
     # --- tasks
     Mutant("the default judges every task", "call(task.is_correct, completion",
            "call(is_correct_leniently, completion", TASKS),
@@ -318,7 +335,8 @@ MUTANTS = [
 
 
 def modules(root=ROOT):
-    return sorted([*root.glob("*.py"), *root.glob("tasks/*.py")])
+    folders = (root, *(root / name for name in FOLDERS))
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 def apply(mutant, root=ROOT):
@@ -381,7 +399,7 @@ def run(mutant):
                 output.seek(0)
                 raise RuntimeError(f"{mutant.name}: pytest failed of itself\n{output.read()}")
         os.chdir("/")
-    return mutant, path.name, first.name, time.monotonic() - started
+    return mutant, path.relative_to(copy), first.name, time.monotonic() - started
 
 
 def main():
@@ -402,7 +420,7 @@ def main():
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         for mutant, file, killer, seconds in pool.imap(run, mutants):
             noticed = killer or f"SURVIVES {mutant.tests}"
-            print(f"{mutant.name:{width}}  {file:16}  {seconds:5.0f} s  {noticed}", flush=True)
+            print(f"{mutant.name:{width}}  {file!s:24}  {seconds:5.0f} s  {noticed}", flush=True)
             survivors += [] if killer else [mutant.name]
     noticed, seconds = len(mutants) - len(survivors), time.monotonic() - started
     print(f"{noticed} of {len(mutants)} noticed in {seconds:.0f} s; surviving: {survivors}")

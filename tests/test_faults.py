@@ -36,11 +36,12 @@ from safetensors import SafetensorError
 
 import evaluator
 import main
+import records.run
 from launch import loading
 from records import checkpoints
-from records import run as runlog
 from records.checkpoints import checkpoint_to_resume, checkpoints_in, damage
-from sampling import groups as sampler
+from sampling import groups
+from training import update
 
 pytestmark = pytest.mark.faults
 PARTS = 8  # of the kills, so that two processes share them
@@ -300,7 +301,7 @@ def spoilt_gradient(call, logprobs, *args):
 
 def guard_parameters():
     """An update that is skipped must have left weights and moments alone."""
-    original = main.apply_gradients
+    original = update.apply_gradients
 
     def guarded(optimizer, loss, max_grad_norm):
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
@@ -313,7 +314,7 @@ def guard_parameters():
             assert all(torch.equal(after[i][k], moments[i][k]) for i in moments for k in moments[i])
         return norm, skipped
 
-    main.apply_gradients = guarded
+    update.apply_gradients = guarded
 
 
 def all_of(*plants):
@@ -378,32 +379,32 @@ def names(complaint):
 # What happens; how it is planted; exit status; what the last line says; the steps that are saved.
 FAULTS = {
     "one loss is NaN": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss)), 0, "The report", 6,
+        all_of(guard_parameters, at_call(update, "grpo_loss", 5, spoilt_loss)), 0, "The report", 6,
     ),
     "one gradient is infinite": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_gradient)), 0, "report", 6,
+        all_of(guard_parameters, at_call(update, "grpo_loss", 5, spoilt_gradient)), 0, "report", 6,
     ),
     "losses stay NaN": (
-        all_of(guard_parameters, at_call(main, "grpo_loss", 5, spoilt_loss, 99)), 2,
+        all_of(guard_parameters, at_call(update, "grpo_loss", 5, spoilt_loss, 99)), 2,
         "not finite in 3 steps in a row, all skipped; step_00004 is whole; lower --learning", 5,
     ),
     "the GPU's memory is full in sampling": (
-        at_call(main, "sample_rollouts", 4, raising(torch.OutOfMemoryError("CUDA"))), 2,
+        at_call(groups, "sample_rollouts", 4, raising(torch.OutOfMemoryError("CUDA"))), 2,
         r"out of memory \(sampling\): lower --sampling_batch_size", 3,
     ),
     "memory is full in a reward": (
         at_call(main, "score", 4, raising(MemoryError())), 2, r"out of memory \(rewards\)", 3,
     ),
     "memory is full in the reference": (
-        at_call(main, "logprobs_without_gradient", 4, raising(MemoryError())), 2,
+        at_call(update, "logprobs_without_gradient", 4, raising(MemoryError())), 2,
         r"out of memory \(reference\): lower --micro_batch_tokens", 3,
     ),
     "memory is full in an update": (
-        at_call(main, "grpo_loss", 7, lambda *_: torch.empty(2**60)), 2,
+        at_call(update, "grpo_loss", 7, lambda *_: torch.empty(2**60)), 2,
         r"out of memory \(policy\): lower --micro_batch_tokens", 3,
     ),
     "memory is full in the middle of an update": (
-        at_call(main, "grpo_loss", 8, lambda *_: torch.empty(2**60)), 2,
+        at_call(update, "grpo_loss", 8, lambda *_: torch.empty(2**60)), 2,
         r"out of memory \(policy\): lower --micro_batch_tokens", 2,
     ),
     "memory is full in an evaluation": (
@@ -441,19 +442,21 @@ FAULTS = {
         rf"step_00004 not written: No space left on device; {LAST_WHOLE}", 2,
     ),
     "weights grow beyond what a file may hold": (
-        at_call(main, "sample_rollouts", 4, limit_files(60_000)), 2,
+        at_call(groups, "sample_rollouts", 4, limit_files(60_000)), 2,
         rf"step_00004 not written: .*; {LAST_WHOLE}", 2,
     ),
     "moments grow beyond what a file may hold": (
-        at_call(main, "sample_rollouts", 4, limit_files(150_000)), 2,
+        at_call(groups, "sample_rollouts", 4, limit_files(150_000)), 2,
         rf"step_00004 not written: .*; {LAST_WHOLE}", 2,
     ),
     "the disk is full in the log": (
-        at_call(runlog, "write_jsonl", 10, raising(NO_SPACE)), 2,
+        at_call(records.run, "write_jsonl", 10, raising(NO_SPACE)), 2,
         "no room to write; step_00002 is whole; make some, then go on by --resume", 2,
     ),
     "the disk is full in the rollouts": (
-        at_call(runlog, "save_rollouts", 3, raising(SafetensorError("I/O: full (os error 28)"))), 2,
+        at_call(
+            records.run, "save_rollouts", 3, raising(SafetensorError("I/O: full (os error 28)"))
+        ), 2,
         "no room to write; step_00002 is whole; make some, then go on by --resume", 2,
     ),
     "too little room for a checkpoint": (
@@ -504,7 +507,7 @@ def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
         return torch.full(rows, token), torch.zeros(rows)
 
     name = "cut_off" if more else "empty"
-    process = toy.run(name, *more, plant=lambda: setattr(sampler, "sample_tokens", always))
+    process = toy.run(name, *more, plant=lambda: setattr(groups, "sample_tokens", always))
     assert process.wait() == 0, process.text()
     assert f"step 0: alarm: {warning}" in process.text()
     assert {

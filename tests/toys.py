@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.parser import parse_args
 from records.checkpoints import Saver
 from sampling.groups import sample_rollouts
 from training.logprobs import completion_logprobs
@@ -278,3 +279,25 @@ def move(saver):
 
 def equal(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+PARAMETERS = {  # as the models' cards and torchinfo count them
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+}
+
+
+SMALL = [
+    "--questions_per_step", "4", "--group_size", "6", "--max_prompt_length", "33",
+    "--max_completion_length", "12", "--micro_batch_tokens", "180", "--eval_batch_size", "24",
+]  # fmt: skip
+
+
+def planning(*argv, preset="cpu"):
+    """The flags of a plan."""
+    return parse_args(["--plan", "--preset", preset, *argv])

@@ -1,4 +1,4 @@
-"""`llms.py chat` and `sampler.py`: what they show is what training samples, scores and compares."""
+"""Chat and group: what they show is what training samples, scores and compares."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer
+from conftest import ROOT, make_setup, make_tokenizer
 
 import rldatasets
 from evaluation import chat
@@ -38,10 +38,8 @@ def in_this_process(monkeypatch):
 def said(saved_models, capsys):
     """Runs a command with a toy model; what it prints."""
 
-    def run(prog, *argv, status=0):
-        command = ["chat"] if prog == "llms.py" else []
-        argv = [*command, str(saved_models["qwen2"]), *map(str, argv)]
-        assert commands.main(argv, prog) == status
+    def run(name, *argv, status=0):
+        assert commands.main([name, str(saved_models["qwen2"]), *map(str, argv)]) == status
         out, error = capsys.readouterr()
         return error if status else out
 
@@ -65,7 +63,7 @@ def writes(monkeypatch):
     """Has the model write these texts."""
 
     def replace(*texts):
-        monkeypatch.setattr(chat, "load", lambda args: (None, make_tokenizer(), None))
+        monkeypatch.setattr(chat, "load", lambda *_: make_setup(None, tokenizer=make_tokenizer()))
         monkeypatch.setattr(chat, "sample_group", lambda *_: written(*texts))
 
     return replace
@@ -80,7 +78,7 @@ def assert_harmless(text):
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_the_streamed_answer_is_what_training_would_sample(temperature, said, saved_models):
-    out = said("llms.py", "--ask", "What is 3 + 4?", "--temperature", temperature, "--seed", "5",
+    out = said("chat", "--ask", "What is 3 + 4?", "--temperature", temperature, "--seed", "5",
                "--max_completion_length", "60")  # fmt: skip
     model, tokenizer = load_model(str(saved_models["qwen2"]), "cpu")
     prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, "What is 3 + 4?")
@@ -137,7 +135,7 @@ def rows_of(out):
 def test_an_answer_is_judged_by_what_training_rewards(text, answer, parsed, right, writes, said):
     writes(text)
     gold = ["--answer", answer] if answer else []
-    out = said("llms.py", "--ask", "What is 3 + 4?", *gold, "--reward_weights", "tag_count=3")
+    out = said("chat", "--ask", "What is 3 + 4?", *gold, "--reward_weights", "tag_count=3")
     rows = rows_of(out)
     assert (rows["parsed answer"], rows["right"]) == (parsed, right)
     assert rows["gold answer"] == (answer or chat.NEEDS_ONE)
@@ -156,15 +154,15 @@ def test_a_question_of_a_dataset_brings_its_answer(writes, said, monkeypatch):
     problem = load_problems("arithmetic", None, "test", 0, 3)[2]
     writes(RIGHT.replace("\n7\n", f"\n{problem.answer}\n"))
     where = ["--dataset_name", "arithmetic", "--difficulty", "3", "--question", "2"]
-    out = said("llms.py", *where)
+    out = said("chat", *where)
     assert out.startswith(f"{problem.question}\n")
     assert (rows_of(out)["gold answer"], rows_of(out)["right"]) == (problem.answer, "yes")
     train = load_problems("arithmetic", None, "train", 4, 3)[2]
-    out = said("llms.py", *where, "--split", "train", "--seed", "4")
+    out = said("chat", *where, "--split", "train", "--seed", "4")
     assert out.startswith(f"{train.question}\n") and train != problem
-    message = said("llms.py", *where[:-1], "10", status=2)
+    message = said("chat", *where[:-1], "10", status=2)
     assert message == (
-        "llms.py chat: error: --question 10: the test split has 10 questions, counted from 0\n"
+        "main.py chat: error: --question 10: the test split has 10 questions, counted from 0\n"
     )
 
 
@@ -183,17 +181,17 @@ def typed(monkeypatch, *lines):
 
 def test_questions_are_answered_one_by_one_until_there_are_no_more(said, monkeypatch):
     typed(monkeypatch, "What is 3 + 4?", "", "x" * 2000, "And 5 + 6?", EOFError)
-    out = said("llms.py", "--max_completion_length", "20")
+    out = said("chat", "--max_completion_length", "20")
     monkeypatch.undo()
     first, rest = out.split("--max_completion_length 20: with the longest")
-    alone = [said("llms.py", "--ask", text, "--max_completion_length", "20").split("\n\n")[1]
+    alone = [said("chat", "--ask", text, "--max_completion_length", "20").split("\n\n")[1]
              for text in ("What is 3 + 4?", "And 5 + 6?")]  # fmt: skip
     assert alone[0] != alone[1] and alone[0] in first and alone[1] in rest
 
 
 def test_ctrl_c_ends_a_chat_in_one_line(said, monkeypatch):
     typed(monkeypatch, KeyboardInterrupt)
-    assert said("llms.py", status=130) == "\nllms.py chat: interrupted\n"
+    assert said("chat", status=130) == "\nmain.py chat: interrupted\n"
 
 
 # --- a group -----------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ def test_ctrl_c_ends_a_chat_in_one_line(said, monkeypatch):
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_a_group_is_shown_with_the_rewards_and_advantages_that_training_uses(scale, writes, said):
     writes(*TEXTS)
-    out = said("sampler.py", "What is 3 + 4?", "--answer", "7", "--group_size", "4",
+    out = said("group", "What is 3 + 4?", "--answer", "7", "--group_size", "4",
                "--advantage_scale", scale)  # fmt: skip
     problem = Problem("What is 3 + 4?", "7", "")
     rewards = score(written(*TEXTS), [problem], REWARD_FUNCTIONS)
@@ -234,14 +232,14 @@ def test_a_group_is_shown_with_the_rewards_and_advantages_that_training_uses(sca
 
 def test_a_group_without_a_gold_answer_says_what_needs_one(writes, said):
     writes(RIGHT, RIGHT)
-    out = said("sampler.py", "What is 3 + 4?", "--group_size", "2")
+    out = said("group", "What is 3 + 4?", "--group_size", "2")
     assert f"gold      {chat.NEEDS_ONE}\n" in out and "correctness 0, " in out
     assert "All earned the same: no advantage" in out and out.count("advantage +0.000") == 2
 
 
 def test_a_group_is_sampled_as_in_training(said, saved_models):
     out = said(
-        "sampler.py", "What is 3 + 4?", "--group_size", "3", "--seed", "9", "--temperature", "1.3",
+        "group", "What is 3 + 4?", "--group_size", "3", "--seed", "9", "--temperature", "1.3",
         "--max_completion_length", "40", "--top_k", "50", "--full",
     )  # fmt: skip
     model, tokenizer = load_model(str(saved_models["qwen2"]), "cpu")
@@ -268,54 +266,55 @@ def test_a_long_completion_is_shown_in_short_and_whole_on_request():
 
 
 @pytest.mark.parametrize(
-    ("prog", "argv", "parts"),
+    ("argv", "parts"),
     [
-        ("llms.py", [], ["llms.py: error:", "COMMAND"]),
-        ("llms.py", ["chta"], ["unknown command chta; did you mean chat?"]),
-        ("llms.py", ["chat"], ["llms.py chat: error:", "MODEL"]),
-        ("llms.py", ["chat", "nowhere"], ["MODEL nowhere: no such directory"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--aks", "x"], ["--aks; did you mean --ask?"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--group_size", "4"], ["unknown argument --group"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--temperature", "-1"], ["--temperature", "'-1'"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--ask", " "], ["the question ' ': is empty"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--ask", "\udcff"], ["not text"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--answer", "7"], ["--answer: goes with"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--preset", "tpu"], ["llms.py chat: ", "'tpu'"]),
-        ("llms.py", ["chat", EMBEDDED_MODEL, "--max_completion_length", "9000"],
+        ([""], ["main.py: error: unknown command ;", "there are lint, compare, "]),
+        (["chta"], ["main.py: error: ", "unknown command chta; did you mean chat?"]),
+        (["chat"], ["main.py chat: error:", "MODEL"]),
+        (["chat", "nowhere"], ["MODEL nowhere: no such directory"]),
+        (["chat", EMBEDDED_MODEL, "--aks", "x"], ["--aks; did you mean --ask?"]),
+        (["chat", EMBEDDED_MODEL, "--group_size", "4"], ["unknown argument --group"]),
+        (["chat", EMBEDDED_MODEL, "--temperature", "-1"], ["--temperature", "'-1'"]),
+        (["chat", EMBEDDED_MODEL, "--ask", " "], ["the question ' ': is empty"]),
+        (["chat", EMBEDDED_MODEL, "--ask", "\udcff"], ["not text"]),
+        (["chat", EMBEDDED_MODEL, "--answer", "7"], ["--answer: goes with"]),
+        (["chat", EMBEDDED_MODEL, "--preset", "tpu"], ["main.py chat: ", "'tpu'"]),
+        (["chat", EMBEDDED_MODEL, "--max_completion_length", "9000"],
          ["--max_completion_length 9000: above the model's context"]),
-        ("sampler.py", [], ["sampler.py: error:", "MODEL"]),
-        ("sampler.py", [EMBEDDED_MODEL], ["which question?", "--question N"]),
-        ("sampler.py", [EMBEDDED_MODEL, "1?", "--question", "1"], ["--question 1: there is a"]),
-        ("sampler.py", [EMBEDDED_MODEL, "1?", "--answer", ""], ["--answer '': is empty"]),
-        ("sampler.py", [EMBEDDED_MODEL, "1?", "--group_size", "1"], ["--group_size", "at least 2"]),
-        ("sampler.py", [EMBEDDED_MODEL, "1?", "--fulll"], ["--fulll; did you mean --full?"]),
-        ("sampler.py", [EMBEDDED_MODEL, "--question", "1", "--split", "dev"], ["--split", "'dev'"]),
-        ("sampler.py", [EMBEDDED_MODEL, "--question", "1", "--dataset_path", "no"],
+        (["group"], ["main.py group: error:", "MODEL"]),
+        (["group", EMBEDDED_MODEL], ["which question?", "--question N"]),
+        (["group", EMBEDDED_MODEL, "1?", "--question", "1"], ["--question 1: there is a"]),
+        (["group", EMBEDDED_MODEL, "1?", "--answer", ""], ["--answer '': is empty"]),
+        (["group", EMBEDDED_MODEL, "1?", "--group_size", "1"], ["--group_size", "at least 2"]),
+        (["group", EMBEDDED_MODEL, "1?", "--fulll"], ["--fulll; did you mean --full?"]),
+        (["group", EMBEDDED_MODEL, "--question", "1", "--split", "dev"], ["--split", "'dev'"]),
+        (["group", EMBEDDED_MODEL, "--question", "1", "--dataset_path", "no"],
          ["--dataset_path no: no file"]),
     ],
 )  # fmt: skip
-def test_a_mistake_is_answered_in_one_line_with_status_2(prog, argv, parts, capsys):
+def test_a_mistake_is_answered_in_one_line_with_status_2(argv, parts, capsys):
     with pytest.raises(SystemExit) as stop:
-        commands.main(argv, prog)
+        commands.main(argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and len(message) <= 201
-    assert message.startswith(prog) and all(part in message for part in parts), message
+    assert message.startswith("main.py") and all(part in message for part in parts), message
 
 
 def test_an_unknown_reward_is_named_before_the_model_loads(said, monkeypatch):
     monkeypatch.setattr(chat, "load", None)
-    message = said("sampler.py", "1?", "--reward_weights", "corectness=2", status=2)
-    assert message.startswith("sampler.py: error: --reward_weights corectness: no such reward;")
+    message = said("group", "1?", "--reward_weights", "corectness=2", status=2)
+    assert message.startswith("main.py group: error: --reward_weights corectness: no such reward;")
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
     script = """
 import runpy, sys
-for argv in (["llms.py", "-h"], ["llms.py", "chat", "-h"], ["llms.py", "chat", "/nowhere"],
-             ["sampler.py", "--help"], ["sampler.py", "/nowhere", "1?"]):
-    sys.argv = argv
+for argv in (["-h"], ["chat", "-h"], ["chat", "/nowhere"], ["group", "--help"],
+             ["group", "/nowhere", "1?"]):
+    sys.argv = ["main.py", *argv]
+    sys.modules.pop("launch.door", None)
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        runpy.run_path("main.py", run_name="__main__")
     except SystemExit as stop:
         print("status", stop.code)
 print("torch" in sys.modules)

@@ -28,7 +28,7 @@ def said(capsys, *argv):
 def refused(capsys, *argv):
     assert main(["compare", *argv]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("evaluator.py compare: error: ") and message.count("\n") == 1
+    assert message.startswith("main.py compare: error: ") and message.count("\n") == 1
     return message
 
 

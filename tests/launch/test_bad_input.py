@@ -51,13 +51,13 @@ def refused(folder, command, monkeypatch):
     """Give main.py these flags on top of good ones; the line that refuses them."""
     monkeypatch.chdir(folder)
 
-    def run(*argv):
+    def run(*argv, program="main.py"):
         before = sorted(folder.rglob("*"))
         status, out, message = command(*GOOD, *argv)
         assert status == 2
         assert message.endswith("\n") and message.count("\n") == 1
         assert len(message) <= 201
-        assert message.startswith("main.py: error: ")
+        assert message.startswith(f"{program}: error: ")
         assert CANARY not in out + message
         assert sorted(folder.rglob("*")) == before
         return message
@@ -333,7 +333,7 @@ def test_the_embedded_model_s_file_is_damaged(refused, tmp_path, monkeypatch, co
 def test_a_plan_of_a_damaged_configuration(refused, damaged):
     file, edit = config(num_attention_heads=0)
     (damaged / file).write_bytes(edit((damaged / file).read_bytes()))
-    message = refused("--plan", "--model_name", "damaged")
+    message = refused("--plan", "--model_name", "damaged", program="main.py plan")
     assert_said(message, "--model_name damaged: cannot be planned", "config.json")
 
 
@@ -358,8 +358,8 @@ def assert_refused(argv, parts, capsys):
         (["nowhere"], ["nowhere: no run here"]),
         (["a\nb"], [r"a\nb: no run here"]),
         ([LONG], ["aaa", "too long"]),
-        (["--colour", "red"], ["unrecognized arguments: --colour"]),
-        (["--repor", "run"], ["unrecognized arguments: --repor"]),
+        (["--colour", "red"], ["unknown argument --colour"]),
+        (["--repor", "run"], ["unknown argument --repor; did you mean --report?"]),
         (["run", "--output_dir"], ["--output_dir", "expected one argument"]),
     ],
     ids=lambda value: " ".join(value)[:40],
@@ -394,21 +394,24 @@ def test_a_run_whose_files_are_damaged(file, content, parts, capsys, tmp_path, m
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([], ["required: COMMAND"]),
+        (["lint\n"], [r"unknown command lint\n; did you mean lint?"]),
         (["comapre"], ["unknown command comapre; did you mean compare?"]),
         (["compare", "one"], ["required: RUN"]),
         (["compare", "one", "two"], ["one: no such directory", "runs/demo"]),
         (["compare", LONG, "two"], ["no such directory", "runs/demo"]),
         (["compare", "a\nb", "two"], [r"a\nb: no such directory"]),
         (["compare", "one", "two", "--show", "-1"], ["--show", "'-1'"]),
-        (["run", "--dataset_name", "arithmetic", "nowhere"], ["MODEL nowhere: no such directory"]),
-        (["run", "model", "--group_size", "4"], ["unknown argument --group_size"]),
+        (
+            ["evaluate", "--dataset_name", "arithmetic", "nowhere"],
+            ["MODEL nowhere: no such directory"],
+        ),
+        (["evaluate", "model", "--group_size", "4"], ["unknown argument --group_size"]),
         (["lint", "--reward_weights", LONG + "=1"], ["--reward_weights aaa", "tag_count"]),
         (["lint", "--reward_weights", "a"], ["--reward_weights", "'a'", "correctness=2"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_evaluator_py_refuses(argv, parts, capsys, tmp_path, monkeypatch):
+def test_what_the_other_commands_refuse(argv, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(argv, parts, capsys)
     assert list(tmp_path.iterdir()) == []

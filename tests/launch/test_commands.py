@@ -1,4 +1,4 @@
-"""evaluator.py's command line: as strict and as friendly as main.py's."""
+"""The commands besides training: as strict and as friendly as it is."""
 
 import json
 import subprocess
@@ -18,23 +18,24 @@ ARITHMETIC = ["--preset", "cpu", "--eval_problems", "4", "--max_completion_lengt
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([], ["evaluator.py: error:", "COMMAND"]),
+        ([""], ["main.py: error:", "unknown command"]),
         (["comapre", "a", "b"], ["unknown command comapre; did you mean compare?"]),
-        (["xyz"], ["unknown command xyz; there are compare, run, lint"]),
-        (["compare", "a"], ["evaluator.py compare: error:", "RUN"]),
+        (["xyz"], ["unknown command xyz; there are lint, compare, evaluate, chat, group"]),
+        (["compare", "a"], ["main.py compare: error:", "RUN"]),
         (["compare", "a", "b", "--sho", "3"], ["unknown argument --sho; did you mean --show?"]),
         (["compare", "a", "b", "--show", "-1"], ["--show", "'-1' is not a whole number"]),
         (["lint", "--reward_weights", "correctness"], ["is not NAME=WEIGHT"]),
-        (["run"], ["evaluator.py run: error:", "MODEL"]),
-        (["run", "/nowhere", *ARITHMETIC], ["MODEL /nowhere: no such directory"]),
-        (["run", "/nowhere", "--preset", "tpu"], ["evaluator.py run", "--preset", "'tpu'"]),
-        (["run", "x", "--dataset_path", "/nowhere"], ["--dataset_path /nowhere: no file"]),
-        (["run", "smollm2-135m", *ARITHMETIC, "--dataset_path", "x", "--dataset_name",
+        (["evaluate"], ["main.py evaluate: error:", "MODEL"]),
+        (["evaluate", "/nowhere", *ARITHMETIC], ["MODEL /nowhere: no such directory"]),
+        (["evaluate", "/nowhere", "--preset", "tpu"], ["main.py evaluate", "--preset", "'tpu'"]),
+        (["evaluate", "x", "--dataset_path", "/nowhere"], ["--dataset_path /nowhere: no file"]),
+        (["evaluate", "smollm2-135m", *ARITHMETIC, "--dataset_path", "x", "--dataset_name",
           "arithmetic"], ["--dataset_path: arithmetic is generated"]),
-        (["run", "smollm2-135m", *ARITHMETIC, "--output_dir", str(ROOT)], ["is not empty"]),
-        (["run", "smollm2-135m", *ARITHMETIC, "--max_completion_length", "9000"],
+        (["evaluate", "smollm2-135m", *ARITHMETIC, "--output_dir", str(ROOT)], ["is not empty"]),
+        (["evaluate", "smollm2-135m", *ARITHMETIC, "--max_completion_length", "9000"],
          ["error: --max_completion_length 9000: above the model's context of 8192"]),
-        (["run", "smollm2-135m", "--learning_rate", "1"], ["unknown argument --learning_rate"]),
+        (["evaluate", "smollm2-135m", "--learning_rate", "1"],
+         ["unknown argument --learning_rate"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_answered_in_one_line_with_status_2(argv, parts, capsys):
@@ -51,30 +52,33 @@ def test_an_unknown_reward_is_named_with_those_that_exist(capsys):
     assert "--reward_weights corectness: no such reward; there are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["compare", "--help"], ["run", "-h"], ["lint", "-h"]])
-def test_help_is_help(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        commands.main(argv)
-    assert stop.value.code == 0 and "usage: evaluator.py" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["compare", "--help"], ["evaluate", "-h"], ["lint", "-h"]]
+)
+def test_help_is_help(argv, command):
+    status, out, _ = command(*argv)
+    assert status == 0 and "usage: main.py" in out
 
 
 def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_lint", interrupted)
+    monkeypatch.setitem(commands.DO, "lint", interrupted)
     assert commands.main(["lint"]) == 130
-    assert capsys.readouterr().err == "\nevaluator.py lint: interrupted\n"
+    assert capsys.readouterr().err == "\nmain.py lint: interrupted\n"
 
 
 def test_without_a_model_to_run_torch_is_never_imported(tmp_path):
     run = write_run(tmp_path / "run", {0: [record("1?", True)]})
     script = """
 import runpy, sys
-for argv in (["lint"], ["compare", RUN, RUN], ["run", "/nowhere", "--dataset_name", "arithmetic"]):
-    sys.argv = ["evaluator.py", *argv]
+for argv in (["lint"], ["compare", RUN, RUN],
+             ["evaluate", "/nowhere", "--dataset_name", "arithmetic"]):
+    sys.argv = ["main.py", *argv]
+    sys.modules.pop("launch.door", None)
     try:
-        runpy.run_path("evaluator.py", run_name="__main__")
+        runpy.run_path("main.py", run_name="__main__")
     except SystemExit as stop:
         print("status", stop.code)
 print("torch" in sys.modules)
@@ -93,9 +97,9 @@ def test_a_model_is_evaluated_into_a_run_that_compare_reads(saved_models, tmp_pa
     places = []
     for family in ("qwen2", "llama"):
         places.append(str(tmp_path / family))
-        evaluate_and_save(commands.parse_args(
-            ["run", str(saved_models[family]), *ARITHMETIC, "--eval_samples", "2", "--output_dir",
-             places[-1]]
+        evaluate_and_save(commands.parse_command(
+            ["evaluate", str(saved_models[family]), *ARITHMETIC, "--eval_samples", "2",
+             "--output_dir", places[-1]]
         ))  # fmt: skip
         text = capsys.readouterr().out
         for name in ("accuracy", "lenient_accuracy", "format_rate", "pass@2"):
@@ -109,5 +113,5 @@ def test_a_model_is_evaluated_into_a_run_that_compare_reads(saved_models, tmp_pa
 
 def test_a_directory_is_found_for_an_evaluation_without_one(saved_models, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    args = commands.parse_args(["run", str(saved_models["qwen2"]), *ARITHMETIC])
+    args = commands.parse_command(["evaluate", str(saved_models["qwen2"]), *ARITHMETIC])
     assert args.output_dir.startswith("runs/arithmetic-") and "qwen2" in args.output_dir

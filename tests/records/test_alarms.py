@@ -161,8 +161,8 @@ def test_a_resumed_run_knows_what_was_told_and_reads_no_file_at_every_step(tmp_p
         run.log_step(row)
     run = Run(tmp_path)
     run.cut_back(2)
-    monkeypatch.setattr("runlog.read_rows", None)
-    monkeypatch.setattr("runlog.read_jsonl", None)
+    monkeypatch.setattr("records.run.read_rows", None)
+    monkeypatch.setattr("records.run.read_jsonl", None)
     for row in rows[2:]:
         run.log_step(row)
     logged = [json.loads(line)["alarms"] for line in (tmp_path / "metrics.jsonl").open()]

@@ -75,7 +75,9 @@ def test_what_cannot_be_drawn_is_said_in_one_line(runs, tmp_path, capsys):
     assert main(["plot", str(runs[0]), "--output_dir", str(tmp_path / "file")]) == 2
     (runs[0] / "config.json").write_text("{")
     assert main(["plot", str(runs[0])]) == 2
-    assert main(["plot"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["plot"])
+    assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 3
 
 

@@ -14,9 +14,10 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import checks, parser
+from launch import parser
 from records import trackers
 from records.files import read_rows
+from records.resuming import check_same_flags
 from records.run import Run
 from records.trackers import finish_trackers, log_plots, start_trackers
 from utils import UserError, write_jsonl
@@ -285,7 +286,7 @@ def test_what_cannot_be_tracked_with(argv, parts, monkeypatch, capsys, tmp_path)
         if name in ("wandb", "trackio"):
             raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(checks.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--preset", "cpu", "--track", *argv])
@@ -298,6 +299,6 @@ def test_what_cannot_be_tracked_with(argv, parts, monkeypatch, capsys, tmp_path)
 def test_nothing_is_tracked_by_default_and_a_resumed_run_may_change_it():
     args = parser.build_parser("cpu").parse_args([])
     assert args.track == [] and parser.build_parser("cpu").parse_args(["--track"]).track == []
-    parser.check_same_flags(args, {"track": ["wandb"]})
+    check_same_flags(args, {"track": ["wandb"]})
     with pytest.raises(UserError, match="--group_size"):
-        parser.check_same_flags(args, {"group_size": 3, "track": ["wandb"]})
+        check_same_flags(args, {"group_size": 3, "track": ["wandb"]})

@@ -24,7 +24,6 @@ from launch.parser import parse_args
 from rldatasets import Problem, fingerprint, load_problems
 from tasks import load_task
 from tasks.verifier_process import Judge, without_eval
-from training import cold_start
 from utils import TimedOut, UserError, time_limit
 
 TINY = [
@@ -139,8 +138,8 @@ def test_a_file_is_a_task_whose_prompt_rewards_and_verdict_a_run_uses(
         taught.append(tokenizer.decode([*prompt, *target]))
         return prompt, target
 
-    original = cold_start.worked_ids
-    monkeypatch.setattr(cold_start, "worked_ids", worked_ids)
+    original = main.worked_ids
+    monkeypatch.setattr(main, "worked_ids", worked_ids)
     main.train(parse_args([
         *TINY, "--dataset_name", "parity", "--output_dir", str(run),
         "--model_name", str(saved_models["qwen2"]), "--reward_weights", "even_length=3",
@@ -319,12 +318,12 @@ def test_one_s_own_rewards_and_data_train_resume_and_compare(own, saved_models, 
 def test_evaluation_alone_and_the_lint_take_the_same_file(own, saved_models, tmp_path, capsys):
     rewards, data = own
     run = tmp_path / "run"
-    args = commands.parse_args([
-        "run", str(saved_models["qwen2"]), *TINY[:2], "--eval_problems", "3",
+    args = commands.parse_command([
+        "evaluate", str(saved_models["qwen2"]), *TINY[:2], "--eval_problems", "3",
         "--max_completion_length", "4", "--evaluator", rewards, "--dataset_path", data,
         "--output_dir", str(run),
     ])  # fmt: skip
-    commands._run(args)
+    assert commands.carry_out(args) == 0
     assert set(lines(run / "eval.jsonl")[0]) >= {"accuracy", "rewards/first_letter"}
     assert json.loads((run / "config.json").read_text())["flags"]["evaluator"] == rewards
     capsys.readouterr()

@@ -1,0 +1,163 @@
+"""One planned step against the same step with real tensors, parameter counts, and its work."""
+
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import FOUR_LAYERS, ROOT, make_model
+from toys import PARAMETERS, SMALL, planning
+from transformers import AutoModelForCausalLM
+
+from launch import planned_step
+from launch.fake_memory import Machine, Tracker, Work
+from launch.known_models import KNOWN_MODELS
+from launch.planned_step import as_if, config_of, planned
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from plan_vs_real import real_steps
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mixed_precision, extra",
+    [
+        ("no", []),
+        ("no", ["--gradient_checkpointing"]),
+        ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"]),
+        ("bf16", ["--kl_beta", "0.04"]),
+    ],
+)
+def test_every_phase_peaks_within_a_tenth_of_its_real_tensors(mixed_precision, extra, four_layers):
+    _, folder = four_layers
+    assert_real(planning("--model_name", folder, *SMALL, *extra), mixed_precision)
+
+
+def test_so_does_every_phase_with_lora(four_layers):
+    _, folder = four_layers
+    extra = ["--kl_beta", "0.04", "--lora_rank", "4", "--questions_per_step", "1"]
+    assert_real(planning("--model_name", folder, *SMALL, *extra), "bf16", layers=1)
+
+
+def assert_real(args, mixed_precision, layers=4):
+    plan = planned(args, on_gpu=mixed_precision == "bf16", layers=layers).peaks
+    update = max(plan[phase] for phase in plan if phase not in ("sampling", "evaluation"))
+    tracker, accelerator = Tracker(), Accelerator(cpu=True, mixed_precision=mixed_precision)
+    model = make_model(**{**FOUR_LAYERS, "num_hidden_layers": layers})
+    real_steps(model, args, accelerator, tracker)
+    real = {phase: sum(parts.values()) for phase, parts in tracker.phases.items()}
+    assert len(real) == 3
+    for phase, peak in real.items():
+        predicted = update if phase == "update" else plan[phase]
+        assert predicted == pytest.approx(peak, rel=0.1), phase
+
+
+def test_smaller_micro_batches_and_checkpointing_plan_less_memory(four_layers):
+    _, folder = four_layers
+    peaks = [
+        planned(planning("--model_name", folder, *SMALL, *extra), False).peaks["policy"]
+        for extra in ([], ["--micro_batch_tokens", "90"], ["--gradient_checkpointing"])
+    ]
+    assert peaks[1] < peaks[0] and peaks[2] < peaks[0]
+
+
+def test_parts_have_the_sizes_that_arithmetic_gives_them(four_layers):
+    model, folder = four_layers
+    long = [*SMALL, "--max_completion_length", "80"]  # past prefilling, where caches have no label
+    phases = planned(planning("--model_name", folder, *long), False).phases
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert phases["policy"]["weights"] == weights
+    assert phases["policy"]["gradients"] == weights
+    assert phases["policy"]["Adam"] == pytest.approx(2 * weights, rel=1e-3)  # and step counts
+    bytes_per_token = 4 * 2 * 4 * 2 * 16  # layers, keys and values, fp32, key-value heads, size
+    assert phases["sampling"]["KV cache"] == bytes_per_token * (4 * 33 + 24 * 80)
+    assert "reference" not in phases
+
+
+def test_with_lora_gradients_moments_and_reference_are_the_adapter_s_alone(four_layers):
+    model, folder = four_layers
+    flag = ["--kl_beta", "0.04", "--lora_rank", "4", "--lora_targets", "q_proj", "down_proj"]
+    args = planning("--model_name", folder, *SMALL, *flag)
+    plan, on_gpu = (planned(args, on_gpu, layers=1) for on_gpu in (False, True))
+    layer = list(model.model.layers[0].parameters())
+    weights = sum(p.numel() for p in (*layer, model.lm_head.weight, model.model.norm.weight))
+    adapter = 4 * (128 + 128 + 384 + 128)  # rank, in and out of both
+    assert (plan.trained, plan.parameters) == (adapter, weights + adapter)
+    parts = plan.phases["policy"]
+    assert parts["weights"] == 4 * (weights + adapter)
+    assert parts["gradients"] == 4 * adapter
+    assert parts["reference"] == pytest.approx(4 * adapter, rel=0.01)  # and frequencies
+    assert parts["Adam"] == pytest.approx(8 * adapter, rel=0.01)  # and step counts
+    linear = sum(p.numel() for p in layer) - 2 * 128  # but for two norms
+    assert on_gpu.phases["policy"]["weights"] == parts["weights"] - 2 * linear  # in bf16
+
+
+# --- models and work ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_known_models_have_the_published_number_of_parameters(name):
+    with as_if(False):
+        model = AutoModelForCausalLM.from_config(config_of(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_base_models_are_known_with_their_instruct_models():
+    assert len(KNOWN_MODELS) == 2 * (len(PARAMETERS) - 1) + 1
+    for name in PARAMETERS:
+        assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
+
+
+ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0, 0.0, False)
+
+
+def test_work_is_that_of_the_formulas(four_layers):
+    """2 per weight of a matrix and token read, the head where a token is predicted, thrice that
+    with the backward pass, and attention on top, which is little here."""
+    model, folder = four_layers
+    whole = ["--model_name", folder, *SMALL, "--micro_batch_tokens", "0"]
+    work = planned(planning(*whole), False, ONE).work
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.get_decoder().layers.parameters() if p.ndim == 2)
+    prompts, completions = 4 * 33, 24 * 12
+    read = prompts + completions - 24
+    assert work["policy"].flops == pytest.approx(6 * (body * read + head * completions), rel=0.15)
+    sampled = 2 * body * (prompts + completions) + 2 * head * (4 + completions)
+    assert work["sampling"].flops == pytest.approx(sampled, rel=0.15)
+    epochs = planned(planning(*whole, "--num_inner_epochs", "3"), False, ONE).work
+    assert epochs["policy"].flops == pytest.approx(3 * work["policy"].flops)
+
+
+def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
+    _, folder = four_layers
+    args = planning("--model_name", folder, *SMALL, "--max_completion_length", "80")
+    eager, graphs = (planned(args, on_gpu, ONE) for on_gpu in (False, True))
+    assert graphs.work["sampling"].operations < 0.5 * eager.work["sampling"].operations
+    assert graphs.phases["sampling"]["KV cache"] > 0 == graphs.phases["policy"]["KV cache"]
+    assert graphs.phases["policy"]["sampling copy"] == 0
+
+
+def test_a_token_on_average_reads_as_much_of_the_cache_as_it_does(four_layers):
+    """Work is linear in that: here an average of steps at three lengths of the cache."""
+    works = {128: Work(1.0, 10.0, 2), 300: Work(3.0, 30.0, 2)}
+    assert planned_step.at_length(works, 214) == Work(2.0, 20.0, 2)
+    assert planned_step.at_length({128: Work(1.0, 10.0, 2)}, 128) == Work(1.0, 10.0, 2)
+    policy, _ = four_layers
+    decoders = [
+        planned_step.Decoder(policy, 2, 300),
+        planned_step.GraphDecoder(policy, 2, 300, None),
+    ]
+    reads = [planned_step.average_read(decoder, 300) for decoder in decoders]
+    assert reads == [150.5, pytest.approx((128 * 128 + 128 * 256 + 44 * 300) / 300)]
+
+
+def test_rotary_embeddings_that_read_positions_can_be_planned(tmp_path, four_layers):
+    """As what they are: on a GPU the host starts every kernel of theirs, for it reads positions."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    make_model(**FOUR_LAYERS, rope_parameters=rope).config.save_pretrained(tmp_path)
+    dynamic, default = (planned(planning("--model_name", folder, *SMALL), True, ONE, layers=1)
+                        for folder in (str(tmp_path), four_layers[1]))  # fmt: skip
+    assert dynamic.phases["policy"] == default.phases["policy"]
+    sampling = [plan.work["sampling"].operations for plan in (dynamic, default)]
+    assert sampling[0] > 2 * sampling[1]
