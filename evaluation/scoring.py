@@ -2,12 +2,14 @@
 
 import math
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
+from statistics import fmean
 
 import torch
 
 from grpo import overlong_penalty
+from llms import rendering_on
 from utils import TimedOut, UserError, time_limit
 
 
@@ -18,6 +20,49 @@ class Rewards:
     names: list  # F function names
     per_function: torch.Tensor  # (Q, G, F), before the weights
     total: torch.Tensor  # (Q, G), the weighted sum over functions
+
+
+def without_thoughts(rollouts, setup):
+    """The Rollouts with texts that are judged, by rewards, formats and accuracy alike: of a model
+    that thinks, what follows the last </think> and its blanks, and nothing while it still thinks.
+
+    Where the task's system prompt asks for the tags itself, they are a part of the answer, and all
+    of it is judged.
+    """
+    if "<think>" in setup.task.system_prompt:
+        return rollouts
+    thinking = rendering_on(setup.tokenizer).opens_thinking
+    texts = [[after_thoughts(text, thinking) for text in texts] for texts in rollouts.texts]
+    return replace(rollouts, texts=texts)
+
+
+def after_thoughts(text, thinking=False):
+    """What of a completion follows its thoughts, "" where these do not end. `thinking`: whether it
+    began in the midst of them."""
+    _, closed, answer = text.rpartition("</think>")
+    if closed:
+        return answer.lstrip()
+    return "" if thinking or text.lstrip().startswith("<think>") else text
+
+
+def cut_off_thinking(text, answer, finished):
+    """Whether a completion was cut off in its thoughts; None where it has none. answer: what of its
+    text is judged."""
+    return None if text == answer else not finished and "</think>" not in text
+
+
+def truncated_thinking(rollouts, setup):
+    """{"truncated_thinking": the share of completions cut off while thinking}; {} where none
+    thinks."""
+    judged, finished = without_thoughts(rollouts, setup).texts, rollouts.finished.tolist()
+    cut_off = [
+        cut_off_thinking(*of_one)
+        for of_group in zip(rollouts.texts, judged, finished)
+        for of_one in zip(*of_group)
+    ]
+    if all(one is None for one in cut_off):
+        return {}
+    return {"truncated_thinking": fmean(map(bool, cut_off))}
 
 
 def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):

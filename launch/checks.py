@@ -19,7 +19,7 @@ from launch.known_models import KNOWN_MODELS
 from launch.presets import LORA_TARGETS
 from rldatasets import BUILT_IN, GSM8K_HUB_NAME
 from tasks import has_own_evaluator, load_task
-from utils import EMBEDDED_MODEL, UserError, base_and_adapters, hub_token
+from utils import ADAPTER_CONFIG, EMBEDDED_MODEL, UserError, base_and_adapters, hub_token
 
 EMBEDDED_CONTEXT = 8192
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
@@ -65,6 +65,9 @@ def check_flags(args):
     if args.sampler == "paged":
         if args.compile_sampler:
             raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")
+        if args.stop:
+            raise UserError("--stop: --sampler paged knows stop tokens alone; use --sampler "
+                            "shared_prefix")  # fmt: skip
         for flag, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             if getattr(args, flag) != off:
                 raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
@@ -169,6 +172,8 @@ def check_model(args):
         raise UserError(
             f"{flag}: its config.json is damaged or not a language model's; fetch it again"
         ) from None
+    if config.get("quantization_config"):
+        raise UserError(quantised(flag, config["quantization_config"], adapters))
     if family not in MODEL_TYPES:
         raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
     if config.get("use_sliding_window"):
@@ -179,6 +184,18 @@ def check_model(args):
         # Its frequencies go by the longest text of a batch, so that a row depends on the others.
         raise UserError(f"{flag}: rotary embeddings of type longrope are not supported")
     check_context(args, context)
+
+
+def quantised(flag, how, adapters):
+    """What to say of a model whose config.json has this quantization_config."""
+    how = how if isinstance(how, dict) else {}
+    bits = 4 if how.get("load_in_4bit") else 8 if how.get("load_in_8bit") else how.get("bits")
+    kind = [f"{how['quant_method']:.20}"] if isinstance(how.get("quant_method"), str) else []
+    kind += [f"{bits}-bit"] if isinstance(bits, int) else []
+    mend = "name the model that it was made from, which is in bfloat16 or float32"
+    if adapters:
+        mend = f"let {ADAPTER_CONFIG} name that model's original, in bfloat16 or float32"
+    return f"{flag}: is quantised ({', '.join(kind) or 'quantization_config'}); {mend}"
 
 
 def check_context(args, context):

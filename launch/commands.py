@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 from launch.checks import check_dataset, check_flags, check_model, check_output_dir
@@ -23,6 +24,7 @@ from launch.parser import (
     preset_and_dataset,
     run_directory,
 )
+from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
 
@@ -37,13 +39,14 @@ COMMANDS = {
     "report": "write a run's report.html anew",
 }
 # The flags of a run that an evaluation depends on, and one question's answers.
+PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop")
 EVALUATION_FLAGS = (
-    "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
-    "max_completion_length", "temperature", "eval_problems", "eval_batch_size", "eval_samples",
-    "reward_timeout",
+    *PROMPT_FLAGS, "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
+    "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
+    "eval_samples", "reward_timeout",
 )  # fmt: skip
 CHAT_FLAGS = (
-    "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
+    *PROMPT_FLAGS, "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
     "max_completion_length", "reward_weights", "reward_timeout",
 )  # fmt: skip
 GROUP_FLAGS = (
@@ -119,6 +122,17 @@ def add_model(parser, argv, names):
     parser.set_defaults(**{name: value for name, value in defaults.items() if name not in hidden})
     # No question is left out for its length, and no group sampled in parts.
     parser.set_defaults(max_prompt_length=0, sampling_batch_size=0)
+    parser.set_defaults(**dict.fromkeys(PROMPT_FLAGS))  # see ask_as_its_run_did
+
+
+def ask_as_its_run_did(args):
+    """Set the PROMPT_FLAGS that are not given: to those of the run whose model this is, if any."""
+    flags = flags_of_model(args.model_name)
+    ours = {"enable_thinking": False, "chat_template_kwargs": {}, "stop": [],
+            "prompt_date": date.today().isoformat()}  # fmt: skip
+    for name in PROMPT_FLAGS:
+        if getattr(args, name) is None:
+            setattr(args, name, flags.get(name, ours[name]))
 
 
 def add_question(parser):
@@ -146,6 +160,8 @@ def parse_command(argv):
     args = parse_known(parser, rest)
     args.command = name
     try:
+        if name in ("evaluate", "chat", "group"):
+            ask_as_its_run_did(args)
         if name == "evaluate":
             _check_evaluate(args)
         elif name in ("chat", "group"):

@@ -1,5 +1,7 @@
 """What a run begins with: problems, model, directory, and whatever is wrong with them."""
 
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn
 from evaluation.sources import sources_of
-from llms import chat_prompt, load_model
+from llms import chat_prompt, load_model, rendering_of
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
@@ -83,7 +85,9 @@ def load(args, accelerator, task, start=None):
                             "raise it, or start fewer")  # fmt: skip
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     print(f"loading {args.model_name} ...", flush=True)
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    policy, tokenizer = load_model(
+        args.model_name, accelerator.device, hub_token(), rendering_of(args)
+    )
     add_adapter(policy, args)
 
     def prompt_length(problem):
@@ -103,10 +107,29 @@ def load(args, accelerator, task, start=None):
         "left_out": left_out,
         "test_problems": len(test_problems),
         "problems_sha256": fingerprint([*fitting, *test_problems]),
+        "prompts_sha256": prompts_sha256(tokenizer, test_problems, task),
     }
-    if start and start.data != facts:
-        raise UserError(f"--resume: {start.path} was trained on other problems than these")
+    check_same_data(facts, start)
     return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def prompts_sha256(tokenizer, problems, task):
+    """A checksum of the first of these problems as prompts, in token ids: it changes with the chat
+    template, its arguments, the date in it, the system prompt and the tokenizer."""
+    prompts = [chat_prompt(tokenizer, task.system_prompt, p.question) for p in problems[:16]]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def check_same_data(facts, start):
+    """Raise UserError where a Checkpoint, if any, is of other problems or prompts than these facts
+    are. What it does not say, as runs of before did not, is not compared."""
+    said = start.data if start else {}
+    differing = {name for name, value in facts.items() if said.get(name, value) != value}
+    if differing == {"prompts_sha256"}:
+        raise UserError(f"--resume: {start.path} was trained with other prompts than these; chat "
+                        "template, system prompt and tokenizer must be as they were")  # fmt: skip
+    if differing:
+        raise UserError(f"--resume: {start.path} was trained on other problems than these")
 
 
 def evaluate_and_save(args):
@@ -114,7 +137,9 @@ def evaluate_and_save(args):
     accelerator = make_accelerator()
     task = load_task(args)
     problems = task.problems("test")[: args.eval_problems or None]
-    policy, tokenizer = load_model(args.model_name, accelerator.device, hub_token())
+    policy, tokenizer = load_model(
+        args.model_name, accelerator.device, hub_token(), rendering_of(args)
+    )
     check_room(policy, tokenizer, problems, args.max_completion_length, task)
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}

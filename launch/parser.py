@@ -5,10 +5,12 @@ Nothing heavy is imported here, so that a typo is answered in a fraction of a se
 
 import argparse
 import difflib
+import json
 import math
 import re
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 from launch.checks import (
@@ -24,6 +26,13 @@ from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flag
 from tasks import dataset_names, has_own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, one_line
 
+# What --chat_template_kwargs may not hold: what transformers takes beside a template's arguments.
+NOT_THE_TEMPLATES = {
+    "enable_thinking", "messages", "conversation", "conversations", "chat_template", "tokenize",
+    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "sanitize_control_tokens", "self", "strftime_now",
+}  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 
 
@@ -62,6 +71,32 @@ def _weight(text):
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, e.g. correctness=2")
     return name, _number(float, -1e6, 1e6)(value)
+
+
+def _text(text):
+    if not text or re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is empty, or holds what is not text")
+    return text
+
+
+def _day(text):
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no day YYYY-MM-DD") from None
+
+
+def _template_arguments(text):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no JSON object in braces")
+    for name in NOT_THE_TEMPLATES & {*value}:
+        advice = "use the flag --enable_thinking" if name == "enable_thinking" else "leave it out"
+        raise argparse.ArgumentTypeError(f"{name} is not for the template to be told; {advice}")
+    return value
 
 
 def _dataset_name(text):
@@ -122,6 +157,14 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--model_name", metavar="MODEL", help="Hugging Face hub name, local directory, or "
          f"{EMBEDDED_MODEL}")
 
+    flag("--enable_thinking", action=argparse.BooleanOptionalAction, default=False, help="where "
+         "the chat template asks: think first, in <think> tags; rewards and accuracy judge what "
+         "follows")
+    flag("--chat_template_kwargs", type=_template_arguments, default={}, metavar="JSON",
+         help="further arguments of the chat template, as a JSON object")
+    flag("--prompt_date", type=_day, metavar="YYYY-MM-DD", help="what chat templates take for "
+         "today; None: the day on which the run starts")
+
     flag = group("data and rewards").add_argument
     flag("--dataset_name", type=_dataset_name, metavar="NAME", help="gsm8k, arithmetic (generated "
          "word problems), or the name of a file in tasks/, such as countdown")
@@ -152,6 +195,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
          help="sample from the likeliest tokens that hold this share of probability; 1: off")
     flag("--min_p", type=SHARE, default=0.0,
          help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
+    flag("--stop", type=_text, nargs="+", default=[], metavar="STRING", help="texts that end a "
+         "completion as its stop tokens do; for base models")
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
          "whole groups, for memory; the result is the same; 0: all those of a step")
     flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
@@ -315,6 +360,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
     args.reward_weights = dict(args.reward_weights)
+    args.prompt_date = args.prompt_date or date.today().isoformat()
     if args.output_dir is None:
         args.output_dir = run_directory(args, Path(args.model_name).name.lower())
     try:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 
 from llms import load_model as load_whole_model
+from llms import rendering_of
 from records.resuming import check_same_flags, checkpoint_step
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
@@ -370,7 +371,8 @@ class Saver:
         new = _new(target)
         shutil.rmtree(new, ignore_errors=True)
         if self.adapted and self.args.merge_lora:
-            for part in load_whole_model(str(checkpoint), "cpu", hub_token()):
+            rendering = rendering_of(self.args)
+            for part in load_whole_model(str(checkpoint), "cpu", hub_token(), rendering):
                 part.save_pretrained(new)
             for path in new.iterdir():
                 _flush(path)

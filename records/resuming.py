@@ -5,6 +5,7 @@ Only the standard library is imported here: the command line asks before torch i
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from utils import UserError
@@ -76,6 +77,17 @@ def steps_with_other_rewards(saved, sources, step, allowed):
         raise UserError("--resume: the rewards or is_correct are not those that the run began "
                         "with; undo the change, or add --allow_changed_rewards")  # fmt: skip
     return [*steps, step]
+
+
+def flags_of_model(path):
+    """The flags of the run that a model's directory is of, RUN/model or one of RUN/checkpoints; {}
+    where it is of none."""
+    parents = Path(path).resolve().parents
+    for run in parents[:2] if Path(path).is_dir() else ():
+        with suppress(UserError):
+            if flags := saved_flags(run):
+                return flags
+    return {}
 
 
 def check_same_flags(args, saved):

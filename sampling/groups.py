@@ -13,7 +13,7 @@ from sampling.compiled import static_decoder
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
 from sampling.paged import sample_rollouts_paged
-from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops
+from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
 from training.sharding import whole
 from training.tree import first_of_each
 from utils import release_freed_memory, to_device
@@ -52,7 +52,7 @@ def sample_groups(setup, problems, seeds):
                 parts.append(sample_rollouts_paged(*common))
             else:
                 filters = (args.top_k, args.top_p, args.min_p)
-                parts.append(sample_rollouts(*common, *filters, args.compile_sampler))
+                parts.append(sample_rollouts(*common, *filters, args.compile_sampler, args.stop))
     release_freed_memory(setup.accelerator.device)
     return joined_rollouts(parts)
 
@@ -142,6 +142,7 @@ def sample_rollouts(
     top_p=1.0,
     min_p=0.0,
     compiled=False,
+    stop=(),
     watch=None,
 ):
     """Sample `group_size` completions for every prompt, all of them in one batch.
@@ -153,7 +154,8 @@ def sample_rollouts(
     seeds: a number per prompt, which fixes every draw for that prompt's group. So a completion does
     not depend on which prompts share its batch, nor on when its neighbours finish. Temperature 0 is
     greedy and needs none. `compiled` runs the model's step through torch.compile (see
-    compiled.py): the same tokens, up to rounding. `watch(tokens)` is called after every
+    compiled.py): the same tokens, up to rounding. A completion also ends with the token that
+    completes one of the strings `stop`. `watch(tokens)` is called after every
     token, with those of the rows that had not finished.
     """
     device = model.get_input_embeddings().weight.device
@@ -178,7 +180,7 @@ def sample_rollouts(
     logits, row = decoder.prefill(prompts)  # (R, V), (N,) on the host
     row_there = to_device(torch.from_numpy(row), device)
     live = torch.arange(rows, device=device)  # the line of `ids` that each live completion writes
-    look_every = LOOK_EVERY.get(device.type, 1)
+    look_every = 1 if watch or decoder.shares else LOOK_EVERY.get(device.type, 1)
 
     for t in range(max_new_tokens):
         tokens, scores = sample_tokens(
@@ -191,9 +193,16 @@ def sample_rollouts(
         finished[live] |= (tokens[:, None] == stops).any(-1)
         if watch:
             watch(ids[mask[:, t], t])
-        if t + 1 == max_new_tokens:
+        last, looking = t + 1 == max_new_tokens, (t + 1) % look_every == 0
+        if stop and (last or looking):
+            since = t - t % look_every
+            ends = string_ends(tokenizer, stop, ids[:, : t + 1], mask[:, : t + 1], since)
+            for line, end in ends.items():
+                ids[line, end:], mask[line, end:], logprobs[line, end:] = pad_id, False, 0.0
+                finished[line] = True
+        if last:
             break
-        if decoder.shares or (t + 1) % look_every == 0:
+        if looking:
             alive = (~finished[live]).cpu()  # the look
             if not alive.any():
                 break

@@ -30,6 +30,23 @@ def padding_and_stops(model, tokenizer):
     return (stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id), stops
 
 
+def string_ends(tokenizer, stop, ids, mask, since):
+    """{row: number of tokens up to and with the one that completes one of the strings `stop`}, of
+    the rows (R, C) whose token at position `since` or later does so."""
+    # A token holds a byte at least; one more, because decoding may strip a blank at the start.
+    reach = max(len(string.encode()) for string in stop) + 1
+    first = max(0, since - reach)
+    lengths, ends = mask.sum(-1).tolist(), {}
+    for row, tokens in enumerate(ids[:, first:].tolist()):
+        tokens = tokens[: lengths[row] - first]
+        for end in range(since - first + 1, len(tokens) + 1):
+            text = tokenizer.decode(tokens[max(0, end - reach) : end])
+            if any(string in text for string in stop):
+                ends[row] = first + end
+                break
+    return ends
+
+
 def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
     """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
     lengths = mask.sum(-1).tolist()

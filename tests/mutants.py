@@ -56,6 +56,7 @@ EVALUATION, SCORING, CHAT = (
 TRACKERS, TASKS, COUNTDOWN = (
     "records/test_trackers.py", "tasks/test_tasks.py", "tasks/test_countdown.py",
 )  # fmt: skip
+TOKENIZERS = "test_tokenizers.py"
 
 MUTANTS = [
     # --- advantages
@@ -331,6 +332,14 @@ MUTANTS = [
            'chat_prompt(tokenizer, "", problem.question)\n    with phase', CHAT),
     Mutant("advantages of another baseline", "args.advantage_scale, baseline=args.baseline",
            'args.advantage_scale, baseline="leave_one_out"', CHAT),
+    # --- templates, tokenizers, thoughts and exports
+    Mutant("the embedded model's digits are not split off", "[digits, core.pre_tokenizer]",
+           "[core.pre_tokenizer]", TOKENIZERS),
+    Mutant("a class may drop what tokenizer.json says",
+           "if _splits(tokenizer.backend_tokenizer) == _splits(said)", "if True", TOKENIZERS),
+    Mutant("a class adds special tokens of its own",
+           "if isinstance(token, str) and said.token_to_id(token) is not None",
+           "if isinstance(token, str)", TOKENIZERS),
 ]  # fmt: skip
 
 
