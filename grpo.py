@@ -143,11 +143,11 @@ class Objective:
 class Batch:
     """What the loss knows of R completions besides their log-probs now."""
 
-    old_logprobs: torch.Tensor  # (R, C), when they were sampled
+    sampled_logprobs: torch.Tensor  # (R, C), those of the sampler when it drew them
     advantages: torch.Tensor  # (R,)
     weights: torch.Tensor  # (R, C), see token_weights
     ref_logprobs: torch.Tensor | None = None  # (R, C); None where no reference is kept
-    first_logprobs: torch.Tensor | None = None  # (R, C), before the step's first update; None in it
+    old_logprobs: torch.Tensor | None = None  # (R, C), the trainer's before the step's first update
 
     def rows(self, index):
         """The Batch of these completions alone. index: (R',)."""
@@ -168,29 +168,30 @@ def grpo_loss(logprobs, batch, objective, entropy=None):
     r_t is pi_t / old_t where `ratio` is "token"; where it is "sequence", all tokens of a completion
     have their geometric mean, and are clipped together (GSPO, eq. 5, with weights "grpo").
 
-    c_t is 1, and old_logprobs are both what sampled and what the ratio compares with, unless
-    tis_cap > 0. Then the ratio compares with first_logprobs, the trainer's own before the step's
-    first update, and c_t = min(first_t / old_t, tis_cap) corrects for the sampler, as a constant
-    (truncated importance sampling: Yao et al. 2025, fengyao.notion.site/off-policy-rl).
+    old_t is the trainer's own, computed as pi_t is: at the step's first update, where batch has no
+    old_logprobs yet, every ratio is 1. The sampler computes in another order and, on a GPU, in
+    bf16; that noise, 0.015 nats per token on an H100, is wider than GSPO's bounds and would clip
+    half of the gradient. What sampled enters through c_t alone, a constant: 1, or with tis_cap > 0
+    min(old_t / sampled_t, tis_cap) (truncated importance sampling: Yao et al. 2025,
+    fengyao.notion.site/off-policy-rl).
 
     logprobs: (R, C). batch: a Batch. objective: an Objective. entropy: (R, C), H_t in nats over the
     vocabulary, where entropy_bonus > 0.
 
     Returns (loss, sums): the loss keeps its gradient; `sums` holds detached token *sums* over this
     micro-batch, which the caller divides by the step's number of tokens: `clip_fraction` (tokens
-    whose gradient, or with "cispo" whose ratio, the clip bounded), `mismatch` (|logprobs -
-    old_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
+    whose gradient, or with "cispo" whose ratio, the clip bounded), `mismatch` (|old_logprobs -
+    sampled_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
     """
     weights, advantages = batch.weights, batch.advantages.unsqueeze(-1)  # (R, C), (R, 1)
     # Or whatever else is not trained on here. Weight 0 alone would not do: what stands there may be
     # infinite, and 0 x inf is NaN.
     padding = weights == 0
-    first_logprobs = logprobs.detach() if batch.first_logprobs is None else batch.first_logprobs
-    logprobs = logprobs.masked_fill(padding, 0.0)
-    old_logprobs = batch.old_logprobs.masked_fill(padding, 0.0)
-    corrected = objective.tis_cap > 0
-    compared = first_logprobs.masked_fill(padding, 0.0) if corrected else old_logprobs
-    log_ratio = logprobs - compared  # (R, C)
+    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    logprobs, old_logprobs, sampled_logprobs = (
+        x.masked_fill(padding, 0.0) for x in (logprobs, old_logprobs, batch.sampled_logprobs)
+    )
+    log_ratio = logprobs - old_logprobs  # (R, C)
     if objective.ratio == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True).clamp(min=1)
     ratios = log_ratio.exp()  # (R, C), of a sequence (R, 1)
@@ -203,10 +204,10 @@ def grpo_loss(logprobs, batch, objective, entropy=None):
         clipped = bounded != ratios
     sums = {
         "clip_fraction": (clipped & ~padding).sum(),
-        "mismatch": (logprobs - old_logprobs).abs().sum(),
+        "mismatch": (old_logprobs - sampled_logprobs).abs().sum(),
     }
-    if corrected:
-        correction = (compared - old_logprobs).exp()  # (R, C)
+    if objective.tis_cap > 0:
+        correction = (old_logprobs - sampled_logprobs).exp()  # (R, C)
         gain = correction.clamp(max=objective.tis_cap) * gain
         sums["tis_capped"] = ((correction > objective.tis_cap) & ~padding).sum()
     if batch.ref_logprobs is not None:

@@ -20,7 +20,6 @@ from evaluation.held_out import evaluate_policy
 from evaluation.scoring import (
     joined_rewards,
     score,
-    truncated_thinking,
     with_overlong_penalty,
     without_thoughts,
 )
@@ -77,7 +76,6 @@ def train(args):
             saver.hold()  # until the step is complete, see Saver
             run.save_tokens(step, watched())
             update |= meter.shares() | {"learning_rate": scheduler.get_last_lr()[0]}
-            update |= truncated_thinking(rollouts, setup)
             scheduler.step()
             done = step + 1
             if args.update_ref_model and is_due(done, args.update_ref_model_freq):

@@ -143,7 +143,7 @@ def compare_losses(args, folder):
 
     The differences are relative. TRL's step is the whole of it but for the completions and their
     log-probs when sampled: its rewards, advantages, reference, micro-batches and loss. The policy
-    is moved before the step, so that ratio, clip and KL all matter.
+    is moved before the step, so that the KL matters; the ratio is 1 in both.
     """
     import torch
     from torch.optim.lr_scheduler import LambdaLR
@@ -195,14 +195,6 @@ def compare_losses(args, folder):
     their_catcher = Catcher(trainer.model.parameters(), lr=0.0)
     trainer.optimizer = their_catcher
     trainer.lr_scheduler = LambdaLR(their_catcher, lambda step: 1.0)
-    generate_and_score = trainer._generate_and_score_completions
-
-    def with_old_logprobs(inputs):
-        batch = generate_and_score(inputs)
-        batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
-        return batch
-
-    trainer._generate_and_score_completions = with_old_logprobs
     their_loss = trainer.train().training_loss
 
     def norm(tensors):

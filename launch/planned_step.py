@@ -296,7 +296,7 @@ class Step:
         self.ids = torch.zeros((rows, length), dtype=torch.long)
         logprobs = torch.zeros(rows, length)
         self.batch = Batch(
-            old_logprobs=logprobs,
+            sampled_logprobs=logprobs,
             advantages=torch.ones(rows),
             weights=torch.ones(rows, length),
             ref_logprobs=logprobs if args.kl_beta > 0 else None,

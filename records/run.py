@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.comparison import evaluation_table, p_against
+from evaluation.scoring import truncated_thinking
 from grpo import has_signal
 from records.alarms import new_alarms
 from records.budget import budget_lines, sampled_counts
@@ -230,6 +231,7 @@ def step_metrics(step, rollouts, rewards, update, setup):
         surprise: -rollouts.logprobs.sum().item() / tokens,
         "completion_length": tokens / total.numel(),
         "truncated": (~rollouts.finished).float().mean().item(),
+        **truncated_thinking(rollouts, setup),
         "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
         **sampled_counts(rollouts, total),

@@ -142,6 +142,7 @@ def make_args(**overrides):
         "eval_batch_size": 8,
         "eval_samples": 0,
         "temperature": 1.0,
+        "stop": [],
         "aggregation": "grpo",
         "max_completion_length": 16,
         "ratio": "token",

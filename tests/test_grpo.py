@@ -65,7 +65,7 @@ def test_loss_and_gradient_match_the_numpy_reference(aggregation, kind):
             "dr_grpo": mask / torch.tensor(sequences * mask.shape[-1]).double(),
         }[aggregation]
         assert torch.allclose(weights, exact, rtol=1e-6, atol=0)
-        batch = Batch(old, advantages, exact, reference)
+        batch = Batch(old, advantages, exact, reference, old)
         loss, _ = grpo_loss(logprobs, batch, Objective(0.1, 0.3, kl_beta=0.2, kl_estimator=kind))
         loss.backward()
         expected, gradient = numpy_loss(
@@ -159,7 +159,8 @@ def test_clip_acts_on_two_of_the_four_cases(ratio, advantage, objective, slope):
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     weights = torch.ones(1, 1, dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    batch = Batch(torch.zeros(1, 1, dtype=torch.float64), advantages, weights)
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    batch = Batch(old, advantages, weights, old_logprobs=old)
     loss, sums = grpo_loss(logprobs, batch, Objective(0.1, 0.3))
     loss.backward()
     assert loss.item() == pytest.approx(-objective)
@@ -176,7 +177,7 @@ def test_any_cut_into_micro_batches_adds_up_to_the_same_loss_and_gradient(aggreg
         leaf = logprobs.clone().requires_grad_()
         total = 0.0
         for rows in torch.arange(7).split(size):
-            batch = Batch(old[0], advantages[0], weights[0], reference[0]).rows(rows)
+            batch = Batch(old[0], advantages[0], weights[0], reference[0], old[0]).rows(rows)
             loss, _ = grpo_loss(leaf[0, rows], batch, Objective(kl_beta=0.1))
             loss.backward()
             total += loss.item()
@@ -193,7 +194,7 @@ def test_masked_tokens_get_no_gradient_even_where_their_values_are_wild():
     logprobs = torch.tensor([[-1.0, 500.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     old = torch.tensor([[-1.0, -500.0, 0.0]], dtype=torch.float64)
-    batch = Batch(old, torch.ones(1).double(), weights, ref_logprobs=old.clone())
+    batch = Batch(old, torch.ones(1).double(), weights, old.clone(), old_logprobs=old)
     loss, sums = grpo_loss(logprobs, batch, Objective(kl_beta=0.1))
     loss.backward()
     assert loss.item() == -1.0

@@ -47,8 +47,8 @@ def by_hand(inputs, weights, low, high, beta, ratio, clip, tis_cap, entropy_bonu
         p, o, f, q, h, w = (
             x[place].tolist() for x in (logprobs, old, first, reference, entropy, weights)
         )
-        a, base = float(advantages[place]), f if tis_cap else o
-        gaps = [p[t] - base[t] for t in tokens]
+        a = float(advantages[place])
+        gaps = [p[t] - f[t] for t in tokens]
         if ratio == "sequence" and gaps:
             gaps = [sum(gaps) / len(gaps)] * len(gaps)
         for t in tokens:
@@ -97,14 +97,15 @@ def test_every_combination_has_the_loss_and_gradient_of_its_formula(settings):
         assert (to_entropy - expected[2]).abs().max() < 1e-12
         assert sums["clip_fraction"] == expected[3]
         assert sums.get("tis_capped", 0) == expected[4]
-        mismatch = (inputs[0] - inputs[1]).abs()[inputs[-1]].sum()  # of the sampler, whatever first
+        # Between sampler and trainer, whatever has been learnt since.
+        mismatch = (inputs[2] - inputs[1]).abs()[inputs[-1]].sum()
         assert sums["mismatch"].item() == pytest.approx(mismatch.item())
         clipped, capped = clipped + expected[3], capped + expected[4]
     assert clipped > 0 and (capped > 0) == (settings["tis_cap"] > 0)
 
 
 def test_gspo_is_the_mean_over_sequences_of_their_clipped_ratio():
-    logprobs, old, _, _, _, advantages, mask = inputs = random_inputs(3)
+    logprobs, _, old, _, _, advantages, mask = inputs = random_inputs(3)
     counts = mask.sum(-1)
     ratio = ((logprobs - old) * mask).sum(-1).div(counts.clamp(min=1)).exp()  # (Q, G)
     clipped = ratio.clamp(1 - 0.01, 1 + 0.02)

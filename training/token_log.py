@@ -16,7 +16,7 @@ def watch_tokens(setup, step, rollouts, advantages):
     records of the group with the largest advantages, at any other none.
 
     advantages: (Q, G). Before and after are both the trainer's log-probs, so that their difference
-    is the update's work alone and not the sampler's rounding, which old_logprobs have.
+    is the update's work alone and not the sampler's rounding, which sampled_logprobs have.
     """
     if not is_watched(step, setup.args.num_train_iters):
         return list
@@ -34,7 +34,7 @@ def watch_tokens(setup, step, rollouts, advantages):
 
     def records():
         logprobs = {
-            "old_logprobs": rollouts.logprobs[q],
+            "sampled_logprobs": rollouts.logprobs[q],
             "logprobs_before": before,
             "logprobs_after": logprobs_of(setup.policy),
         }

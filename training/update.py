@@ -66,8 +66,7 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
             )
         epochs.append({name: float(value) for name, value in metrics.items()})
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
-    # Later epochs differ from the sampler because they have learnt, which is no mismatch.
-    means["mismatch"] = epochs[0].get("mismatch", 0.0)
+    means.setdefault("mismatch", 0.0)  # where nothing was trained on
     counts = summed(trained_counts(passes, always_trained(setup)), accelerator)
     return means | {name: int(count) for name, count in counts.items()}
 
@@ -104,7 +103,7 @@ def cut(setup, rollouts, advantages, chosen):
     # `own` groups are this process's; the others have weight 0 here.
     weights = weights * weights.new_tensor(own)[:, None, None]
     step = Batch(
-        old_logprobs=rollouts.logprobs.flatten(0, 1),
+        sampled_logprobs=rollouts.logprobs.flatten(0, 1),
         advantages=advantages.flatten(),
         weights=weights.flatten(0, 1),
         ref_logprobs=reference_logprobs(setup, rollouts.prompt_ids, lengths, ids),
@@ -131,7 +130,7 @@ def reference_logprobs(setup, prompt_ids, lengths, ids):
 def compared_with(seen, passes, idle):
     """The same passes, which know from now on what the trainer thought before the first update."""
     known = [
-        replace(one, batch=replace(one.batch, first_logprobs=logprobs))
+        replace(one, batch=replace(one.batch, old_logprobs=logprobs))
         for one, logprobs in zip(passes + idle, seen)
     ]
     return known[: len(passes)], known[len(passes) :]

@@ -60,8 +60,8 @@ def make_run(path, problems, text, tokens, reference=True):
         write_jsonl(path / "completions" / f"step_{step:05d}.jsonl", rows)
         logprobs = [-0.51234] * len(tokens)
         write_jsonl(path / "completions" / f"tokens_{step:05d}.jsonl", [
-            {"row": row, "tokens": tokens, "old_logprobs": logprobs, "logprobs_before": logprobs,
-             "logprobs_after": [-0.25] * len(tokens),
+            {"row": row, "tokens": tokens, "sampled_logprobs": logprobs,
+             "logprobs_before": logprobs, "logprobs_after": [-0.25] * len(tokens),
              **({"ref_logprobs": logprobs} if reference else {})}
             for row in range(3)
         ])  # fmt: skip

@@ -37,7 +37,7 @@ def test_the_log_probs_are_those_before_and_after_the_update(kl, accelerator):
         with torch.no_grad():
             return naive_logprobs(model, rollouts.prompt_ids[1], ids, 0.8)
 
-    expected = {"old_logprobs": rollouts.logprobs[1], "logprobs_before": naive(model)}
+    expected = {"sampled_logprobs": rollouts.logprobs[1], "logprobs_before": naive(model)}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
