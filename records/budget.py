@@ -5,7 +5,10 @@ carries gradient where its completion is in the loss and has an advantage, or, w
 the loss at all.
 """
 
+import numpy as np
+
 from grpo import has_signal
+from training.tree import prefix_numbers
 
 STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "watching")
 
@@ -13,12 +16,15 @@ STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "watching"
 def sampled_counts(rollouts, rewards):
     """What a step sampled, from its Rollouts and total rewards (Q, G), as metrics.
 
-    tokens/flat: in groups whose rewards are all equal. tokens/truncated: in completions that were
-    cut off.
+    tokens/distinct: prefixes, see training/tree.py. tokens/flat: in groups whose rewards are all
+    equal. tokens/truncated: in completions that were cut off.
     """
     lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    ids, question = rollouts.completion_ids.flatten(0, 1).cpu(), np.indices(lengths.shape)[0]
+    prefixes = prefix_numbers(ids, lengths.flatten(), question.ravel())
     return {
         "tokens/sampled": int(lengths.sum()),
+        "tokens/distinct": int(prefixes.max()) + 1,
         "tokens/flat": int(lengths[~has_signal(rewards.cpu())].sum()),
         "tokens/truncated": int(lengths[~rollouts.finished.cpu()].sum()),
         "completions/sampled": lengths.numel(),
@@ -51,8 +57,9 @@ def budget_lines(rows):
         lines.append(f"{total:.0f} s: {', '.join(shares)}")
     if tokens.get("sampled"):
         share = {kind: f"{count / tokens['sampled']:.0%}" for kind, count in tokens.items()}
+        distinct = f", {share['distinct']} of them distinct" if "distinct" in share else ""
         lines.append(
-            f"{tokens['sampled']} tokens sampled: {share['trained']} carried gradient "
+            f"{tokens['sampled']} tokens sampled{distinct}: {share['trained']} carried gradient "
             f"({completions['trained']} of {completions['sampled']} completions), {share['flat']} "
             f"in flat groups, {share['truncated']} cut off; padding {share['padded']} on top"
         )

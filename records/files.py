@@ -29,6 +29,7 @@ LABELS = {
     "weights_changed": "weights that an update changes",
     "weights_changed_bf16": "weights that it would change, were they stored in bf16",
     "tokens/sampled": "tokens sampled",
+    "tokens/distinct": "distinct prefixes sampled (tokens)",
     "tokens/trained": "tokens that carried gradient",
     "tokens/flat": "tokens in groups whose rewards are all equal",
     "tokens/truncated": "tokens in truncated completions",

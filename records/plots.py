@@ -106,8 +106,10 @@ def _tokens(axes, runs):
     trained = metrics["tokens/trained"][1]
     rest = [all_of - part for all_of, part in zip(sampled, trained)]
     _stack(axes, {"carried gradient": (steps, trained), "did not": (steps, rest)})
-    for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:")):
-        axes.plot(*metrics[f"tokens/{key}"], line, label=name)
+    for key, name, line in (("flat", "in flat groups", "k--"), ("truncated", "cut off", "k:"),
+                            ("distinct", "distinct", "k-")):  # fmt: skip
+        if f"tokens/{key}" in metrics:  # runs of before have no count of distinct ones
+            axes.plot(*metrics[f"tokens/{key}"], line, label=name)
     _finish(axes, runs, "tokens/sampled", legend=False)
     _legend_above(axes)
 

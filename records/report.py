@@ -129,6 +129,11 @@ def _budget(run):
             f"{tokens['flat'] / sampled:.0%} of the tokens in groups whose rewards are all equal",
             f"{tokens['truncated'] / sampled:.0%} in completions that were cut off",
             f"padding in training passes: {tokens['padded'] / sampled:.0%} on top",
+            *(
+                [f"{tokens['distinct'] / sampled:.0%} distinct, each computed once"]
+                if "distinct" in tokens
+                else []
+            ),
         ]
         parts.append(_element("p", "; ".join(facts) + ".", "quiet"))
     return "".join(parts)

@@ -12,10 +12,15 @@ LENGTHS = [[4, 1, 2], [3, 3, 5]]
 def test_sampled_counts_are_counted_by_group_and_by_end():
     mask = torch.arange(6) < torch.tensor(LENGTHS)[:, :, None]  # (Q, G, C)
     finished = torch.tensor([[True, False, True], [True, True, False]])
-    rollouts = SimpleNamespace(completion_mask=mask, finished=finished)
+    ids = torch.tensor([  # behind an end stands anything
+        [[1, 2, 3, 4, 9, 9], [1, 9, 8, 9, 9, 9], [1, 3, 9, 9, 9, 9]],
+        [[1, 2, 3, 9, 9, 9], [1, 2, 3, 8, 8, 8], [1, 2, 3, 4, 5, 9]],
+    ])  # fmt: skip
+    rollouts = SimpleNamespace(completion_mask=mask, finished=finished, completion_ids=ids)
     rewards = torch.tensor([[1.0, 0.0, 1.0], [2.0, 2.0, 2.0]])
     assert sampled_counts(rollouts, rewards) == {
-        "tokens/sampled": 18, "tokens/flat": 11, "tokens/truncated": 6, "completions/sampled": 6,
+        "tokens/sampled": 18, "tokens/distinct": 5 + 5, "tokens/flat": 11, "tokens/truncated": 6,
+        "completions/sampled": 6,
     }  # fmt: skip
 
 
