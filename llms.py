@@ -75,6 +75,7 @@ def load_model(model_name, device, token=None, rendering=None):
                                 "are of two models, or damaged")  # fmt: skip
         for folder in adapters:
             model = with_adapter(model, folder)
+            tokenizer = tokenizer_with(folder, tokenizer)
         if adapters and torch.device(device).type == "cuda":
             settle_in_bfloat16(model)
     settle_rendering(tokenizer, rendering or Rendering(), flag)
@@ -82,6 +83,9 @@ def load_model(model_name, device, token=None, rendering=None):
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
                         "eos_token")  # fmt: skip
     known, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if tokens > known and adapters:
+        raise UserError(f"{flag}: its tokenizer has {tokens} tokens, the base model {known}; save "
+                        "the adapter with their embeddings (save_embedding_layers)")  # fmt: skip
     if tokens > known:
         raise UserError(f"{flag}: its tokenizer has {tokens} tokens, the model {known}; use the "
                         "tokenizer that it was trained with")  # fmt: skip
@@ -133,6 +137,20 @@ def load_tokenizer(name, token=None):
         if isinstance(token, str) and said.token_to_id(token) is not None
     }
     return PreTrainedTokenizerFast.from_pretrained(name, token=token, **special)
+
+
+def tokenizer_with(folder, tokenizer):
+    """What an adapter was trained with: the tokenizer and the chat template in its directory; where
+    there is none, those of `tokenizer`, its base model's."""
+    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    template = Path(folder) / "chat_template.jinja"
+    if any(file.is_file() for file in files):
+        own = load_tokenizer(folder)
+        own.chat_template = own.chat_template or tokenizer.chat_template
+        return own
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def _splits(core):
@@ -229,6 +247,9 @@ def settle_rendering(tokenizer, rendering, flag):
         begins = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEXT
         print(f"{flag}: has no chat template; asked in plain text, where --stop may end an answer")
+    for name, value in rendering.arguments.items():
+        if value is not False and name not in str(tokenizer.chat_template):
+            print(f"{flag}: its chat template does not know {name}, which does nothing")
     system, question = "Speak softly", "Which colour"
     tokenizer.rendering = rendering
     try:

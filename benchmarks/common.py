@@ -144,7 +144,7 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     from accelerate import Accelerator
 
     from launch.parser import parse_args
-    from llms import kl_reference, load_model
+    from llms import kl_reference, load_model, rendering_of
     from tasks import load_task
     from training.lora import add_adapter
     from training.optimizer import make_optimizer
@@ -174,7 +174,7 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     flags = parse_args([part for name, value in argv.items() for part in (f"--{name}", str(value))])
     mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
-    policy, tokenizer = load_model(model_name, accelerator.device)
+    policy, tokenizer = load_model(model_name, accelerator.device, None, rendering_of(flags))
     add_adapter(policy, flags)
     reference = kl_reference(policy, flags, mixed_precision == "bf16")
     stopwatch = Stopwatch(torch.cuda.synchronize if on_gpu else None)
@@ -184,7 +184,7 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
 
 def our_step(setup, optimizer, scheduler, problems, number):
     """One step of main.train, without its files. Returns (rollouts, seconds per stage)."""
-    from evaluation.scoring import score
+    from evaluation.scoring import score, without_thoughts
     from grpo import group_advantages
     from sampling.groups import sample_groups
     from training.update import update_policy
@@ -195,7 +195,8 @@ def our_step(setup, optimizer, scheduler, problems, number):
     with stopwatch("sampling"):
         rollouts = sample_groups(setup, problems, seeds)
     with stopwatch("rewards"):
-        rewards = score(rollouts, problems, setup.task.reward_functions, flags.reward_weights)
+        judged = without_thoughts(rollouts, setup)
+        rewards = score(judged, problems, setup.task.reward_functions, flags.reward_weights)
         advantages = group_advantages(rewards.total, flags.advantage_scale)  # (Q, G)
     update_policy(setup, optimizer, rollouts, advantages)
     scheduler.step()

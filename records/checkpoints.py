@@ -29,6 +29,7 @@ from safetensors.torch import load_file, load_model, save_model
 
 from llms import load_model as load_whole_model
 from llms import rendering_of
+from records.exports import write_for_others
 from records.resuming import check_same_flags, checkpoint_step
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
@@ -337,6 +338,7 @@ class Saver:
         else:
             self.policy.save_pretrained(new, state_dict=weights, max_shard_size="1TB")  # one file
         self.tokenizer.save_pretrained(new)
+        write_for_others(new)
         if self.reference is not None:
             save = save_adapter if self.adapted else save_model
             save(self.reference, new / REFERENCE)
@@ -374,6 +376,7 @@ class Saver:
             rendering = rendering_of(self.args)
             for part in load_whole_model(str(checkpoint), "cpu", hub_token(), rendering):
                 part.save_pretrained(new)
+            write_for_others(new)
             for path in new.iterdir():
                 _flush(path)
         else:

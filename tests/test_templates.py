@@ -173,6 +173,20 @@ def test_arguments_reach_the_template():
     assert tokenizer.decode(chat_prompt(tokenizer, "S", "Q")) == "highSQ"
 
 
+def test_an_argument_that_the_template_does_not_know_is_told(capsys):
+    tokenizer = byte_level(["<end>"], "<end>", chat=SHAPES["smollm3"])
+    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": True}), "MODEL")
+    assert capsys.readouterr().out == ""
+    tokenizer = byte_level(
+        ["<end>"], "<end>", chat="{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": False}), "MODEL")
+    assert capsys.readouterr().out == ""
+    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": True, "efort": 1}), "MODEL")
+    told = capsys.readouterr().out.splitlines()
+    assert ["enable_thinking" in told[0], "efort" in told[1], len(told)] == [True, True, 2]
+
+
 # --- the day ------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,12 @@ Whoever reads a weight takes `whole_weight`, whoever changes some takes `trained
 """
 
 import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ADAPTER = "adapter_model.safetensors"  # as peft names it, and what it puts before a tensor's name
@@ -107,15 +109,33 @@ def load_adapter(model, file, device="cpu"):
 def with_adapter(model, folder):
     """The model with the adapter in a directory, any that peft can merge, folded into its weights.
 
-    Raises whatever peft does where the two do not fit.
+    One that was trained with further tokens brings its embeddings, to whose number of rows the
+    model's are cut or filled up. Raises whatever peft does where the two do not fit.
     """
     from peft import PeftModel
 
+    rows = embedding_rows(folder)
+    if rows not in (None, model.get_input_embeddings().num_embeddings):
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
         warnings.filterwarnings("error", "Found missing adapter keys")
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return merged.requires_grad_()  # peft has frozen it
+
+
+def embedding_rows(folder):
+    """The number of tokens of which an adapter's file has embeddings of its own; None without."""
+    file = Path(folder) / ADAPTER
+    if file.is_file():
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            shapes = {name: tensors.get_slice(name).get_shape() for name in names}
+    else:
+        tensors = torch.load(file.with_suffix(".bin"), map_location="meta", weights_only=True)
+        shapes = {name: [*tensor.shape] for name, tensor in tensors.items()}
+    rows = (s[0] for name, s in shapes.items() if re.search(r"embed_tokens\b.*\.weight$", name))
+    return next(rows, None)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Models that think first: what is judged is what follows the last </think>."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from evaluation.scoring import after_thoughts, score, truncated_thinking, withou
 from llms import Rendering
 from rldatasets import Problem
 from sampling.rollouts import Rollouts
+from utils import read_jsonl
 
 
 def written(answer):
@@ -146,3 +148,26 @@ def test_records_hold_all_that_was_written_and_judge_the_answer(monkeypatch):
                for line in evaluation_table({"a": summary}))  # fmt: skip
     assert "truncated_thinking" not in summarize(records[2:3])
     json.dumps(records)
+
+
+OPENS = (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\n' if think else '' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_a_run_counts_who_was_cut_off_while_thinking(think, tmp_path, saved_models, command):
+    shutil.copytree(saved_models["qwen2"], tmp_path / "model")
+    chat = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(chat + OPENS)
+    status, _, errors = command(
+        "--preset", "cpu", "--model_name", tmp_path / "model", "--output_dir", tmp_path / "run",
+        "--cold_start_steps", 0, "--num_train_iters", 1, "--eval_problems", 2,
+        "--questions_per_step", 2, "--group_size", 2, "--max_completion_length", 4,
+        "--max_prompt_length", 900, "--chat_template_kwargs", json.dumps({"think": think}),
+    )  # fmt: skip
+    assert status == 0, errors
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        for _, row in read_jsonl(tmp_path / "run" / file):
+            assert row.get("truncated_thinking") == (row["truncated"] if think else None)

@@ -1,0 +1,41 @@
+"""Model directories that other programs, with transformers 4 in them, read as they are meant.
+
+transformers 5 writes some facts under new names alone, which 4.57 does not know: it then computes
+rotary embeddings from base 10,000 and without LLaMA-3's scaling, without a word, or refuses the
+tokenizer. Both versions read what is written here.
+"""
+
+import json
+
+
+def write_for_others(folder):
+    """Add to config.json and tokenizer_config.json, where there are such, what transformers 4 reads
+    in place of rope_parameters, of the tokenizer's class and of its list of special tokens."""
+    _rewrite(folder / "config.json", _with_rope)
+    _rewrite(folder / "tokenizer_config.json", _with_known_class)
+
+
+def _rewrite(file, change):
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        text = json.dumps(change(known), indent=2, sort_keys=True, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def _with_rope(config):
+    """rope_theta and rope_scaling beside rope_parameters, which has both in one."""
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" not in rope:
+        return config
+    theta = rope.pop("rope_theta")
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    return {**config, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def _with_known_class(config):
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # of old the same, in both versions
+    if isinstance(config.get("extra_special_tokens"), list):  # in version 4 that is a dict
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
