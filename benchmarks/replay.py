@@ -27,6 +27,7 @@ The last line is JSON.
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,31 +161,42 @@ def point(file, step, model, names, flags):
 
 
 def gradient(policy, rollouts, rewards, chosen, settings, accelerator):
-    """One objective's gradient, (weights,) in host memory, and update_policy's metrics."""
+    """One objective's gradient, (weights,) in host memory, and metrics.
+
+    The ratio compares with what sampled, for the policy may have moved since.
+    """
     import torch
 
-    from grpo import group_advantages
+    from grpo import group_advantages, grpo_loss
+    from training.logprobs import completion_logprobs
     from training.setup import Setup
-    from training.update import update_policy
+    from training.update import cut, objective_of
     from utils import UserError
 
-    class Catcher(torch.optim.SGD):
-        """Keeps the gradient of the update instead of doing it."""
-
-        def step(self, closure=None):
-            parts = [p for group in self.param_groups for p in group["params"]]
-            self.caught = torch.cat([
-                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().cpu() for p in parts
-            ])  # fmt: skip
-
-    catcher = Catcher(policy.parameters(), lr=0.0)
     advantages = group_advantages(rewards, settings.advantage_scale, chosen, settings.baseline)
     setup = Setup(policy, None, None, settings, accelerator)
-    metrics = update_policy(setup, catcher, rollouts, advantages, chosen)
-    if metrics["skipped"]:
+    on_device = (x.to(policy.device) for x in (advantages, chosen))
+    passes, _, tokens = cut(setup, rollouts, *on_device)
+    policy.zero_grad()
+    metrics = {}
+    for one in passes:
+        with accelerator.autocast():
+            logprobs, _ = completion_logprobs(policy, one.read, one.ids, settings.temperature)
+        batch = replace(one.batch, old_logprobs=one.batch.sampled_logprobs)
+        loss, sums = grpo_loss(logprobs, batch, objective_of(settings))
+        loss.backward()
+        gaps = (logprobs.detach() - batch.sampled_logprobs).masked_fill(batch.weights == 0, 0)
+        for name, value in {**sums, "mismatch": gaps.abs().sum()}.items():
+            metrics[name] = metrics.get(name, 0.0) + (value / tokens).item()
+    found = torch.cat([
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten().cpu()
+        for p in policy.parameters()
+    ])  # fmt: skip
+    policy.zero_grad()
+    if not torch.isfinite(found).all():
         raise UserError(f"--model {policy.name_or_path}: too far from the sampler, a gradient is "
                         "not finite")  # fmt: skip
-    return catcher.caught, metrics
+    return found, metrics
 
 
 def product(a, b):
