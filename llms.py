@@ -78,8 +78,9 @@ def load_model(model_name, device, token=None, rendering=None):
             tokenizer = tokenizer_with(folder, tokenizer)
         if adapters and torch.device(device).type == "cuda":
             settle_in_bfloat16(model)
-    settle_rendering(tokenizer, rendering or Rendering(), flag)
-    if not stop_token_ids(model, tokenizer):
+        settle_rendering(tokenizer, rendering or Rendering(), flag)
+        stops = stop_token_ids(model, tokenizer)
+    if not stops:
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
                         "eos_token")  # fmt: skip
     known, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)

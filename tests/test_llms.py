@@ -69,11 +69,8 @@ def test_a_chat_without_system_messages_is_refused(tmp_path):
 
 def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_model(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
     with pytest.raises(UserError, match="cannot be loaded") as raised:
         load_model(str(tmp_path), "cpu")

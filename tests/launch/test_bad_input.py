@@ -291,7 +291,6 @@ def damaged(folder):
             *fields("tokenizer_config.json", extra_special_tokens=["<|more|>"]),
             ["261 tokens, the model 260"],
         ),
-        ("chat_template.jinja", None, ["has no chat template", "-Instruct model"]),
         ("chat_template.jinja", b"", ["chat template loses the question"]),
         ("chat_template.jinja", b"{% for x in %}", ["TemplateSyntaxError"]),
         ("chat_template.jinja", b"{{ 1 + 'a' }}", ["takes no system message", "TypeError"]),
@@ -312,6 +311,8 @@ def test_a_model_without_a_token_that_ends_its_answers(refused, damaged):
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
         _, edit = fields(file, eos_token_id=None, eos_token=None)
         (damaged / file).write_bytes(edit((damaged / file).read_bytes()))
+    bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (damaged / "chat_template.jinja").write_text(bare)
     assert_said(refused("--model_name", "damaged"), "no token ends an answer", "eos_token")
 
 

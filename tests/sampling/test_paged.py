@@ -128,7 +128,11 @@ def test_under_autocast_the_engine_keeps_its_positions_exact():
     ("flags", "engine", "filters"),
     [
         ({"sampler": "paged", "compile_sampler": False}, "sample_rollouts_paged", ()),
-        ({"sampler": "shared_prefix", "compile_sampler": True}, "sample_rollouts", (5, 1, 0, True)),
+        (
+            {"sampler": "shared_prefix", "compile_sampler": True, "stop": ["#"]},
+            "sample_rollouts",
+            (5, 1, 0, True, ["#"]),
+        ),
     ],
 )
 def test_the_flags_choose_the_engine_of_a_training_step(
