@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from importlib import util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -290,25 +291,30 @@ def reciting(monkeypatch, rows):
     from sampling import groups
 
     class Decoder:
-        def __init__(self, model, group_size, max_new_tokens):
-            self.at, self.rows = 0, torch.arange(len(rows))
+        def __init__(self, model, group_size, max_new_tokens, shares):
+            self.at, self.rows, self.shares = 0, np.arange(len(rows)), shares
+
+        @property
+        def position(self):
+            return torch.full((len(self.rows),), self.at)
 
         def logits(self):
             said = [rows[r][min(self.at, len(rows[r]) - 1)] for r in self.rows]
             return torch.nn.functional.one_hot(torch.tensor(said), 300).float()
 
         def prefill(self, prompts):
-            return self.logits()
+            return self.logits(), self.rows
 
         def step(self, tokens):
             self.at += 1
             return self.logits()
 
-        def keep(self, alive):
-            self.rows = self.rows[alive]
-            return alive.nonzero().squeeze(1)
+        def branch(self, parents):
+            self.rows = self.rows[parents]
+            return np.arange(len(parents))
 
     monkeypatch.setattr(groups, "Decoder", Decoder)
+    monkeypatch.setattr(groups, "SHARING", set())
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 16])

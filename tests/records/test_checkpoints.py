@@ -97,7 +97,7 @@ def three(tmp_path_factory):
     saver = saver_of(path)
     for _ in range(3):
         move(saver)
-        saver.save(prune=False)
+        saver._save(prune=False)
     return path
 
 

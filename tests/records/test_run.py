@@ -7,18 +7,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_args, make_setup, make_tokenizer
 from faults import lines
 from scipy import stats
 from tqdm import tqdm
 
 from records.run import Run, show_progress, step_metrics, summary_table
+from sampling.rollouts import Rollouts
 from utils import jsonl, read_jsonl, write_jsonl
 
 
-def test_step_metrics_match_hand_computed_values():
+@pytest.mark.parametrize(
+    ("filters", "surprise"),
+    [({}, "entropy"), ({"top_k": 5}, "cross_entropy"), ({"top_p": 0.9}, "cross_entropy"),
+     ({"min_p": 0.1}, "cross_entropy")],
+)  # fmt: skip
+def test_step_metrics_match_hand_computed_values(filters, surprise):
+    """Of filtered samples, -logprob under the unfiltered policy is no entropy."""
     mask = torch.tensor([[[True, True], [True, False]]])
-    rollouts = SimpleNamespace(
+    rollouts = Rollouts(
+        prompt_ids=[torch.tensor([1])],
+        completion_ids=torch.tensor([[[4, 5], [4, 9]]]),
         completion_mask=mask,
+        texts=[["a", "b"]],
         logprobs=torch.tensor([[[-1.0, -2.0], [-3.0, 0.0]]]),
         finished=torch.tensor([[False, True]]),
     )
@@ -27,12 +38,15 @@ def test_step_metrics_match_hand_computed_values():
         per_function=torch.tensor([[[2.0, 0.5], [0.0, 0.5]]]),
         total=torch.tensor([[2.5, 0.5]]),
     )
-    metrics = step_metrics(7, rollouts, rewards, {"loss": 0.25}, {"sampling": 1.5})
+    setup = make_setup(None, make_args(**filters), None, make_tokenizer())
+    setup.stopwatch.seconds = {"sampling": 1.5}
+    metrics = step_metrics(7, rollouts, rewards, {"loss": 0.25}, setup)
     assert metrics == pytest.approx({
         "step": 7, "reward": 1.5, "reward_std": 2**0.5, "rewards/correctness": 1.0,
-        "rewards/brevity": 0.5, "loss": 0.25, "entropy": 2.0, "completion_length": 1.5,
+        "rewards/brevity": 0.5, "loss": 0.25, surprise: 2.0, "completion_length": 1.5,
         "truncated": 0.5, "flat_groups": 0.0, "tokens_per_second": 2.0, "seconds/sampling": 1.5,
-        "tokens/sampled": 3, "tokens/flat": 0, "tokens/truncated": 2, "completions/sampled": 2,
+        "tokens/sampled": 3, "tokens/distinct": 2, "tokens/flat": 0, "tokens/truncated": 2,
+        "completions/sampled": 2,
     })  # fmt: skip
 
 

@@ -58,8 +58,7 @@ def written(answer):
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
     """A directory of tasks in the place of tasks/. Call it to add one, with its name and text."""
-    for module in (parser, tasks):
-        monkeypatch.setattr(module, "TASKS", tmp_path)
+    monkeypatch.setattr(tasks, "TASKS", tmp_path)
     added = []
 
     def add(name, text):
@@ -256,7 +255,7 @@ def test_presets_know_the_tasks_and_run_directories_their_names(tmp_path, monkey
     defaults = parser.build_parser("cpu", "reasoning_gym/chain_sum")
     assert defaults.get_default("max_completion_length") == 160
     names = {name.partition("/")[0] for _, name in parser.PRESETS_ON}
-    assert names <= {*parser.BUILT_IN, *(path.stem for path in parser.TASKS.glob("*.py"))}
+    assert names <= set(tasks.dataset_names())
 
 
 # --- rewards of one's own ------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_what_is_sampled_has_the_log_probs_of_the_model_with_its_adapter():
     assert torch.equal(base, sampled(make_model(vocab_size=40)).logprobs)
     assert not torch.equal(base[..., 0], rollouts.logprobs[..., 0])
     exact = adapted()
-    logits = Decoder(exact, 1, 1).prefill([(PROMPT % 40).tolist()])
+    logits, _ = Decoder(exact, 1, 1).prefill([(PROMPT % 40).tolist()])
     with torch.no_grad():
         assert (logits - exact(PROMPT[None] % 40).logits[0, -1]).abs().max() < 1e-11
 
