@@ -56,7 +56,10 @@ EVALUATION, SCORING, CHAT = (
 TRACKERS, TASKS, COUNTDOWN = (
     "records/test_trackers.py", "tasks/test_tasks.py", "tasks/test_countdown.py",
 )  # fmt: skip
-TOKENIZERS = "test_tokenizers.py"
+TOKENIZERS, TEMPLATES, THINKING, PROMPTS, ADAPTERS, EXPORTS = (
+    "test_tokenizers.py", "test_templates.py", "evaluation/test_thinking.py",
+    "launch/test_prompt_flags.py", "training/test_adapter_tokenizer.py", "records/test_exports.py",
+)  # fmt: skip
 SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 
 MUTANTS = [
@@ -344,6 +347,34 @@ MUTANTS = [
     Mutant("a class adds special tokens of its own",
            "if isinstance(token, str) and said.token_to_id(token) is not None",
            "if isinstance(token, str)", TOKENIZERS),
+    Mutant("the end of the chat turn is no stop", "{tokenizer.eos_token_id, turn_end(tokenizer)}",
+           "{tokenizer.eos_token_id}", TEMPLATES),
+    Mutant("a prompt goes by the clock", "datetime = OnDay if day else clock", "datetime = clock",
+           TEMPLATES),
+    Mutant("a system message that is refused is lost", "replace(rendering, system_in_user=True)",
+           "replace(rendering, system_in_user=False)", TEMPLATES),
+    Mutant("a stop is seen at looks alone", "range(since - first + 1, len(tokens) + 1)",
+           "range(len(tokens), len(tokens) + 1)", TEMPLATES),
+    Mutant("what follows a stop is trained",
+           "mask[line, end:], logprobs[line, end:] = pad_id, False",
+           "finished[line], logprobs[line, end:] = pad_id, True", TEMPLATES),
+    Mutant("thoughts are judged", "return answer.lstrip()", "return text", THINKING),
+    Mutant("thoughts that the template opened are judged", '"" if thinking or text', '"" if text',
+           THINKING),
+    Mutant("a resumed run takes other prompts", "if said.get(name, value) != value}",
+           "if said.get(name, value) != value} - {'prompts_sha256'}", PROMPTS),
+    Mutant("a run of before is refused for what it does not say", "if said.get(name, value) !=",
+           "if said and said.get(name) !=", PROMPTS),
+    Mutant("a run's model is asked on another day", "flags.get(name, ours[name])", "ours[name]",
+           PROMPTS),
+    Mutant("an adapter's tokenizer is ignored", "tokenizer = tokenizer_with(folder, tokenizer)",
+           "pass", ADAPTERS),
+    Mutant("an adapter's embeddings do not fit", "if rows not in (None,", "if rows in (None,",
+           ADAPTERS),
+    Mutant("transformers 4 reads no scaling of positions", '"rope_scaling": scaling}',
+           '"rope_scaling": None}', EXPORTS),
+    Mutant("a quantised model is of a known type", 'if config.get("quantization_config"):',
+           "if False:", "launch/test_quantised.py"),
     # --- the tree of a group
     Mutant("copies share a row for good",
            "first, own = first_of_each(row * (tokens.max() + 1) + tokens)",

@@ -5,16 +5,16 @@ from datetime import datetime, timedelta
 from importlib import util
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import TASK, make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from llms import Rendering, chat_prompt, load_model, settle_rendering, stop_token_ids, worked_ids
 from rldatasets import Problem
+from sampling import groups
 from sampling.groups import sample_rollouts
 from utils import UserError
 
@@ -150,8 +150,6 @@ def test_a_turn_that_ends_only_before_the_next_one_is_a_stop_too():
 
 
 def test_a_cold_start_teaches_the_end_of_the_turn():
-    from conftest import TASK
-
     tokenizer = of_family("qwen2_5")
     _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "It is 2."), TASK)
     assert tokenizer.decode(ids[-1:]) == "<|im_end|>"
@@ -287,47 +285,32 @@ SAYING = {  # {what the model says: (--stop, what is left of it)}
 
 
 def reciting(monkeypatch, rows):
-    """Have sample_rollouts sample these ids, a list per row."""
-    from sampling import groups
+    """Have sample_rollouts draw these ids, a list per row, each with a log-prob of -1."""
+    drawn = []
 
-    class Decoder:
-        def __init__(self, model, group_size, max_new_tokens, shares):
-            self.at, self.rows, self.shares = 0, np.arange(len(rows)), shares
+    def numbers(seeds, questions, group_size, max_new_tokens, device):
+        return torch.arange(len(rows)).double().repeat(max_new_tokens, 1)  # whose turn it is
 
-        @property
-        def position(self):
-            return torch.full((len(self.rows),), self.at)
+    def say(logits, uniforms, *_):
+        drawn.append([rows[int(row)][len(drawn)] for row in uniforms])
+        return torch.tensor(drawn[-1]), torch.full((len(uniforms),), -1.0)
 
-        def logits(self):
-            said = [rows[r][min(self.at, len(rows[r]) - 1)] for r in self.rows]
-            return torch.nn.functional.one_hot(torch.tensor(said), 300).float()
-
-        def prefill(self, prompts):
-            return self.logits(), self.rows
-
-        def step(self, tokens):
-            self.at += 1
-            return self.logits()
-
-        def branch(self, parents):
-            self.rows = self.rows[parents]
-            return np.arange(len(parents))
-
-    monkeypatch.setattr(groups, "Decoder", Decoder)
-    monkeypatch.setattr(groups, "SHARING", set())
+    monkeypatch.setattr(groups, "SHARING", set())  # as on a GPU, where it looks now and then
+    monkeypatch.setattr(groups, "uniform_draws", numbers)
+    monkeypatch.setattr(groups, "sample_tokens", say)
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 16])
 def test_a_completion_ends_with_the_token_that_completes_a_stop(look_every, monkeypatch):
-    from sampling import groups
-
-    monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": look_every})
+    if look_every > 1:  # as on a GPU
+        monkeypatch.setattr(groups, "SHARING", ())
+        monkeypatch.setattr(groups, "LOOK_EVERY", {"cpu": look_every})
     tokenizer, model = make_tokenizer(), make_model()
     for said, (stop, left) in SAYING.items():
         ids = [*tokenizer(said).input_ids, tokenizer.eos_token_id]
-        other = tokenizer("zzzzzzzzzzzzzzzzzzzzzzzzzzzzzz").input_ids
-        reciting(monkeypatch, [ids, other])
-        rollouts = sample_rollouts(model, tokenizer, [[1], [2]], 1, 25, 0.0, stop=stop)
+        other = tokenizer("z" * 25).input_ids
+        reciting(monkeypatch, [ids + other, other])
+        rollouts = sample_rollouts(model, tokenizer, [[1], [2]], 1, 25, 1.0, stop=stop)
         assert rollouts.texts == [[left], ["z" * 25]]
         said_by = [tokenizer.decode(ids[:n]) for n in range(len(ids))]
         ends = [n for n, text in enumerate(said_by) if any(string in text for string in stop)]
@@ -342,8 +325,6 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop(look_every, monk
 
 
 def test_without_a_stop_nothing_is_decoded_on_the_way(monkeypatch):
-    from sampling import groups
-
     monkeypatch.setattr(groups, "string_ends", None)
     tokenizer, model = make_tokenizer(), make_model()
     sample_rollouts(model, tokenizer, [[1, 2]], 2, 5, 1.0, seeds=[3])
@@ -351,7 +332,7 @@ def test_without_a_stop_nothing_is_decoded_on_the_way(monkeypatch):
 
 def test_a_stop_in_the_prompt_ends_nothing(monkeypatch):
     tokenizer, model = make_tokenizer(), make_model()
-    reciting(monkeypatch, [tokenizer("abc").input_ids])
+    reciting(monkeypatch, [tokenizer("acb").input_ids])
     prompt = tokenizer("STO").input_ids
-    rollouts = sample_rollouts(model, tokenizer, [prompt], 1, 3, 0.0, stop=["STO", "Oa"])
+    rollouts = sample_rollouts(model, tokenizer, [prompt], 1, 3, 1.0, stop=["STO", "Oa"])
     assert rollouts.completion_mask.sum() == 3
