@@ -3,6 +3,7 @@
 import ctypes
 import difflib
 import json
+import math
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -189,6 +191,21 @@ def finite(value):
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
+
+
+def as_number(value):
+    """The finite float that a reward or a verdict is; None for whatever is none.
+
+    A bool is a number, and so are the scalars of numpy and torch (of shape ()). An int that no
+    float holds, 10**400, is none.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def table(rows):
