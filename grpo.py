@@ -25,8 +25,8 @@ def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
     rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
     deviation where `scale` is "std" (DeepSeekMath section 4.1.2), left as it is where it is "none"
     (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
-    never solved). A group without signal, see has_signal, gets exactly 0: rounding would otherwise be
-    blown up by the division.
+    never solved). A group without signal, see has_signal, gets exactly 0: rounding would be blown
+    up by the division.
 
     baseline: what is subtracted, the group's "mean", or that of its other completions,
     "leave_one_out", which does not contain r itself and so leaves the gradient unbiased (RLOO,
