@@ -45,7 +45,7 @@ def begin(args):
     accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
-    check_weights(args.reward_weights, task.reward_functions)
+    check_weights(args.reward_weights, task.reward_functions, args.overlong_buffer)
     start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
