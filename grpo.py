@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
-STD_EPSILON = 1e-4  # keeps a group whose rewards differ by rounding alone from a huge advantage
+STD_EPSILON = 1e-4  # keeps a group whose rewards hardly differ from huge advantages
+# Rewards of a group that differ by less than this, relative to the largest, are equal: 0.8 + 0.1 is
+# 0.9. In fp64 rounding is below 1e-15, so that 1e-6 is a difference up to rewards of a thousand.
+ROUNDING = 1e-9
 LINEAR_ABOVE = 10.0  # nats; below it, all that a healthy run has, k3 is exact
 
 
@@ -22,8 +25,8 @@ def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
     rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
     deviation where `scale` is "std" (DeepSeekMath section 4.1.2), left as it is where it is "none"
     (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
-    never solved). A group whose rewards are all equal gets exactly 0: rounding in the mean would
-    otherwise be blown up by the division.
+    never solved). A group without signal, see has_signal, gets exactly 0: rounding would be blown
+    up by the division.
 
     baseline: what is subtracted, the group's "mean", or that of its other completions,
     "leave_one_out", which does not contain r itself and so leaves the gradient unbiased (RLOO,
@@ -41,9 +44,7 @@ def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
         advantages = advantages / (variance.sqrt() + STD_EPSILON)
     if baseline == "leave_one_out":
         advantages = advantages * count / (count - 1).clamp(min=1)
-    highest = rewards.where(chosen, -torch.inf).amax(-1, keepdim=True)
-    lowest = rewards.where(chosen, torch.inf).amin(-1, keepdim=True)
-    return advantages.masked_fill(highest <= lowest, 0.0)
+    return advantages.where(has_signal(rewards, chosen)[:, None], 0.0)
 
 
 def max_variance_subset(rewards, size):
@@ -66,9 +67,16 @@ def max_variance_subset(rewards, size):
     return torch.zeros_like(rewards, dtype=torch.bool).scatter(-1, order, kept[best])
 
 
-def has_signal(rewards):
-    """Which groups have unequal rewards, without which there is no advantage: (Q, G) -> (Q,)."""
-    return rewards.amax(-1) > rewards.amin(-1)
+def has_signal(rewards, chosen=None):
+    """Which groups have unequal rewards, without which there is no advantage: (Q, G) -> (Q,).
+
+    Rewards that rounding alone may tell apart are equal, see ROUNDING. chosen: (Q, G), the
+    completions that count, all by default.
+    """
+    chosen = torch.ones_like(rewards, dtype=torch.bool) if chosen is None else chosen
+    highest = rewards.where(chosen, -torch.inf).amax(-1)
+    lowest = rewards.where(chosen, torch.inf).amin(-1)
+    return highest - lowest > ROUNDING * torch.maximum(highest.abs(), lowest.abs())
 
 
 def overlong_penalty(lengths, max_completion_length, buffer):
@@ -77,7 +85,7 @@ def overlong_penalty(lengths, max_completion_length, buffer):
     lengths: completions' tokens, of any shape. 0 up to max_completion_length - buffer, then falling
     in a straight line, to -1 at max_completion_length, where a completion is cut off.
     """
-    return ((max_completion_length - buffer - lengths) / buffer).clamp(-1, 0)
+    return ((max_completion_length - buffer - lengths.double()) / buffer).clamp(-1, 0)
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator="k3"):

@@ -13,10 +13,10 @@ dataset.py: the number after `####`, commas removed, must match.
 """
 
 import hashlib
-import math
 import operator
 import random
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,8 +96,10 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     dataset_name "gsm8k": from the hub, or from `dataset_path`, a directory with the official
     train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
     also be one .jsonl file of your own with `question` (or `problem`) and `answer` on every line
-    (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one line in
-    five is held out as its test split.
+    (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one question
+    in five is held out as its test split, by its hash, so that writings of one question (see
+    `normal`) are in one split. Of an answer with `#### 72`, the gold one is what stands on that
+    line. A number keeps the digits that the file gives it.
 
     Raises UserError, for a malformed row as `file:line: reason`.
     """
@@ -117,7 +119,7 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     else:
         wanted = split == "test"
         problems = _problems_from_file(Path(dataset_path))
-        problems = [problem for problem in problems if is_held_out(problem.question) == wanted]
+        problems = [p for p in problems if is_held_out(normal(p.question)) == wanted]
     if not problems:
         raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split; add "
                         "lines (of one file, one in five is held out)")  # fmt: skip
@@ -129,8 +131,41 @@ def is_held_out(key):
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 5 == 0
 
 
+def normal(question):
+    """What two writings of a question have in common: white space, case and the forms of characters
+    that Unicode calls compatible (NFKC) do not count."""
+    folded = unicodedata.normalize("NFKC", question).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def without_overlap(train, test):
+    """The training problems whose question is none of the test's, as a list, see `normal`."""
+    held_out = {normal(problem.question) for problem in test}
+    return [problem for problem in train if normal(problem.question) not in held_out]
+
+
+def repeats(problems):
+    """How many of these problems ask what one before them asks, see `normal`."""
+    return len(problems) - len({normal(problem.question) for problem in problems})
+
+
+def some_of(problems, count, in_order=False):
+    """`count` of the test problems, a list, or all where count is 0 or more than there are.
+
+    They are the first of a shuffle that is the same for every seed, in their old order, so that
+    fewer are among more. in_order: the first themselves, for problems that come in random order.
+    """
+    if count == 0 or count >= len(problems):
+        return list(problems)
+    if in_order:
+        return problems[:count]
+    order = np.random.default_rng(mixed_seed("test")).permutation(len(problems))
+    return [problems[index] for index in sorted(order[:count])]
+
+
 def _problems_from_file(path):
-    return [_problem_from_row(row, f"{path}:{line}") for line, row in read_jsonl(path)]
+    rows = read_jsonl(path, as_written=("answer",))
+    return [_problem_from_row(row, f"{path}:{line}") for line, row in rows]
 
 
 def _problem_from_row(row, where):
@@ -140,7 +175,8 @@ def _problem_from_row(row, where):
         missing = "answer" if question else "question"
         raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one")
     solution, mark, answer = whole.rpartition("####")
-    if mark and not answer.strip():
+    answer = answer.strip().partition("\n")[0] if mark else answer
+    if mark and not answer:
         raise UserError(f"{where}: nothing after #### in `answer`; the answer belongs there")
     # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
     solution = re.sub(r"<<[^<>]*>>", "", _field(row, "solution", where) or solution)
@@ -149,10 +185,8 @@ def _problem_from_row(row, where):
 
 
 def _field(row, name, where):
-    """A field's text, "" where it is missing. Only an answer may be a number instead."""
+    """A field's text, "" where it is missing; numbers of an answer have become text by now."""
     value = row.get(name)
-    if name == "answer" and type(value) in (int, float) and math.isfinite(value):
-        value = str(value)
     if not isinstance(value, str | None):
         raise UserError(f"{where}: `{name}` is {str(value)[:40]}; expected text"
                         + (" or a finite number" if name == "answer" else ""))  # fmt: skip

@@ -3,6 +3,7 @@
 import ctypes
 import difflib
 import json
+import math
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -129,12 +131,13 @@ def parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def read_jsonl(path, torn_end=False):
+def read_jsonl(path, torn_end=False, as_written=()):
     """The objects in a file of one JSON object per line, as (line number, object).
 
-    With `torn_end`, a last line that its writer did not finish is left out. Raises UserError
-    `file:line: reason` for a line that is not a JSON object, and for a file that
-    cannot be read.
+    With `torn_end`, a last line that its writer did not finish is left out. Finite numbers in the
+    fields `as_written` are the text that stands in the file: 1.10, 2e-06, twenty digits. Raises
+    UserError `file:line: reason` for a line that is not a JSON object or gives a key twice, and for
+    a file that cannot be read.
     """
     rows = []
     try:
@@ -143,7 +146,15 @@ def read_jsonl(path, torn_end=False):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))  # Windows likes to start with a mark
+                    text = line.decode("utf-8-sig")  # Windows likes to start with a mark
+                    row = json.loads(text, object_pairs_hook=_without_repeats)
+                    numbers = [name for name in as_written if _is_number(row, name)]
+                    if numbers:
+                        written = json.loads(text, parse_float=str, parse_int=str)
+                        row |= {name: written[name] for name in numbers}
+                except _RepeatedKey as error:
+                    raise UserError(f"{path}:{number}: `{error}` is given twice; leave one of them "
+                                    "out") from None  # fmt: skip
                 except (ValueError, RecursionError) as error:
                     if torn_end and not line.endswith(b"\n"):
                         break
@@ -158,6 +169,25 @@ def read_jsonl(path, torn_end=False):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     return rows
+
+
+class _RepeatedKey(Exception):
+    pass
+
+
+def _without_repeats(pairs):
+    """The dict of a JSON object's pairs. Of a key given twice json would silently keep the last."""
+    row = {}
+    for key, value in pairs:
+        if key in row:
+            raise _RepeatedKey(key[:40])
+        row[key] = value
+    return row
+
+
+def _is_number(row, name):
+    value = row.get(name) if isinstance(row, dict) else None
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def write_jsonl(path, rows, mode="w"):
@@ -189,6 +219,21 @@ def finite(value):
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
+
+
+def as_number(value):
+    """The finite float that a reward or a verdict is; None for whatever is none.
+
+    A bool is a number, and so are the scalars of numpy and torch (of shape ()). An int that no
+    float holds, 10**400, is none.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def table(rows):

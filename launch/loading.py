@@ -19,7 +19,7 @@ from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
 from records.trackers import start_trackers
-from rldatasets import Problems, fingerprint
+from rldatasets import Problems, fingerprint, repeats, some_of, without_overlap
 from tasks import check_weights, load_task
 from training.lora import add_adapter
 from training.processes import from_main, make_accelerator, patient
@@ -34,7 +34,7 @@ class Data:
 
     train: Problems
     test: Problems
-    facts: dict  # numbers and fingerprint, which a resumed run must find again
+    facts: dict  # counts and fingerprint; a resumed run must find those that it knew again
 
 
 def begin(args):
@@ -45,7 +45,7 @@ def begin(args):
     accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
-    check_weights(args.reward_weights, task.reward_functions)
+    check_weights(args.reward_weights, task.reward_functions, args.overlong_buffer)
     start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
@@ -71,11 +71,10 @@ def begin(args):
 
 def load(args, accelerator, task, start=None):
     """Data, then model: (policy, tokenizer, Data)."""
-    train_problems, test_problems = (task.problems(split) for split in ("train", "test"))
+    train_problems, test_problems, counts = read_problems(args, task, start)
     if args.cold_start_steps and not all(problem.solution for problem in train_problems):
         raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
                         "solutions (field `solution`); set it to 0")  # fmt: skip
-    test_problems = test_problems[: args.eval_problems or None]
     processes = accelerator.num_processes
     for flag, count in (
         ("questions_per_step", args.questions_per_step), ("eval_problems", len(test_problems)),
@@ -108,9 +107,46 @@ def load(args, accelerator, task, start=None):
         "test_problems": len(test_problems),
         "problems_sha256": fingerprint([*fitting, *test_problems]),
         "prompts_sha256": prompts_sha256(tokenizer, test_problems, task),
+        **counts,
     }
     check_same_data(facts, start)
     return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def read_problems(args, task, start=None):
+    """(training problems, held-out problems, counts): no question of the test split is trained on,
+    however it is written, and those that stand in one split twice are counted.
+
+    Raises UserError where nothing is left to train on.
+    """
+    train, test = (task.problems(split) for split in ("train", "test"))
+    kept = without_overlap(train, test)
+    overlap = len(train) - len(kept)
+    if not kept:
+        name = "dataset_path" if args.dataset_path else "dataset_name"
+        raise UserError(f"--{name} {getattr(args, name)}: all {overlap} training questions are in "
+                        "the test split too; name data with others")  # fmt: skip
+    if overlap:
+        print(f"{overlap} of {len(train)} training questions left out: they are in the test split "
+              "too")  # fmt: skip
+    held_out = held_out_problems(args, test, start)
+    counts = {"overlap": overlap, "train_repeats": repeats(kept), "test_repeats": repeats(held_out)}
+    return kept, held_out, counts
+
+
+def held_out_problems(args, test, start=None):
+    """The problems of the test split that --eval_problems asks for; those that ask the same as
+    another are told.
+
+    The first ones where problems are made in random order, and in a run begun before there was a
+    shuffle.
+    """
+    in_order = args.dataset_name == "arithmetic" or (start and "overlap" not in start.data)
+    chosen = some_of(test, args.eval_problems, in_order)
+    if count := repeats(chosen):
+        print(f"main.py: warning: {count} of {len(chosen)} held-out questions stand there before; "
+              "intervals and p-values take them for further ones", file=sys.stderr)  # fmt: skip
+    return chosen
 
 
 def prompts_sha256(tokenizer, problems, task):
@@ -136,7 +172,7 @@ def evaluate_and_save(args):
     """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
     accelerator = make_accelerator()
     task = load_task(args)
-    problems = task.problems("test")[: args.eval_problems or None]
+    problems = held_out_problems(args, task.problems("test"))
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)
     )

@@ -283,7 +283,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag = group("evaluation and saving").add_argument
     flag("--eval_iterations", type=COUNT, metavar="STEPS",
          help="steps between evaluations; 0: only before the first and after the last step")
-    flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems; 0: all")
+    flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems, by a shuffle that is "
+         "the same for every seed (arithmetic: the first ones, which are random); 0: all")
     flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")
     flag("--eval_samples", type=COUNT, default=0, metavar="N", help="besides the greedy answer, "
          "sample N answers to every held-out problem at --temperature, for pass@k; 0: none")

@@ -4,8 +4,9 @@ RUN/rollouts/step_00012.safetensors holds Q questions, G completions each, C tok
 
 prompt_ids (all prompts, one behind the other), prompt_lengths (Q,), completion_ids,
 completion_mask and logprobs (Q, G, C), finished, total, advantages and chosen (Q, G), and
-per_function (Q, G, F), whose names are in the metadata. The log-probs are those when sampled, at
-the sampling temperature. Texts are in RUN/completions/.
+per_function (Q, G, F), whose names are in the metadata. Rewards and advantages are in fp64, in
+older files in fp32. The log-probs are those when sampled, at the sampling temperature. Texts are in
+RUN/completions/.
 """
 
 import json

@@ -22,7 +22,7 @@ worked_answer(problem)   what a cold start teaches to write; default: rldatasets
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
 
 `--evaluator FILE.py` names a file anywhere with a REWARD_FUNCTIONS, and a SYSTEM_PROMPT, is_correct
-and worked_answer if it likes, that win over the task's.
+and worked_answer if it likes, that win over the task's. It may import what lies beside it.
 """
 
 import importlib.util
@@ -96,9 +96,13 @@ def has_own_evaluator(args):
     return args.evaluator not in (None, "gsm8k")
 
 
-def check_weights(weights, reward_functions):
-    """Raise UserError where --reward_weights names no reward function."""
+def check_weights(weights, reward_functions, overlong_buffer=0):
+    """Raise UserError where --reward_weights names no reward function, or where one has the name
+    that --overlong_buffer gives to its own."""
     names = [function.__name__ for function in reward_functions]
+    if overlong_buffer and "overlong" in names:
+        raise UserError(f"--overlong_buffer {overlong_buffer}: its reward is called overlong, and "
+                        "so is one of yours; rename that, or leave the flag out")  # fmt: skip
     for name in weights:
         if name not in names:
             raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
@@ -110,7 +114,9 @@ def own_evaluator(path):
         raise UserError(
             f"--evaluator {path}: no such file; expected a FILE.py with REWARD_FUNCTIONS"
         )
-    found = definitions(path, f"evaluator {os.path.abspath(path)}")
+    name = f"evaluator {os.path.abspath(path)}"
+    with _files_beside(path, name):
+        found = definitions(path, name)
     if "REWARD_FUNCTIONS" not in found:
         raise UserError(f"{path}: no REWARD_FUNCTIONS; add REWARD_FUNCTIONS = [your_function]")
     found.pop("problems", None)  # a task's file serves too, for its rewards
@@ -173,6 +179,23 @@ def definitions(path, module_name):
     if "worked_answer" in chosen:
         chosen["worked_answer"] = partial(_worked, chosen["worked_answer"], path)
     return chosen
+
+
+@contextmanager
+def _files_beside(path, its_name):
+    """Inside, what lies beside this file can be imported, but for modules whose name is taken, by
+    this project or by an installed package. Afterwards those names are free for other files."""
+    folder, before, known = os.path.dirname(os.path.abspath(path)), [*sys.path], {*sys.modules}
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+        for name in {*sys.modules} - known - {its_name}:
+            module = sys.modules[name]
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+            if any(place and Path(place).is_relative_to(folder) for place in places):
+                del sys.modules[name]
 
 
 DEFAULTS = {

@@ -208,7 +208,7 @@ def test_over_long_training_questions_are_left_out_whole_and_counted(
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)]
     rows.append({"question": "long " * 100, "answer": "#### 1"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "9 + 1?", "answer": "10"}))
     run = tmp_path / "run"
     argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
             str(run), "--model_name", str(saved_models["qwen2"]), "--cold_start_steps", "0",
@@ -226,9 +226,9 @@ def test_over_long_training_questions_are_left_out_whole_and_counted(
 
 def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_path, monkeypatch):
     """A reward that tells completions apart for odd numbers alone: half of the groups are flat."""
-    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(70)]
+    for split, part in (("train", rows[:60]), ("test", rows[60:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
     calls = iter(range(10**6))
 
     def alternating(completion, problem):

@@ -4,6 +4,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from rldatasets import Problems
 from training.logprobs import completion_logprobs
 from training.lora import trained_parameters
 from training.optimizer import apply_gradients
@@ -17,13 +18,15 @@ def cold_start(setup, train_problems, worked_ids):
     worked_ids(tokenizer, problem, task): (the prompt's ids, those of the worked answer).
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
-    the same stream of problems, mean loss per token, a fresh AdamW at a constant rate.
+    the same stream of problems, mean loss per token, a fresh AdamW at a constant rate. Solutions
+    that GRPO would cut off are left out, see `fitting`.
     """
     policy, args, accelerator = setup.policy, setup.args, setup.accelerator
     optimizer = torch.optim.AdamW(
         trained_parameters(policy), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
     steps = range(-args.cold_start_steps, 0)
+    train_problems = fitting(setup, train_problems) if steps else train_problems
     for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):
         problems = train_problems.batch(step, args.questions_per_step)
         pairs = (worked_ids(setup.tokenizer, problem, setup.task) for problem in problems)
@@ -47,3 +50,22 @@ def cold_start(setup, train_problems, worked_ids):
         apply_gradients(optimizer, loss, args.max_grad_norm)
         done = step + args.cold_start_steps + 1
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
+
+
+def fitting(setup, problems):
+    """The Problems whose worked answer, and the token that ends it, is no longer than
+    --max_completion_length; all where none is, for then the format is what there is to learn.
+    Says how many are left out."""
+    most = setup.args.max_completion_length
+    texts = [setup.task.worked_answer(problem) for problem in problems]
+    lengths = map(len, setup.tokenizer(texts, add_special_tokens=False).input_ids)
+    fit = [problem for problem, length in zip(problems, lengths) if length < most]
+    if len(fit) == len(problems):
+        return problems
+    count = f"{len(problems) - len(fit)} of {len(problems)} worked solutions"
+    if not fit:
+        tqdm.write(f"cold start: {count} are longer than --max_completion_length {most}: it "
+                   "teaches what will be cut off; raise it")  # fmt: skip
+        return problems
+    tqdm.write(f"cold start: {count} left out: they are longer than --max_completion_length {most}")
+    return Problems(fit, problems.seed)

@@ -33,12 +33,14 @@ class Pass:
 def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     """Train on a step's Rollouts. Returns metrics.
 
-    advantages: (Q, G). chosen: (Q, G), the completions to train on, all by default. An update whose
-    loss or gradient is not finite changes nothing.
+    advantages: (Q, G), in fp64 or already in the log-probs' dtype, which the loss is computed in.
+    chosen: (Q, G), the completions to train on, all by default. An update whose loss or gradient is
+    not finite changes nothing.
     """
     policy, args, accelerator = setup.policy, setup.args, setup.accelerator
     chosen = torch.ones_like(advantages, dtype=torch.bool) if chosen is None else chosen
-    chosen, advantages = (x.to(policy.device) for x in (chosen, advantages))  # (Q, G)
+    chosen = chosen.to(policy.device)  # (Q, G)
+    advantages = advantages.to(policy.device, rollouts.logprobs.dtype)  # (Q, G)
     passes, idle, trained_tokens = cut(setup, rollouts, advantages, chosen)
     objective, epochs = objective_of(args), []
     with_entropy = args.entropy_bonus > 0
