@@ -295,7 +295,6 @@ def reciting(monkeypatch, rows):
         drawn.append([rows[int(row)][len(drawn)] for row in uniforms])
         return torch.tensor(drawn[-1]), torch.full((len(uniforms),), -1.0)
 
-    monkeypatch.setattr(groups, "SHARING", set())  # as on a GPU, where it looks now and then
     monkeypatch.setattr(groups, "uniform_draws", numbers)
     monkeypatch.setattr(groups, "sample_tokens", say)
 
