@@ -56,7 +56,8 @@ SECOND = (
 # What may follow a number: nothing that changes it, and at most a unit ("km/h", "m^2", "%", "€").
 UNIT = (
     rf"(?!\s*(?:{CHANGES})\b|(?-i:[MBT])\b(?!-)|[^0-9]*\b(?:{JOINS})\s+(?:a\s+)?(?:{SECOND})\b)\.?\s*"
-    r"(?P<unit>(?:[%€$£¥₹°]|(?=[a-z]))(?:[a-z\s/·]|(?<=[a-z])(?:-(?=[a-z])|\.|\^-?[1-3](?![0-9])))*"
+    rf"(?P<unit>(?:[%€$£¥₹°]|(?=[a-z])|/(?=[a-z]{{3}})(?!(?:{SECOND}|{CHANGES})\b))"
+    r"(?:[a-z\s/·]|(?<=[a-z])(?:-(?=[a-z])|\.|\^-?[1-3](?![0-9])))*"
     r")?\.?"
 )
 CURRENCY = "[$€£¥₹]"
@@ -142,10 +143,10 @@ def measured(text):
     text = unwrapped(text)
     if len(text) > LONGEST_ANSWER:
         return None, ""
-    text = ONE_CHARACTER_FRACTION.sub(_spelled_out, RAISED.sub(_lowered, text))
+    text = RAISED.sub(_lowered, text)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    text = text.strip()
+    text = ONE_CHARACTER_FRACTION.sub(_spelled_out, text).strip()
     if len(text) > LONGEST_NUMBER:
         return None, ""
     if match := NUMBER.fullmatch(text):
@@ -188,7 +189,7 @@ def _unit(match):
     parts = [ONE_UNIT.get(part.lower(), part if len(part) <= 3 else part.lower()) for part in parts]
     if before and parts[:1] == [before]:
         parts = parts[1:]
-    if before and set(parts) & set("$€£¥₹%"):
+    if before and set(parts) & set("$€£¥₹"):
         return None
     return " ".join([before, *parts] if before else parts)
 
