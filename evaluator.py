@@ -55,7 +55,7 @@ SECOND = (
 
 # What may follow a number: nothing that changes it, and at most a unit ("km/h", "m^2", "%", "€").
 UNIT = (
-    rf"(?!\s*(?:{CHANGES})\b|(?-i:[MBT])\b(?!-)|[^0-9]*\b(?:{JOINS})\s+(?:a\s+)?(?:{SECOND})\b)\.?\s*"
+    rf"(?!\s*(?:{CHANGES})\b|(?-i:[MBT])\b(?!-)|[^0-9]*(?<![a-z])(?:{JOINS})\s+(?:a\s+)?(?:{SECOND})\b)\.?\s*"
     rf"(?P<unit>(?:[%€$£¥₹°]|(?=[a-z])|/(?=[a-z]{{3}})(?!(?:{SECOND}|{CHANGES})\b))"
     r"(?:[a-z\s/·]|(?<=[a-z])(?:-(?=[a-z])|\.|\^-?[1-3](?![0-9])))*"
     r")?\.?"
