@@ -76,7 +76,7 @@ def close(a, b):
     import sympy
 
     if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
-        a, b = (sympy.Tuple(*sorted(x, key=sympy.default_sort_key)) for x in (a.doit(), b.doit()))
+        return all(any(close(x, y) for y in b) for x in a)
     if isinstance(a, sympy.Tuple | sympy.Interval) and isinstance(b, type(a)):
         return all(map(close, a.args, b.args))
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):

@@ -43,7 +43,8 @@ def rewards(completion, gold="72"):
 NUMBERS = {  # text: what it states; separated by |
     "0|00|0.|.0|-0|+0|$0|0%|0 apples|0.000": 0,
     "5|05|+5|5.|5.0|5.00|$5|£5|€5|$5.00|+$5|5%|5 %|5 %.|5 apples|5apples|5 Apples.|5 pm": 5,
-    " 5|5 |\t5\n|\u20035\u00a0|5 x|5 USD|5 €|5$|¥5|5°C|5 m²|**5**|5e0|5 km/h|5 red apples|5 kilometres|5 km|5 e": 5,
+    " 5|5 |\t5\n|\u20035\u00a0|5 x|5 USD|5 red apples|5 kilometres|5 km|5 e"
+    "|5 €|5$|¥5|5°C|5 m²|5 km/h|**5**|5e0": 5,
     "-5|−5|-$5|$-5|−€5|€−5|-5.0|-5 degrees|−5%": -5,
     "0.5|.5|0.50|$.5|+.5|.5%|00.5|.500 litres": 0.5,
     "-0.25|-.25|−.25|$-.25|-$.25": -0.25,

@@ -14,8 +14,8 @@ from tasks import math as task
 
 RIGHT = {  # gold, the answers
     "5": r"\boxed{5} | $5$ | **5** | $\boxed{5}$ | The answer is $\boxed{5}$. | x = \boxed{5} | "
-    r"x=5 | \boxed{5}\text{ km} | 5\text{ km} | 5\,\mathrm{cm} | 5\text{ cm}^2 | 5^\circ | \$5 | 5.0 | "
-    r"\frac{10}{2} | \sqrt{25}",
+    r"x=5 | \boxed{5}\text{ km} | 5\text{ km} | 5\,\mathrm{cm} | 5\text{ cm}^2 | 5^\circ | \$5 | "
+    r"5.0 | \frac{10}{2} | \sqrt{25}",
     "-5": r"-\boxed{5} | \boxed{-5} | -5.0",
     "0.75": r"\frac{3}{4} | \frac{6}{8} | 75/100",
     r"2\frac{1}{2}": r"2.5 | \frac52",
@@ -37,6 +37,7 @@ RIGHT = {  # gold, the answers
     r"\text{Evelyn}": r"Evelyn | evelyn. | \text{Evelyn} | **Evelyn**",
     "B": r"(B) | \text{(B)} | B. | \textbf{(B)}",
     r"\sqrt{2}": r"\sqrt2 | 1.414214",
+    r"\frac{1}{2}, \sqrt{2}": r"\sqrt{2}, 0.5 | 1.414214, 0.5",
     "10^{-20}": r"\frac{1}{10^{20}} | 10^{-20}",
 }
 WRONG = {
@@ -76,6 +77,7 @@ WRONG = {
     "0.0000001": "0.0000002 | 0",
     "10000.000001": "10000.0000012",
     "(10^{-20},1)": "(10^{-21},1)",
+    r"\{10^{-20},1\}": r"\{10^{-21},1\} | 1,10^{-21}",
     r"\frac{1}{3}": "0.333333 | 0.3",
     "3": r"3\text{ hours and }20\text{ minutes}",
     r"\text{even}": r"\text{odd} | 5",
