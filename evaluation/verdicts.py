@@ -137,7 +137,7 @@ def dataset_complaints(task, problems, weights, timeout):
     facts = verifier_facts(task, problems, timeout, weights)
     if facts is None:
         lines.append(f"cannot be judged: in {SECONDS:g} s is_correct accepts no gold answer as "
-                     "worked_answer writes it, or in a known form; define worked_answer")  # fmt: skip
+                     "worked_answer writes it, or another way; define worked_answer")  # fmt: skip
     elif line := complaint(facts):
         lines.append(line)
     return lines, facts
