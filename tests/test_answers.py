@@ -165,6 +165,8 @@ def test_wrappers_end_somewhere():
     assert unwrapped(r"**\(`$\[5.\].$`\)**.") == "5"
     deep = r"\boxed{" * 20 + "5" + "}" * 20
     assert unwrapped(deep) == "5" and len(deep) <= LONGEST_ANSWER
+    for several in (r"\boxed{5} or \boxed{6}", "**5** or **6**", "$5$ or $6$", "`5` or `6`"):
+        assert unwrapped(several) == several
     longer = r"\boxed{" * 40 + "5" + "}" * 40
     assert unwrapped(longer) == longer
 

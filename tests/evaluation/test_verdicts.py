@@ -78,9 +78,14 @@ def divides(completion, problem):
     return extract_answer(completion) in ("0", problem.answer)
 
 
+def nothing_or_right(completion, problem):
+    return (extract_answer(completion) or problem.answer) == problem.answer
+
+
 @pytest.mark.parametrize(
     ("is_correct", "kind", "share", "words"),
     [
+        (nothing_or_right, EMPTY, 1.0, "an empty answer 100 %, `101` 5 %, `0` 0 %"),
         (any_text, EMPTY, 1.0, "an empty answer 100 %"),
         (any_answer, EMPTY, 1.0, "an empty answer 100 %"),
         (any_answer, OTHER, 1.0, "another problem's answer 100 %"),
