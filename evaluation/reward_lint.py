@@ -154,7 +154,7 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT, verdict=None, worked_a
     judged, rules = {
         "tags": (KNOWN, (order, tags_needed, hedging, length, integers, top)),
         None: (UNKNOWN, ()),
-    }.get(own, (OTHER.format(own), (order, length, integers, top)))
+    }.get(own, (OTHER.format(own), (order, length, top)))
     golden = golden_set(forms)
     findings = [finding for rule in rules for finding in rule(earned, golden, forms)]
     for function in reward_functions:
@@ -198,13 +198,18 @@ def order(earned, golden, forms):
         elif form == PERFECT and wrong > right - TOLERANCE:
             yield f"right and wrong answers earn the same, {form}: {right:g}"
             return
+    unread = []
     for gold, answer, other in WRITINGS:
-        right, wrong = (
-            total(earned(written(forms[PERFECT], text), gold)) for text in (answer, other)
-        )
-        if wrong > right - TOLERANCE:
+        right, wrong = (total(earned(written(forms[PERFECT], t), gold)) for t in (answer, other))
+        if wrong <= right - TOLERANCE:
+            continue
+        if forms is FORMS or answer == gold:
             yield (f"where {gold} is right, `{other}` earns as much as `{answer}`: {wrong:g} to "
                    f"{right:g}")  # fmt: skip
+        else:
+            unread.append(f"`{answer}` for {gold}")
+    if unread:  # in a form of one's own, which may well be strict, one finding and not seven
+        yield f"right answers earn no more than wrong ones where written so: {', '.join(unread)}"
 
 
 def tags_needed(earned, golden, forms):

@@ -14,6 +14,7 @@ read here. It passes over much that makes two answers different (5 km and 5 mm, 
 and 50, (1,2) and {1,2}, x and X, 12 to base 3 and 4): that is compared here, before it is asked.
 """
 
+import logging
 import re
 from collections import Counter
 from functools import lru_cache
@@ -62,6 +63,7 @@ def judge(gold, answer):
     """Whether an answer equals the gold one. Called in the judge's process."""
     from math_verify import LatexExtractionConfig, parse, verify
 
+    logging.disable(logging.WARNING)  # that there is no time limit, which there is
     with without_eval("sympy.parsing", number_or_name):
         gold, answer = (
             parse(rf"\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)

@@ -269,6 +269,11 @@ def test_lint_judges_a_box_as_a_box_and_says_so(tmp_path, capsys):
     assert lines[2].split()[0] == "2.000" and "right, perfect format" in "\n".join(lines)
     assert not any("right and wrong answers earn the same" in line for line in lines)
     assert not any("without its tags" in line for line in lines)
+    assert lines[-2:] == [
+        "1 finding:",
+        "- right answers earn no more than wrong ones where written so: `1,080` for 1080, "
+        "`1080` for 1,080, `−3` for -3, `0.50` for 0.5, `72.0` for 72, `$72` for 72, `72 coins` for 72",
+    ]
 
 
 def test_lint_says_of_letters_that_it_cannot_judge_their_rewards(tmp_path, capsys):
