@@ -1,4 +1,4 @@
-r"""How an answer may be written: docs/answers.md's table, row by row, and its other side, the wrong
+r"""How an answer may be written: docs/rewards.md's table, row by row, and its other side, the wrong
 answers that such a reader could let through."""
 
 import json

@@ -272,7 +272,8 @@ def test_lint_judges_a_box_as_a_box_and_says_so(tmp_path, capsys):
     assert lines[-2:] == [
         "1 finding:",
         "- right answers earn no more than wrong ones where written so: `1,080` for 1080, "
-        "`1080` for 1,080, `−3` for -3, `0.50` for 0.5, `72.0` for 72, `$72` for 72, `72 coins` for 72",
+        "`1080` for 1,080, `−3` for -3, `0.50` for 0.5, `72.0` for 72, `$72` for 72, "
+        "`72 coins` for 72",
     ]
 
 
