@@ -11,7 +11,6 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 from math import gcd
-from unicodedata import normalize
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -38,7 +37,11 @@ LATEX = (
 )  # fmt: skip
 RAISED = re.compile("[⁻⁺]?[⁰¹²³⁴-⁹]+")
 LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-ONE_CHARACTER_FRACTION = re.compile("[¼-¾⅐-⅞]")
+FRACTION_SIGNS = str.maketrans({
+    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5",
+    "⅘": "4/5", "⅙": "1/6", "⅚": "5/6", "⅐": "1/7", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
+    "⅑": "1/9", "⅒": "1/10",
+})  # fmt: skip
 
 # Words that make another number of the one before them ("5 thousand", "2 thirds"), and those for a
 # second number, which follow a word that joins them ("7 or eight", "3 hours and a half").
@@ -146,7 +149,7 @@ def measured(text):
     text = RAISED.sub(_lowered, text)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    text = ONE_CHARACTER_FRACTION.sub(_spelled_out, text).strip()
+    text = text.translate(FRACTION_SIGNS).strip()
     if len(text) > LONGEST_NUMBER:
         return None, ""
     if match := NUMBER.fullmatch(text):
@@ -167,11 +170,6 @@ def measured(text):
     if negative:  # -value would round a Decimal to 28 digits
         value = value.copy_negate() if isinstance(value, Decimal) else -value
     return value, unit
-
-
-def _spelled_out(match):
-    """The fraction that one character is, as "1/2"."""
-    return normalize("NFKC", match[0]).replace("\u2044", "/")
 
 
 def _lowered(match):
