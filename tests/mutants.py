@@ -60,6 +60,9 @@ TOKENIZERS, TEMPLATES, THINKING, PROMPTS, ADAPTERS, EXPORTS = (
     "test_tokenizers.py", "test_templates.py", "evaluation/test_thinking.py",
     "launch/test_prompt_flags.py", "training/test_adapter_tokenizer.py", "records/test_exports.py",
 )  # fmt: skip
+ANSWERS, MATH, VERDICTS = (
+    "test_answers.py", "tasks/test_math_answers.py", "evaluation/test_verdicts.py",
+)  # fmt: skip
 SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 
 MUTANTS = [
@@ -288,8 +291,8 @@ MUTANTS = [
            "        probs = probs / probs.sum(-1, keepdim=True)\n"
            "        tokens = _draw(probs, uniforms, row)", SAMPLER),
     # --- rewards and evaluation
-    Mutant("the first number anywhere", "match = NUMBER.fullmatch(text)",
-           "match = NUMBER.search(text)", REWARDS),
+    Mutant("the first number anywhere", "match := NUMBER.fullmatch(text)",
+           "match := NUMBER.search(text)", REWARDS),
     Mutant("no tags, so all of it is the answer",
            'if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:\n'
            "        return None",
@@ -303,8 +306,9 @@ MUTANTS = [
            "else 0.0", REWARDS),
     Mutant("reward weights without effect", "(per_function * factors).sum(-1)",
            "per_function.sum(-1)", SCORING),
-    Mutant("a gold answer anywhere in the answer", "return parse_number(answer) == number",
-           "return gold in answer", REWARDS),
+    Mutant("a gold answer anywhere in the answer",
+           'return value == number and unit in ("", written_unit)', "return gold in answer",
+           REWARDS),
     Mutant("evaluation at a temperature", "group_size=1, temperature=0)",
            "group_size=1, temperature=1)", EVALUATION),
     Mutant("accuracy is the reward's", 'task, timeout),\n                "format',
@@ -406,6 +410,41 @@ MUTANTS = [
            "records/test_resuming.py"),
     Mutant("a comment changes a reward", "node.body = node.body[1:] or [ast.Pass()]", "pass",
            "evaluation/test_sources.py"),
+    # --- answers: what a lenient reader may let through
+    Mutant("what follows the gold number is dropped",
+           'value == number and unit in ("", written_unit)', "value == number", ANSWERS),
+    Mutant("units in any case", "part if len(part) <= 3 else part.lower()", "part.lower()",
+           ANSWERS),
+    Mutant("two boxes are one answer", "return match[1] if min(depths) >= 0 else None",
+           "return match[1]", ANSWERS),
+    Mutant("fractions that can be reduced are numbers",
+           'if gcd(over, under) > 1 or (match["whole"] and over > under):',
+           'if match["whole"] and over > under:', ANSWERS),
+    Mutant("a minus rounds to 28 digits",
+           "value.copy_negate() if isinstance(value, Decimal) else -value", "-value", ANSWERS),
+    Mutant("integers are paid for any gold answer", "all(map(INTEGER.fullmatch, answers))",
+           "INTEGER.fullmatch(answers[1])", ANSWERS),
+    Mutant("a false result behind an expression", "result and result.value == first.value",
+           "result", "tasks/test_countdown_writings.py"),
+    Mutant("any bracket closes any", "if take() == BRACKETS[token]:",
+           "if take() in BRACKETS.values():", "tasks/test_countdown_writings.py"),
+    Mutant("math: units and bases are passed over",
+           "or marks != Counter(map(mark, MARK.finditer(gold)))", "or False", MATH),
+    Mutant("math: ratios by their first number", '":" in gold + answer', "False", MATH),
+    Mutant("math: a pair is a set",
+           "brackets(bare) != brackets(bare_gold) and not RELATION.search(bare + bare_gold)",
+           "False", MATH),
+    Mutant("math: x is X", "or other_case(bare, bare_gold)", "or False", MATH),
+    Mutant("math: small numbers are equal",
+           "timeout_seconds=None) and close(gold[0], answer[0])", "timeout_seconds=None)", MATH),
+    Mutant("math: two boxes are a set", 'if text.count(r"\\boxed") > 1:', "if False:", MATH),
+    Mutant("what is right for nothing is not told", "facts.right[EMPTY] > 0", "False", VERDICTS),
+    Mutant("a constant's share is not told",
+           "any(facts.right[text] >= 0.5 for text in constants)", "False", VERDICTS),
+    Mutant("a gold answer with a unit counts as a number",
+           "return value is not None and not unit", "return value is not None", VERDICTS),
+    Mutant("the golden set knows tags alone", "forms = FORMS if own in (\"tags\", None)",
+           "forms = FORMS if True", VERDICTS),
 ]  # fmt: skip
 
 
