@@ -97,9 +97,9 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
     also be one .jsonl file of your own with `question` (or `problem`) and `answer` on every line
     (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one question
-    in five is held out as its test split, by its hash, so that writings of one question (see
-    `normal`) are in one split. Of an answer with `#### 72`, the gold one is what stands on that
-    line. A number keeps the digits that the file gives it.
+    in five is held out as its test split, by the hash of its first writing: all writings of one
+    question (see `normal`) are in one split. Of an answer with `#### 72`, the gold one is what
+    stands on that line. A number keeps the digits that the file gives it.
 
     Raises UserError, for a malformed row as `file:line: reason`.
     """
@@ -117,9 +117,10 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     elif Path(dataset_path).is_dir():
         problems = _problems_from_file(Path(dataset_path) / f"{split}.jsonl")
     else:
-        wanted = split == "test"
+        wanted, first = split == "test", {}
         problems = _problems_from_file(Path(dataset_path))
-        problems = [p for p in problems if is_held_out(normal(p.question)) == wanted]
+        firsts = [first.setdefault(normal(p.question), p.question) for p in problems]
+        problems = [p for p, key in zip(problems, firsts) if is_held_out(key) == wanted]
     if not problems:
         raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split; add "
                         "lines (of one file, one in five is held out)")  # fmt: skip

@@ -327,3 +327,17 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
     if expired:
         raise TimedOut
+
+
+@contextmanager
+def not_counted():
+    """Inside, the clock of the `time_limit` around it stands still: for a wait that is not the work
+    of what is limited, such as for another process to start."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left, again = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, again)

@@ -1,6 +1,7 @@
 """Completions in, `Rewards` out: every reward function on every completion, on its guard."""
 
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -84,6 +85,23 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     per_function = torch.tensor(scores, dtype=torch.float64, device="cpu")  # (Q, G, F)
     factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
     return Rewards(names, per_function, (per_function * factors).sum(-1))
+
+
+def judged_ahead(rollouts, problems, setup):
+    """With --reward_workers above 1, have the processes of the task's verifier, where it has one,
+    judge these Rollouts side by side. Rewards and verdicts, which ask one by one, find it judged;
+    what takes more than --reward_timeout is left for them, and so are errors.
+    """
+    task, args = setup.task, setup.args
+    if task.judge is None or args.reward_workers == 1:
+        return
+    requests = []
+    for texts, problem in zip(rollouts.texts, problems):
+        for text in texts:
+            with suppress(Exception):
+                requests.append(task.judge_request(text, problem))
+    asked = [request for request in requests if request is not None]
+    task.judge.ahead(asked, args.reward_workers, args.reward_timeout)
 
 
 def joined_rewards(parts):

@@ -44,11 +44,11 @@ PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop"
 EVALUATION_FLAGS = (
     *PROMPT_FLAGS, "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
     "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
-    "eval_samples", "reward_timeout",
+    "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier",
 )  # fmt: skip
 CHAT_FLAGS = (
     *PROMPT_FLAGS, "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
-    "max_completion_length", "reward_weights", "reward_timeout",
+    "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
 )  # fmt: skip
 LINT_FLAGS = (
     "reward_weights", "evaluator", "dataset_name", "dataset_path", "difficulty", "seed",

@@ -183,6 +183,12 @@ def other_case(text, other):
     return any(c.swapcase() in b for c in a - b if c.isalpha())
 
 
+def judge_request(completion, problem):
+    """What the judge may be asked about a completion; None where it is not."""
+    answer = extract_answer(completion)
+    return (problem.answer, answer) if answer and len(answer) <= LONGEST else None
+
+
 def is_correct(completion, problem):
     """Whether the answer in the tags equals the gold answer, as text, as numbers or as LaTeX."""
     answer = extract_answer(completion)

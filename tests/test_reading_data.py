@@ -135,3 +135,12 @@ def test_what_arithmetic_and_the_official_files_are_is_what_it_was(gsm8k):
 
 GSM8K_SHA256 = {"train": "ebbb337cb725ecd4", "test": "c035bf1a0ac1cad8"}
 ARITHMETIC_SHA256 = {"train": "7947c5acc6df0f7e", "test": "ca6b8b6626f6dfa3"}
+
+
+def test_a_file_without_such_writings_is_split_as_it_always_was(tmp_path):
+    rows = [{"question": f"Word {n}?", "answer": n} for n in range(60)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test = load_problems("gsm8k", tmp_path / "own.jsonl", "test", 0)
+    assert [p.question for p in test] == [
+        row["question"] for row in rows if is_held_out(row["question"])
+    ]
