@@ -192,12 +192,22 @@ def _unit(match):
     return " ".join([before, *parts] if before else parts)
 
 
+def after_thoughts(completion, thinking=False):
+    """What follows a model's thoughts, the last </think> and blanks; all of a completion without,
+    and "" where they do not end. `thinking`: whether it began in the midst of them."""
+    _, closed, answer = completion.rpartition("</think>")
+    if closed:
+        return answer.lstrip()
+    return "" if thinking or completion.lstrip().startswith("<think>") else completion
+
+
 def extract_answer(completion):
     """The text between the answer tags, stripped; None unless both tags occur exactly once.
 
     Two answers are no answer, so hedging earns nothing. Text after the closing tag is ignored here
     (`tag_count` charges for it).
     """
+    completion = after_thoughts(completion)
     if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
     before, _, rest = completion.partition("<answer>")
@@ -208,7 +218,7 @@ def extract_answer(completion):
 
 def last_number(completion):
     """The last number in the text as it is written there, tags or none; None without a number."""
-    numbers = WRITTEN_NUMBER.findall(completion)
+    numbers = WRITTEN_NUMBER.findall(after_thoughts(completion))
     return numbers[-1] if numbers else None
 
 
@@ -245,6 +255,7 @@ def is_correct_leniently(completion, problem):
 
 def has_format(completion):
     """Whether one pair of reasoning tags is followed by one pair of answer tags."""
+    completion = after_thoughts(completion)
     places = [completion.find(tag) for tag in TAGS]
     once = all(completion.count(tag) == 1 for tag in TAGS)
     return once and places == sorted(places)
@@ -268,6 +279,7 @@ def integer_format(completion, problem):
 def strict_format(completion, problem):
     """0.5 where the completion is the four tags, each alone on its line, with text between, and
     nothing else, else 0."""
+    completion = after_thoughts(completion)
     once = all(completion.count(tag) == 1 for tag in TAGS)
     text = completion.removesuffix("\n")
     if not (once and text.startswith("<reasoning>\n") and text.endswith("\n</answer>")):
@@ -285,6 +297,7 @@ def soft_format(completion, problem):
 def tag_count(completion, problem):
     """0.125 for each of the four tags that occurs exactly once and alone on its line, less 0.001
     for each character after the closing answer tag; never below 0."""
+    completion = after_thoughts(completion)
     framed = f"\n{completion}\n"
     in_place = sum(completion.count(tag) == 1 and f"\n{tag}\n" in framed for tag in TAGS)
     _, closing, after = completion.rpartition("</answer>")

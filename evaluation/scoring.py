@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 
+from evaluator import after_thoughts
 from grpo import overlong_penalty
 from llms import rendering_on
 from utils import TimedOut, UserError, as_number, time_limit
@@ -36,15 +37,6 @@ def without_thoughts(rollouts, setup):
     thinking = rendering_on(setup.tokenizer).opens_thinking
     texts = [[after_thoughts(text, thinking) for text in texts] for texts in rollouts.texts]
     return replace(rollouts, texts=texts)
-
-
-def after_thoughts(text, thinking=False):
-    """What of a completion follows its thoughts, "" where these do not end. `thinking`: whether it
-    began in the midst of them."""
-    _, closed, answer = text.rpartition("</think>")
-    if closed:
-        return answer.lstrip()
-    return "" if thinking or text.lstrip().startswith("<think>") else text
 
 
 def cut_off_thinking(text, answer, finished):
