@@ -50,9 +50,7 @@ class Judge:
             try:
                 self._ask(process, line)
                 self._read(process, line)
-            except (
-                BaseException
-            ):  # a time limit, a signal: the verdict must not answer what is next
+            except BaseException:  # a signal, say: the verdict must not answer what is next
                 self._end(process)
                 raise
         return self.verdicts[line]
