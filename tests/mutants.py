@@ -111,12 +111,12 @@ MUTANTS = [
            "bounded * advantages", OBJECTIVES),
     Mutant("importance weights without their cap", "correction.clamp(max=objective.tis_cap) * gain",
            "correction * gain", OBJECTIVES),
-    Mutant("leave one out the other way round", 
+    Mutant("leave one out the other way round",
            "count / (count - 1).clamp(min=1)\n    return", "(count - 1) / count\n    return",
            OBJECTIVES),
     Mutant("entropy punished", "gain + objective.entropy_bonus *",
            "gain - objective.entropy_bonus *", OBJECTIVES),
-    Mutant("length rewarded", 
+    Mutant("length rewarded",
            "(max_completion_length - buffer - lengths.double()) / buffer",
            "(lengths.double() + buffer - max_completion_length) / buffer", OBJECTIVES),
     # --- update
@@ -190,7 +190,7 @@ MUTANTS = [
            "positions = range(step * size, (step + 1) * size)", "positions = range(size)", DATA),
     Mutant("generated test problems in training",
            'if is_held_out(calculation) == (split == "test"):', "if calculation:", DATA),
-    Mutant("a file's test problems in training", 
+    Mutant("a file's test problems in training",
            "zip(problems, firsts) if is_held_out(key) == wanted]", "zip(problems, firsts)]", DATA),
     # --- prompts, log-probs, reference
     Mutant("no generation prompt", "add_generation_prompt=True", "add_generation_prompt=False",
@@ -329,10 +329,10 @@ MUTANTS = [
     Mutant("what is left over is ignored", " if tokens[at] is None else None", "", COUNTDOWN),
     Mutant("test problems in the training data", "if is_held_out(key) == (split",
            "if True or (split", COUNTDOWN),
-    Mutant("the gym's test questions in training", 
+    Mutant("the gym's test questions in training",
            '() if split == "test" else problems("test", 0, variant)', "()", TASKS),
     Mutant("a verdict that comes late answers the next question",
-           
+
            "                self._end(process)\n                raise\n        return",
            "                raise\n        return", TASKS),
     # --- trackers, and a model tried by hand
