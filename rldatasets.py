@@ -164,7 +164,16 @@ def some_of(problems, count, in_order=False):
     return [problems[index] for index in sorted(order[:count])]
 
 
+# Files that people have, and what reads them in pandas.
+OTHER_FORMS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_table",
+               ".arrow": "read_feather", ".xlsx": "read_excel"}  # fmt: skip
+
+
 def _problems_from_file(path):
+    suffix = Path(path).suffix.lower()
+    if suffix in OTHER_FORMS:
+        raise UserError(f"{path}: is {suffix[1:]}; make it .jsonl by pandas.{OTHER_FORMS[suffix]}"
+                        "(FILE).to_json(NEW, orient='records', lines=True)")  # fmt: skip
     rows = read_jsonl(path, as_written=("answer",))
     return [_problem_from_row(row, f"{path}:{line}") for line, row in rows]
 
@@ -174,7 +183,9 @@ def _problem_from_row(row, where):
     question, whole = _field(row, name, where), _field(row, "answer", where)
     if not question or not whole:
         missing = "answer" if question else "question"
-        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one")
+        others = ", ".join(f"`{key:.20}`" for key in row if key not in ("question", "answer"))
+        there = f" (there are {others:.60}: rename it)" if missing not in row and others else ""
+        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one{there}")
     solution, mark, answer = whole.rpartition("####")
     answer = answer.strip().partition("\n")[0] if mark else answer
     if mark and not answer:

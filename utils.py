@@ -164,7 +164,9 @@ def read_jsonl(path, torn_end=False, as_written=()):
                     raise UserError(f"{path}:{number}: not JSON: {reason}; expected an object like "
                                     "{...} per line") from None  # fmt: skip
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected an object like {{...}}")
+                    kind = "array" if isinstance(row, list) else type(row).__name__
+                    raise UserError(f"{path}:{number}: expected an object like {{...}} per line, "
+                                    f"not one {kind}")  # fmt: skip
                 rows.append((number, row))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

@@ -7,7 +7,6 @@ in evaluator.py's format starts with it and prints the findings as warnings; wha
 nothing on a run's own problems, of whatever kind, verdicts.py finds.
 """
 
-import math
 import signal
 import sys
 import threading
@@ -15,12 +14,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 
 from evaluation import verdicts
 from evaluator import is_correct, parse_number
 from rldatasets import SYSTEM_PROMPT, Problem
-from utils import TimedOut, table, time_limit
+from utils import TimedOut, as_number, table, time_limit
 
 QUESTION = "Ben has 48 coins and finds half as many more. How many coins does he have now?"
 REASONING = "48 / 2 = 24\n48 + 24 = 72"
@@ -115,8 +113,9 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT, verdict=None, worked_a
         try:
             with time_limit(timeout):
                 result = function(completion, Problem(QUESTION, gold, REASONING))
-            if isinstance(result, Real) and math.isfinite(result):
-                return float(result)
+            number = as_number(result)
+            if number is not None:
+                return number
             complaint = f"returns {result!r:.40}, not a finite number,"
         except TimedOut:
             hanging.add(function)

@@ -5,15 +5,13 @@ answer, none, a constant one, and that of another problem. Every run, and `pytho
 a dataset, tells what is right for nothing, or not for the gold answer.
 """
 
-import math
 import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from numbers import Real
 
 import evaluator
-from utils import TimedOut, UserError, time_limit
+from utils import TimedOut, UserError, as_number, time_limit
 
 SAMPLE = 20  # problems
 SECONDS = 20.0  # for all of it; no further problem is judged after them
@@ -196,7 +194,7 @@ def _value(function, completion, problem, timeout):
             value = function(completion, problem)
     except (Exception, TimedOut):
         return 0.0
-    return float(value) if isinstance(value, Real) and math.isfinite(value) else 0.0
+    return as_number(value) or 0.0
 
 
 def _quoted(kind):

@@ -99,10 +99,9 @@ def number_or_name(code, *_):
     return getattr(sympy, kind)(text) if kind else sympy.E
 
 
-@lru_cache(maxsize=4096)  # accuracy and rewards ask about the same answers
-def equal(gold, answer):
-    """Whether two answers are equal, as text, as numbers, or to math-verify, where nothing that it
-    passes over differs."""
+def compared(gold, answer):
+    """Whether two answers are equal, as text or as numbers. Where that does not tell, and nothing
+    differs that math-verify passes over: the two texts that it is asked about."""
     gold, answer = plain(gold), plain(answer)
     if not answer:
         return False
@@ -122,7 +121,14 @@ def equal(gold, answer):
         return False
     if measured(bare) != (None, "") and measured(bare_gold) != (None, ""):
         return measured(bare) == measured(bare_gold)
-    return JUDGE(bare_gold, bare) is True
+    return bare_gold, bare
+
+
+@lru_cache(maxsize=4096)  # accuracy and rewards ask about the same answers
+def equal(gold, answer):
+    """Whether two answers are equal, to math-verify where need be."""
+    equal = compared(gold, answer)
+    return equal if isinstance(equal, bool) else JUDGE(*equal) is True
 
 
 def plain(text):
@@ -186,7 +192,8 @@ def other_case(text, other):
 def judge_request(completion, problem):
     """What the judge may be asked about a completion; None where it is not."""
     answer = extract_answer(completion)
-    return (problem.answer, answer) if answer and len(answer) <= LONGEST else None
+    equal = bool(answer) and len(answer) <= LONGEST and compared(problem.answer, answer)
+    return None if isinstance(equal, bool) else equal
 
 
 def is_correct(completion, problem):

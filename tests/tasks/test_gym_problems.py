@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from fractions import Fraction
-from importlib import util
 from types import SimpleNamespace
 
 import numpy as np
@@ -277,33 +276,3 @@ def test_rewards_of_one_s_own_that_pay_for_the_answer_alone_mend_a_weak_one(gym,
     args = flags("anything")
     args.evaluator = str(path)
     assert len(load_task(args).problems("test")) == 24
-
-
-needs_gym = pytest.mark.skipif(
-    not util.find_spec("reasoning_gym"), reason="pip install reasoning-gym==0.1.25 for this test"
-)
-
-
-@needs_gym
-@pytest.mark.parametrize(
-    ("variant", "complaint"),
-    [
-        ("game_of_life_halting", "takes the answer . for right"), ("coin_flip", "the answer 0 for"),
-        ("circuit_logic", "takes the answer 0 for right"), ("graph_color", "without an answer"),
-        ("boxnet", "without an answer"), ("isomorphic_strings", None), ("arc_agi", None),
-    ],
-)  # fmt: skip
-def test_variants_of_the_library_itself(variant, complaint, monkeypatch):
-    forget()
-    try:
-        task = load_task(flags(variant))
-        module = sys.modules["tasks.reasoning_gym"]
-        monkeypatch.setattr(module, "SIZES", {"train": 30, "test": 30})
-        if complaint:
-            with pytest.raises(UserError, match=complaint):
-                task.problems("test")
-        else:
-            assert all(task.is_correct(task.worked_answer(p), p) for p in task.problems("test"))
-        module.JUDGE.stop()
-    finally:
-        forget()

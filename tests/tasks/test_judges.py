@@ -3,6 +3,7 @@
 import json
 import textwrap
 import time
+from importlib import util
 from types import SimpleNamespace
 
 import pytest
@@ -238,3 +239,24 @@ def test_a_flag_that_does_nothing_says_so_and_a_judge_is_ready_before_it_is_aske
     assert len(judge.processes) == 2
     with pytest.raises(UserError, match="--dataset_name toy: the judge of nowhere does not start"):
         start_judge(SimpleNamespace(judge=Judge("nowhere")), args)
+
+
+def test_what_math_verify_is_asked_ahead_is_what_it_is_asked_later(monkeypatch):
+    if not util.find_spec("math_verify"):
+        pytest.skip("pip install math-verify==0.9.0 for this test")
+    from tasks import math as task
+
+    asked = []
+    monkeypatch.setattr(task, "JUDGE", lambda *request: asked.append(request))
+    task.equal.cache_clear()
+    for gold, answer in (
+        (r"\frac{3}{4}", "0.75"), (r"2\sqrt{3}", r"\boxed{\sqrt{12}}"), ("(1, 2)", r"(1,\ 2)"),
+        ("72", "73"), ("x", ""), ("5", "9" * 1000), (r"\pi", r"$\frac{2\pi}{2}$"),
+    ):  # fmt: skip
+        before, problem = len(asked), Problem("?", gold, "")
+        completion = f"<answer>\n{answer}\n</answer>"
+        ahead = task.judge_request(completion, problem)
+        task.is_correct(completion, problem)
+        assert asked[before:] == ([] if ahead is None else [ahead]), (gold, answer)
+    assert len(asked) >= 2
+    task.equal.cache_clear()
