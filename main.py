@@ -24,7 +24,7 @@ from evaluation.scoring import (
     without_thoughts,
 )
 from grpo import group_advantages, has_signal, max_variance_subset
-from launch.interrupts import only_process_in, print_error
+from launch.interrupts import only_process_in, print_error, stopped_line
 from launch.loading import begin
 from llms import kl_reference, mix_into, worked_ids
 from records.checkpoints import Saver
@@ -149,8 +149,7 @@ def command(args):
         print_error(one_line(f"main.py: error: {error}"))
         return 2
     except Stopped as stop:
-        print(f"main.py: interrupted by {stop}; to go on: --resume --output_dir {args.output_dir}",
-              file=sys.stderr)  # fmt: skip
+        print(stopped_line(stop, args.output_dir), file=sys.stderr)
         return 128 + stop.number
     except RuntimeError as error:
         if not (lost := lost_contact(error)):

@@ -22,7 +22,13 @@ from launch.checks import (
     idle_flags,
 )
 from launch.presets import LORA_TARGETS, PRESETS, PRESETS_ON
-from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flags
+from records.resuming import (
+    LATEST,
+    check_same_flags,
+    has_finished,
+    run_to_resume,
+    saved_flags,
+)
 from tasks import dataset_names, has_own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, one_line
 
@@ -143,8 +149,10 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--output_dir", metavar="DIR", help="where the run is written; None: "
          "runs/DATASET-MODEL-TIME")
     flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
-         "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
-         "from that run's latest checkpoint, or from that checkpoint, dropping what came later")
+         "--output_dir stopped, with its flags; with a PATH, from that run's latest checkpoint, or "
+         "from that checkpoint, dropping what came later; a run that has finished stays as it is")
+    flag("--resume_or_start", action="store_true", help="the same, or start the run where "
+         "--output_dir has none yet: for schedulers, which know one command")
     flag("--allow_changed_rewards", action="store_true", help="let --resume go on with rewards or "
          "an is_correct that are not those the run began with; log and plots show from where on")
     flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
@@ -319,20 +327,23 @@ def preset_and_dataset(argv, prog="main.py"):
 
 
 def take_up_saved_flags(parser, argv):
-    """Where the command says --resume, make the run's flags the parser's defaults. Returns them,
-    {} for a new run."""
+    """Where the command says --resume or --resume_or_start, make the run's flags the parser's
+    defaults. Returns them, {} for a new run."""
     first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--output_dir")
     first.add_argument("--resume", nargs="?", const=LATEST)
+    first.add_argument("--resume_or_start", action="store_true")
     chosen = first.parse_known_args(argv)[0]
-    if chosen.resume is None:
+    if chosen.resume is None and not chosen.resume_or_start:
         return {}
+    resume = chosen.resume or LATEST
     try:
-        output_dir = run_to_resume(chosen.resume, chosen.output_dir)
+        output_dir = run_to_resume(resume, chosen.output_dir, chosen.resume_or_start)
         saved = saved_flags(output_dir)
     except UserError as error:
         parser.error(str(error))
-    parser.set_defaults(**{**saved, "output_dir": output_dir, "resume": None})
+    of_this_start = {"output_dir": output_dir, "resume": resume, "resume_or_start": False}
+    parser.set_defaults(**{**saved, **of_this_start})
     return saved
 
 
@@ -368,6 +379,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
         check_same_flags(args, saved)
         check_flags(args)
         check_trackers(args)
+        if has_finished(args):  # and reads nothing any more
+            return args
         if not args.plan:  # which reads no data
             check_dataset(args)
         check_model(args)

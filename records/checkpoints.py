@@ -30,13 +30,13 @@ from safetensors.torch import load_file, load_model, save_model
 from llms import load_model as load_whole_model
 from llms import rendering_of
 from records.exports import write_for_others
-from records.resuming import check_same_flags, checkpoint_step
+from records.resuming import MANIFEST, check_same_flags, checkpoint_step, checkpoints_in
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
 from training.sharding import is_sharded, like, whole_state
 from utils import SIGNALS, Stopped, UserError, hub_token, parameters_of
 
-OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
+OPTIMIZER, REFERENCE = "optimizer.pt", "reference.safetensors"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SKIPS = 3  # updates in a row that are not finite, after which a run ends
 SMALL_FILES = 2**25  # bytes: an allowance for tokenizer and configuration
@@ -49,12 +49,6 @@ class Checkpoint:
     step: int  # steps done
     path: Path
     data: dict  # what the run's problems are, see loading.load
-
-
-def checkpoints_in(folder):
-    """The checkpoints in a directory as (step, path), newest first, whole or not."""
-    found = [(checkpoint_step(path), path) for path in Path(folder).glob("step_*")]
-    return sorted((pair for pair in found if pair[0] is not None), reverse=True)
 
 
 def checkpoint_to_resume(args):

@@ -48,7 +48,7 @@ NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
 
 
 # Flags in which runs of one recipe differ.
-OF_A_RUN = {"seed", "output_dir", "resume", "verbose", "keep_checkpoints"}
+OF_A_RUN = {"seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints"}
 
 
 class Series:

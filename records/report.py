@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from records.budget import budget
 from records.files import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
+from records.resuming import REPORT
+from utils import replace_text
 
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
@@ -58,8 +60,8 @@ def write_report(path):
         "<!--BODY-->": "\n".join(sections),
     }.items():
         page = page.replace(place, value)
-    target = run.path / "report.html"
-    target.write_text(page, encoding="utf-8", errors="replace")
+    target = run.path / REPORT
+    replace_text(target, page.encode(errors="replace").decode())
     return target
 
 

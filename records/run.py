@@ -22,6 +22,7 @@ from records.budget import budget_lines, sampled_counts
 from records.files import read_rows
 from records.plots import plot_run
 from records.report import write_report
+from records.resuming import REPORT
 from records.rollout_file import save_rollouts
 from records.trackers import log_evaluation, log_plots, log_row
 from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
@@ -60,6 +61,8 @@ class Run:
     def cut_back(self, done):
         """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
         kept = {}
+        if self.writes:
+            (self.path / REPORT).unlink(missing_ok=True)  # so that one is that of the run's end
         for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
             path = self.path / name
             kept[name] = [row for row in read_rows(path) if row["step"] <= last]
@@ -263,5 +266,5 @@ def summary_table(path, before, after):
         "", *evaluation_table({"before GRPO": before, "after": after}), *budget_lines(rows),
         f"Everything is in {path}; {path}/plots/overview.png shows it at a glance.",
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
-        f"The report, to open in a browser: {path}/report.html",
+        f"The report, to open in a browser: {path / REPORT}",
     ])  # fmt: skip
