@@ -53,6 +53,14 @@ def hint(word, words):
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(words)}"
 
 
+def named(args, flag):
+    """A flag and its value, as a message names it: of one that nobody typed, it says that it is the
+    preset's."""
+    text = f"--{flag} {getattr(args, flag)}"
+    given = flag in getattr(args, "typed", vars(args))
+    return text if given else f"{text} (of --preset {args.preset})"
+
+
 def keep_freed_memory():
     """Have the C allocator reuse large blocks, in huge pages. Call it before torch is imported.
 

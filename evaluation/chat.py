@@ -65,7 +65,7 @@ def asked_problem(args, task):
 def sample_group(setup, problem, group_size, watch=None):
     """The Rollouts (1, G, C) of one question; they depend on --seed alone."""
     model, tokenizer, args, task = setup.policy, setup.tokenizer, setup.args, setup.task
-    check_room(model, tokenizer, [problem], args.max_completion_length, task)
+    check_room(model, tokenizer, [problem], args, task)
     prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
     with phase("answering"), setup.accelerator.autocast():
         return sample_rollouts(

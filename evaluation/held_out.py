@@ -11,7 +11,7 @@ from llms import chat_prompt
 from sampling.groups import sample_rollouts
 from training.processes import everyones, own_part
 from training.sharding import whole
-from utils import UserError, mixed_seed
+from utils import UserError, mixed_seed, named
 
 
 def evaluate(setup, problems, seed=0, tick=None):
@@ -108,11 +108,11 @@ def evaluate_policy(setup, problems, step):
     return summary, records
 
 
-def check_room(policy, tokenizer, problems, max_completion_length, task):
+def check_room(policy, tokenizer, problems, args, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
     longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
     context = policy.config.max_position_embeddings
-    if longest + max_completion_length > context:
-        raise UserError(f"--max_completion_length {max_completion_length}: with the longest "
-                        f"test prompt of {longest} tokens it exceeds the model's context of "
+    if longest + args.max_completion_length > context:
+        raise UserError(f"{named(args, 'max_completion_length')}: with the longest test prompt of "
+                        f"{longest} tokens it exceeds the model's context of "
                         f"{context}")  # fmt: skip

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from launch.checks import check_dataset, check_flags, check_model, check_output_dir
 from launch.parser import (
-    COUNT,
-    NOT_NEGATIVE,
     Help,
     Parser,
     build_parser,
@@ -24,6 +22,7 @@ from launch.parser import (
     preset_and_dataset,
     run_directory,
 )
+from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line

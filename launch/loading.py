@@ -25,7 +25,7 @@ from training.lora import add_adapter
 from training.processes import from_main, make_accelerator, patient
 from training.setup import Setup
 from training.sharding import shard_if_configured
-from utils import Stopwatch, UserError, hub_token, phase
+from utils import Stopwatch, UserError, hub_token, named, phase
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,7 @@ def begin(args):
 def load(args, accelerator, task, start=None):
     """Data, then model: (policy, tokenizer, Data)."""
     train_problems, test_problems, counts = read_problems(args, task, start)
-    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
-        raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
-                        "solutions (field `solution`); set it to 0")  # fmt: skip
-    processes = accelerator.num_processes
-    for flag, count in (
-        ("questions_per_step", args.questions_per_step), ("eval_problems", len(test_problems)),
-    ):  # fmt: skip
-        if count < processes:
-            raise UserError(f"--{flag} {count}: less than one for each of {processes} processes; "
-                            "raise it, or start fewer")  # fmt: skip
+    check_data(args, train_problems, test_problems, accelerator.num_processes)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     print(f"loading {args.model_name} ...", flush=True)
     policy, tokenizer = load_model(
@@ -98,9 +89,9 @@ def load(args, accelerator, task, start=None):
         print(f"{left_out} of {len(train_problems)} training questions left out: their prompts are "
               f"longer than --max_prompt_length {args.max_prompt_length}")  # fmt: skip
     if not fitting:
-        raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
-                        "short; raise it")  # fmt: skip
-    check_room(policy, tokenizer, test_problems, args.max_completion_length, task)
+        raise UserError(f"{named(args, 'max_prompt_length')}: no training prompt is that short; "
+                        "raise it")  # fmt: skip
+    check_room(policy, tokenizer, test_problems, args, task)
     facts = {
         "train_problems": len(fitting),
         "left_out": left_out,
@@ -111,6 +102,28 @@ def load(args, accelerator, task, start=None):
     }
     check_same_data(facts, start)
     return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def check_data(args, train_problems, test_problems, processes):
+    """Raise UserError where the flags ask for what the data does not have. A cold start that nobody
+    asked for is none then."""
+    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
+        if "cold_start_steps" in args.typed:
+            raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
+                            "solutions (field `solution`); set it to 0")  # fmt: skip
+        print("no cold start: the data has no worked solutions (field `solution`), so "
+              f"--cold_start_steps is 0, not {args.cold_start_steps} as in --preset {args.preset}",
+              flush=True)  # fmt: skip
+        args.cold_start_steps = 0
+    held_out = f"{len(test_problems)} held-out problems"
+    if len(test_problems) == args.eval_problems:
+        held_out = named(args, "eval_problems")
+    counts = {named(args, "questions_per_step"): args.questions_per_step,
+              held_out: len(test_problems)}  # fmt: skip
+    for culprit, count in counts.items():
+        if count < processes:
+            raise UserError(f"{culprit}: less than one for each of {processes} processes; raise "
+                            "it, or start fewer")  # fmt: skip
 
 
 def read_problems(args, task, start=None):
@@ -176,7 +189,7 @@ def evaluate_and_save(args):
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)
     )
-    check_room(policy, tokenizer, problems, args.max_completion_length, task)
+    check_room(policy, tokenizer, problems, args, task)
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}
     run.save_config(args, str(accelerator.device), **facts)
