@@ -12,8 +12,9 @@ from accelerate.utils import set_seed
 
 from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
-from evaluation.reward_lint import warn
+from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
+from evaluator import is_correct
 from llms import chat_prompt, load_model, rendering_of
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
@@ -51,6 +52,8 @@ def begin(args):
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
     warn(task, data.test, args.reward_weights, args.reward_timeout)
+    for line in remarks(task, data.test):
+        print(line, flush=True)
     saved = saved_config(args.output_dir) if start else {}
     sources = sources_of(task)
     changed_at = steps_with_other_rewards(saved, sources, first, args.allow_changed_rewards)
@@ -102,6 +105,16 @@ def load(args, accelerator, task, start=None):
     }
     check_same_data(facts, start)
     return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def remarks(task, problems):
+    """What is worth knowing of how a run is judged and its rewards are checked, a line each."""
+    if reason := why_not_golden(task, problems):
+        yield f"rewards are not linted: {reason}, unlike the lint's golden completions"
+    own = not any(function.__module__ == "evaluator" for function in task.reward_functions)
+    if own and task.is_correct is is_correct:
+        yield ("accuracy counts what stands in <answer> tags and equals the gold answer, whatever "
+               "your rewards pay for; to count otherwise: an is_correct beside them")  # fmt: skip
 
 
 def check_data(args, train_problems, test_problems, processes):
