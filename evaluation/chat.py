@@ -19,8 +19,9 @@ from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from tasks import check_weights, load_task
 from training.processes import make_accelerator
+from training.progress import phase
 from training.setup import Setup
-from utils import UserError, hub_token, one_line, phase, printable
+from utils import UserError, hub_token, one_line, printable
 
 NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
 NEEDS_ONE = "none given; correctness is 0 without one (--answer, or --question N)"

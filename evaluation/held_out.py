@@ -1,8 +1,7 @@
 """Answering held-out problems: greedily, and by sampling where pass@k is asked for."""
 
 import time
-
-from tqdm import tqdm
+from functools import partial
 
 from evaluation.comparison import summarize
 from evaluation.scoring import call, cut_off_thinking, score, without_thoughts
@@ -10,6 +9,7 @@ from evaluator import extract_answer, has_format, is_correct_leniently, last_num
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
 from training.processes import everyones, own_part
+from training.progress import progress
 from training.sharding import whole
 from utils import UserError, mixed_seed, named
 
@@ -88,7 +88,7 @@ def verdicts(completion, problem, task, timeout):
 
 
 def evaluate_policy(setup, problems, step):
-    """`evaluate` with a progress bar; samples depend on (seed, step) alone.
+    """`evaluate`, whose progress is shown; samples depend on (seed, step) alone.
 
     Each process answers its part of the problems. Returns (summary, records); the summary also says
     how many seconds it took.
@@ -98,11 +98,11 @@ def evaluate_policy(setup, problems, step):
     passes = 2 if args.eval_samples else 1
     own = own_part(problems, accelerator)
     with (
-        tqdm(total=passes * len(own), desc="evaluating", leave=False) as bar,
         accelerator.autocast(),
         whole(setup.policy),
     ):
-        records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), bar.update)
+        tick = partial(progress.tick, unit="answers", of=passes * len(own))
+        records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), tick)
     records = [record for part in everyones(records, accelerator) for record in part]
     summary = {**summarize(records), "seconds/evaluation": time.perf_counter() - started}
     return summary, records

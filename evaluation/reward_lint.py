@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from numbers import Real
 
+from tqdm import tqdm
+
 from evaluator import is_correct, parse_number
 from rldatasets import SYSTEM_PROMPT, Problem
 from utils import TimedOut, table, time_limit
@@ -338,4 +340,4 @@ def warn(task, problems, weights, timeout=TIMEOUT):
     if len(findings) > WARNINGS:
         lines.append(f"and {len(findings) - WARNINGS} more: see python main.py lint")
     for line in lines:
-        print(f"main.py: warning: rewards: {line}", file=sys.stderr)
+        tqdm.write(f"main.py: warning: rewards: {line}", file=sys.stderr)

@@ -11,6 +11,7 @@ from launch.commands import carry_out, commands_text, parse_command
 from launch.interrupts import exit_on_signals, silence_all_but_main
 from launch.parser import parse_args
 from records.resuming import has_finished
+from training.progress import progress
 from utils import keep_freed_memory
 
 MAIN = Path(__file__).parent.parent / "main.py"
@@ -30,6 +31,7 @@ def enter(argv):
         print(f"{args.output_dir} has finished its {args.num_train_iters} steps; it goes on where "
               "--num_train_iters is raised")  # fmt: skip
         sys.exit()
+    progress.__enter__()  # torch takes seconds to import
     keep_freed_memory()
     return args
 

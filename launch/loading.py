@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
@@ -24,9 +26,10 @@ from rldatasets import Problems, fingerprint, repeats, some_of, without_overlap
 from tasks import check_weights, load_task
 from training.lora import add_adapter
 from training.processes import from_main, make_accelerator, patient
+from training.progress import Stopwatch, phase, progress
 from training.setup import Setup
 from training.sharding import shard_if_configured
-from utils import Stopwatch, UserError, hub_token, named, phase
+from utils import UserError, hub_token, named
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def begin(args):
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
+    disable_progress_bar()  # of files that load in no time; ours says what runs
     accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
@@ -51,14 +55,15 @@ def begin(args):
     first = start.step if start else 0
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
-    warn(task, data.test, args.reward_weights, args.reward_timeout)
+    with phase("lint"):
+        warn(task, data.test, args.reward_weights, args.reward_timeout)
     for line in remarks(task, data.test):
-        print(line, flush=True)
+        tqdm.write(line)
     saved = saved_config(args.output_dir) if start else {}
     sources = sources_of(task)
     changed_at = steps_with_other_rewards(saved, sources, first, args.allow_changed_rewards)
     if first in changed_at:
-        print("main.py: warning: the rewards are others from here on", file=sys.stderr)
+        tqdm.write("main.py: warning: the rewards are others from here on", file=sys.stderr)
     trackers = start_trackers(accelerator, args, first)
     run = Run(args.output_dir, trackers, writes=accelerator.is_main_process)
     run.cut_back(first)
@@ -77,7 +82,7 @@ def load(args, accelerator, task, start=None):
     train_problems, test_problems, counts = read_problems(args, task, start)
     check_data(args, train_problems, test_problems, accelerator.num_processes)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
-    print(f"loading {args.model_name} ...", flush=True)
+    tqdm.write(f"loading {args.model_name} ...")
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)
     )
@@ -89,8 +94,9 @@ def load(args, accelerator, task, start=None):
     fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
     left_out = len(train_problems) - len(fitting)
     if left_out:
-        print(f"{left_out} of {len(train_problems)} training questions left out: their prompts are "
-              f"longer than --max_prompt_length {args.max_prompt_length}")  # fmt: skip
+        tqdm.write(f"{left_out} of {len(train_problems)} training questions left out: their "
+                   "prompts are longer than --max_prompt_length "
+                   f"{args.max_prompt_length}")  # fmt: skip
     if not fitting:
         raise UserError(f"{named(args, 'max_prompt_length')}: no training prompt is that short; "
                         "raise it")  # fmt: skip
@@ -124,9 +130,9 @@ def check_data(args, train_problems, test_problems, processes):
         if "cold_start_steps" in args.typed:
             raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
                             "solutions (field `solution`); set it to 0")  # fmt: skip
-        print("no cold start: the data has no worked solutions (field `solution`), so "
-              f"--cold_start_steps is 0, not {args.cold_start_steps} as in --preset {args.preset}",
-              flush=True)  # fmt: skip
+        tqdm.write("no cold start: the data has no worked solutions (field `solution`), so "
+                   f"--cold_start_steps is 0, not {args.cold_start_steps} as in --preset "
+                   f"{args.preset}")  # fmt: skip
         args.cold_start_steps = 0
     held_out = f"{len(test_problems)} held-out problems"
     if len(test_problems) == args.eval_problems:
@@ -153,8 +159,8 @@ def read_problems(args, task, start=None):
         raise UserError(f"--{name} {getattr(args, name)}: all {overlap} training questions are in "
                         "the test split too; name data with others")  # fmt: skip
     if overlap:
-        print(f"{overlap} of {len(train)} training questions left out: they are in the test split "
-              "too")  # fmt: skip
+        tqdm.write(f"{overlap} of {len(train)} training questions left out: they are in the test "
+                   "split too")  # fmt: skip
     held_out = held_out_problems(args, test, start)
     counts = {"overlap": overlap, "train_repeats": repeats(kept), "test_repeats": repeats(held_out)}
     return kept, held_out, counts
@@ -206,7 +212,7 @@ def evaluate_and_save(args):
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}
     run.save_config(args, str(accelerator.device), **facts)
-    with phase("evaluation"):
+    with progress, phase("evaluation"):
         setup = Setup(policy, tokenizer, task, args, accelerator)
         summary, records = evaluate_policy(setup, problems, step=0)
     run.log_evaluation(0, summary, records)
