@@ -303,7 +303,7 @@ def _plot(args):
     folder = Path(args.runs[0]) / "plots" if len(runs) == 1 else Path("comparison")
     if args.mean and len(runs) > 1:
         runs = over_seeds(runs)
-    print(plot_runs(runs, Path(args.output_dir or folder)))
+    print(plot_runs(runs, Path(args.output_dir or folder)).resolve())
     return _report(args) if args.report else 0
 
 
