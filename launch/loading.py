@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
@@ -46,7 +45,6 @@ def begin(args):
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
-    disable_progress_bar()  # of files that load in no time; ours says what runs
     accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
