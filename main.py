@@ -14,8 +14,6 @@ from launch.door import ARGS  # carries out all other commands, and answers typo
 import sys
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from evaluation.held_out import evaluate_policy
 from evaluation.scoring import (
     joined_rewards,
@@ -25,9 +23,10 @@ from evaluation.scoring import (
     without_thoughts,
 )
 from grpo import group_advantages, has_signal, max_variance_subset
-from launch.interrupts import only_process_in, print_error
+from launch.interrupts import only_process_in, print_error, stopped_line
 from launch.loading import begin
 from llms import kl_reference, mix_into, worked_ids
+from records.budget import say_how_long
 from records.checkpoints import Saver
 from records.run import show_progress, step_metrics, summary_table
 from records.trackers import finish_trackers
@@ -36,10 +35,11 @@ from sampling.rollouts import joined_rollouts
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
 from training.processes import everyones, everyones_rollouts, lost_contact, own_part
+from training.progress import phase, progress
 from training.token_log import watch_tokens
 from training.update import update_policy
 from training.weight_meter import WeightMeter
-from utils import Stopped, UserError, mixed_seed, one_line, phase
+from utils import Stopped, UserError, mixed_seed, one_line
 
 
 def train(args):
@@ -61,8 +61,9 @@ def train(args):
             with phase("evaluation"):
                 run.log_evaluation(done, *evaluate_policy(setup, data.test, done))
 
-    with saver, tqdm(total=args.num_train_iters, initial=first, desc="GRPO", unit="step") as bar:
+    with progress.open(total=args.num_train_iters, initial=first, unit="step") as bar, saver:
         evaluate_if_due(first)
+        say_how_long(args, first)
         for step in range(first, args.num_train_iters):
             problems, rollouts, rewards = draw_groups(setup, data.train, step, run)
             chosen = choose(rewards.total, args)  # (Q, G)
@@ -145,14 +146,13 @@ def choose(rewards, args):
 def command(args):
     """Train, and say in a line what went wrong. Returns the exit status."""
     try:
-        with only_process_in(args.output_dir):
+        with only_process_in(args.output_dir), progress:
             train(args)
     except UserError as error:
         print_error(one_line(f"main.py: error: {error}"))
         return 2
     except Stopped as stop:
-        print(f"main.py: interrupted by {stop}; to go on: --resume --output_dir {args.output_dir}",
-              file=sys.stderr)  # fmt: skip
+        print(stopped_line(stop, args.output_dir), file=sys.stderr)
         return 128 + stop.number
     except RuntimeError as error:
         if not (lost := lost_contact(error)):

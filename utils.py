@@ -1,4 +1,4 @@
-"""What every module may need: errors, model names, seeds, files, a stopwatch, limits, memory."""
+"""What every module may need: errors, model names, seeds, files, limits, memory."""
 
 import ctypes
 import difflib
@@ -6,10 +6,8 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import threading
-import time
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -51,6 +49,14 @@ def hint(word, words):
     """What to say of a word that is none of these: the closest one, or all of them."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(words)}"
+
+
+def named(args, flag):
+    """A flag and its value, as a message names it: of one that nobody typed, it says that it is the
+    preset's."""
+    text = f"--{flag} {getattr(args, flag)}"
+    given = flag in getattr(args, "typed", vars(args))
+    return text if given else f"{text} (of --preset {args.preset})"
 
 
 def keep_freed_memory():
@@ -245,58 +251,7 @@ def table(rows):
     return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
-class Stopwatch:
-    """Seconds per stage: `with stopwatch("sampling"): ...`, then `stopwatch.lap()`.
-
-    `synchronize` (on CUDA: torch.cuda.synchronize) makes a stage pay for the work that it queued.
-    """
-
-    def __init__(self, synchronize=None):
-        self.synchronize = synchronize or (lambda: None)
-        self.seconds = {}
-
-    def lap(self):
-        """The seconds since the last call, by stage."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-    @contextmanager
-    def __call__(self, stage):
-        started = time.perf_counter()
-        try:
-            with phase(stage):
-                yield
-                self.synchronize()
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-
-
 # --- limits ------------------------------------------------------------------------------------
-
-# Which flags to lower where a phase of the run does not fit in memory.
-LOWER = {
-    "cold start": "--micro_batch_tokens",
-    "sampling": "--sampling_batch_size, --questions_per_step or --max_completion_length",
-    "reference": "--micro_batch_tokens",
-    "policy": "--micro_batch_tokens",
-    "evaluation": "--eval_batch_size",
-    "answering": "--max_completion_length or --group_size",
-}
-
-
-@contextmanager
-def phase(name):
-    """A phase of the run. Where memory runs out in it, the UserError names it and what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        text = str(error)
-        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not (full or re.search("allocate memory|not enough memory|ALLOC_FAILED", text)):
-            raise
-        lower = f"lower {LOWER[name]}, or " if name in LOWER else ""
-        raise UserError(f"out of memory ({name}): {lower}see --plan") from error
 
 
 class TimedOut(BaseException):

@@ -148,8 +148,8 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
     from tasks import load_task
     from training.lora import add_adapter
     from training.optimizer import make_optimizer
+    from training.progress import Stopwatch
     from training.setup import Setup
-    from utils import Stopwatch
 
     on_gpu = torch.cuda.is_available()
     argv = {

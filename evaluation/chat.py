@@ -19,8 +19,9 @@ from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from tasks import check_weights, load_task
 from training.processes import make_accelerator
+from training.progress import phase
 from training.setup import Setup
-from utils import UserError, hub_token, one_line, phase, printable
+from utils import UserError, hub_token, one_line, printable
 
 NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
 NEEDS_ONE = "none given; correctness is 0 without one (--answer, or --question N)"
@@ -65,7 +66,7 @@ def asked_problem(args, task):
 def sample_group(setup, problem, group_size, watch=None):
     """The Rollouts (1, G, C) of one question; they depend on --seed alone."""
     model, tokenizer, args, task = setup.policy, setup.tokenizer, setup.args, setup.task
-    check_room(model, tokenizer, [problem], args.max_completion_length, task)
+    check_room(model, tokenizer, [problem], args, task)
     prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
     with phase("answering"), setup.accelerator.autocast():
         return sample_rollouts(

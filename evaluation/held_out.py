@@ -1,8 +1,7 @@
 """Answering held-out problems: greedily, and by sampling where pass@k is asked for."""
 
 import time
-
-from tqdm import tqdm
+from functools import partial
 
 from evaluation.comparison import summarize
 from evaluation.scoring import call, cut_off_thinking, judged_ahead, score, without_thoughts
@@ -10,8 +9,9 @@ from evaluator import extract_answer, has_format, is_correct_leniently, last_num
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
 from training.processes import everyones, own_part
+from training.progress import progress
 from training.sharding import whole
-from utils import UserError, mixed_seed
+from utils import UserError, mixed_seed, named
 
 
 def evaluate(setup, problems, seed=0, tick=None):
@@ -90,7 +90,7 @@ def verdicts(completion, problem, task, timeout):
 
 
 def evaluate_policy(setup, problems, step):
-    """`evaluate` with a progress bar; samples depend on (seed, step) alone.
+    """`evaluate`, whose progress is shown; samples depend on (seed, step) alone.
 
     Each process answers its part of the problems. Returns (summary, records); the summary also says
     how many seconds it took.
@@ -100,21 +100,21 @@ def evaluate_policy(setup, problems, step):
     passes = 2 if args.eval_samples else 1
     own = own_part(problems, accelerator)
     with (
-        tqdm(total=passes * len(own), desc="evaluating", leave=False) as bar,
         accelerator.autocast(),
         whole(setup.policy),
     ):
-        records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), bar.update)
+        tick = partial(progress.tick, unit="answers", of=passes * len(own))
+        records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), tick)
     records = [record for part in everyones(records, accelerator) for record in part]
     summary = {**summarize(records), "seconds/evaluation": time.perf_counter() - started}
     return summary, records
 
 
-def check_room(policy, tokenizer, problems, max_completion_length, task):
+def check_room(policy, tokenizer, problems, args, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
     longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
     context = policy.config.max_position_embeddings
-    if longest + max_completion_length > context:
-        raise UserError(f"--max_completion_length {max_completion_length}: with the longest "
-                        f"test prompt of {longest} tokens it exceeds the model's context of "
+    if longest + args.max_completion_length > context:
+        raise UserError(f"{named(args, 'max_completion_length')}: with the longest test prompt of "
+                        f"{longest} tokens it exceeds the model's context of "
                         f"{context}")  # fmt: skip

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+from tqdm import tqdm
+
 from evaluation import verdicts
 from evaluator import is_correct, parse_number
 from rldatasets import SYSTEM_PROMPT, Problem
@@ -335,12 +337,21 @@ def because(score, other):
 
 def is_golden(task, problems):
     """Whether problems are like the golden set's: numbers, judged as in evaluator.py, no more."""
-    return (
-        task.is_correct is is_correct
-        and task.system_prompt == SYSTEM_PROMPT
-        and not any(problem.extra for problem in problems)
-        and all(parse_number(problem.answer) is not None for problem in problems)
-    )
+    return why_not_golden(task, problems) is None
+
+
+def why_not_golden(task, problems):
+    """In which way problems are not like the golden set's, in a few words; None where they are."""
+    if task.is_correct is not is_correct:
+        return "the task has an is_correct of its own"
+    if task.system_prompt != SYSTEM_PROMPT:
+        return "the task has a SYSTEM_PROMPT of its own"
+    for problem in problems:
+        if problem.extra:
+            return f"problems have a field of their own, `{next(iter(problem.extra)):.20}`"
+        if parse_number(problem.answer) is None:
+            return f"answers are not all numbers, {problem.answer[:20]!r}"
+    return None
 
 
 # --- what a person sees --------------------------------------------------------------------------
@@ -385,4 +396,4 @@ def warn(task, problems, weights, timeout=TIMEOUT):
         complaints, _ = verdicts.dataset_complaints(task, problems, weights, timeout)
         lines += [f"answers: {line}" for line in complaints]
     for line in lines:
-        print(f"main.py: warning: {line}", file=sys.stderr)
+        tqdm.write(f"main.py: warning: {line}", file=sys.stderr)

@@ -19,7 +19,7 @@ from launch.known_models import KNOWN_MODELS
 from launch.presets import LORA_TARGETS
 from rldatasets import BUILT_IN, GSM8K_HUB_NAME
 from tasks import has_own_evaluator, load_task
-from utils import ADAPTER_CONFIG, EMBEDDED_MODEL, UserError, base_and_adapters, hub_token
+from utils import ADAPTER_CONFIG, EMBEDDED_MODEL, UserError, base_and_adapters, hub_token, named
 
 EMBEDDED_CONTEXT = 8192
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
@@ -51,8 +51,8 @@ def check_flags(args):
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
     check_lora(args)
     if 0 < args.sampling_batch_size < args.group_size:
-        raise UserError(f"--sampling_batch_size {args.sampling_batch_size}: less than one group; "
-                        f"set it to --group_size {args.group_size} or more, or to 0")  # fmt: skip
+        raise UserError(f"{named(args, 'sampling_batch_size')}: less than one group; set it to "
+                        f"--group_size {args.group_size} or more, or to 0")  # fmt: skip
     if args.train_group_size == 1 or args.train_group_size > args.group_size:
         raise UserError(f"--train_group_size {args.train_group_size}: not between 2 and "
                         f"--group_size {args.group_size}; 0 trains on all")  # fmt: skip
@@ -125,7 +125,7 @@ def check_dataset(args):
         load_task(args)
     if args.dataset_path is None:
         if args.dataset_name == "gsm8k":
-            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", "--dataset_name gsm8k")
+            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", named(args, "dataset_name"))
         return
     path = Path(args.dataset_path)
     files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]
@@ -138,7 +138,7 @@ def check_dataset(args):
 def check_model(args):
     """Raise UserError where the model is unknown, of another family, or its context too short."""
     name, adapters = base_and_adapters(args.model_name)
-    flag = f"--model_name {args.model_name}"
+    flag = named(args, "model_name")
     if adapters:
         check_peft(flag)
         for folder in adapters:
@@ -202,8 +202,8 @@ def check_context(args, context):
     """Raise UserError where prompt and completion together may exceed `context` tokens."""
     if args.max_prompt_length + args.max_completion_length > context:
         lengths = ("max_prompt_length", "max_completion_length")
-        named = " + ".join(f"--{x} {getattr(args, x)}" for x in lengths if getattr(args, x))
-        raise UserError(f"{named}: above the model's context of {context} tokens")
+        both = " + ".join(named(args, name) for name in lengths if getattr(args, name))
+        raise UserError(f"{both}: above the model's context of {context} tokens")
 
 
 def check_output_dir(args):

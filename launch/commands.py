@@ -14,8 +14,6 @@ from pathlib import Path
 
 from launch.checks import check_dataset, check_flags, check_model, check_output_dir
 from launch.parser import (
-    COUNT,
-    NOT_NEGATIVE,
     Help,
     Parser,
     build_parser,
@@ -24,6 +22,7 @@ from launch.parser import (
     preset_and_dataset,
     run_directory,
 )
+from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, load_task, own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
@@ -322,7 +321,7 @@ def _plot(args):
     folder = Path(args.runs[0]) / "plots" if len(runs) == 1 else Path("comparison")
     if args.mean and len(runs) > 1:
         runs = over_seeds(runs)
-    print(plot_runs(runs, Path(args.output_dir or folder)))
+    print(plot_runs(runs, Path(args.output_dir or folder)).resolve())
     return _report(args) if args.report else 0
 
 

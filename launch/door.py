@@ -10,6 +10,8 @@ from pathlib import Path
 from launch.commands import carry_out, commands_text, parse_command
 from launch.interrupts import exit_on_signals, silence_all_but_main
 from launch.parser import parse_args
+from records.resuming import has_finished
+from training.progress import progress
 from utils import keep_freed_memory
 
 MAIN = Path(__file__).parent.parent / "main.py"
@@ -25,6 +27,11 @@ def enter(argv):
     if args.plan:
         args.command = "plan"
         sys.exit(carry_out(args))
+    if has_finished(args):
+        print(f"{args.output_dir} has finished its {args.num_train_iters} steps; it goes on where "
+              "--num_train_iters is raised")  # fmt: skip
+        sys.exit()
+    progress.__enter__()  # torch takes seconds to import
     keep_freed_memory()
     return args
 

@@ -1,6 +1,6 @@
 """What reaches a run from outside: signals, another process in its directory, its launcher.
 
-Only the standard library is imported here: a signal may come before torch is loaded.
+Nothing heavy is imported here: a signal may come before torch is loaded.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from records.resuming import checkpoints_in
 from utils import SIGNALS, UserError
 
 LOCK = ".lock"
@@ -20,8 +21,8 @@ def exit_now(number, frame=None):
     """A signal handler that ends the process at once, with status 130 or 143."""
     if is_main():
         name = signal.Signals(number).name
-        os.write(2, f"\nmain.py: interrupted by {name}; nothing to go on from yet, --resume "
-                    "begins anew\n".encode())  # fmt: skip
+        os.write(2, f"\nmain.py: interrupted by {name}; nothing was done yet that could be "
+                    "saved\n".encode())  # fmt: skip
     os._exit(128 + number)
 
 
@@ -29,6 +30,14 @@ def exit_on_signals():
     """Until there is something to save, a signal simply ends the process."""
     for number in SIGNALS:
         signal.signal(number, exit_now)
+
+
+def stopped_line(stop, output_dir):
+    """What a run says last that a signal ended: which step is saved, where, and how to go on."""
+    line = f"main.py: interrupted by {stop}; "
+    for step, path in checkpoints_in(Path(output_dir) / "checkpoints")[:1]:
+        return f"{line}step {step} is saved in {path}; to go on: --resume --output_dir {output_dir}"
+    return f"{line}nothing was done yet that could be saved"
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 from accelerate.utils import set_seed
+from tqdm import tqdm
 
 from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
-from evaluation.reward_lint import warn
+from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
+from evaluator import is_correct
 from llms import chat_prompt, load_model, rendering_of
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
@@ -23,9 +25,10 @@ from rldatasets import Problems, fingerprint, repeats, some_of, without_overlap
 from tasks import check_weights, load_task
 from training.lora import add_adapter
 from training.processes import from_main, make_accelerator, patient
+from training.progress import Stopwatch, phase, progress
 from training.setup import Setup
 from training.sharding import shard_if_configured
-from utils import Stopwatch, UserError, hub_token, phase
+from utils import UserError, hub_token, named
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ def begin(args):
     first = start.step if start else 0
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
-    warn(task, data.test, args.reward_weights, args.reward_timeout)
+    with phase("lint"):
+        warn(task, data.test, args.reward_weights, args.reward_timeout)
+    for line in remarks(task, data.test):
+        tqdm.write(line)
     saved = saved_config(args.output_dir) if start else {}
     sources = sources_of(task)
     changed_at = steps_with_other_rewards(saved, sources, first, args.allow_changed_rewards)
     if first in changed_at:
-        print("main.py: warning: the rewards are others from here on", file=sys.stderr)
+        tqdm.write("main.py: warning: the rewards are others from here on", file=sys.stderr)
     trackers = start_trackers(accelerator, args, first)
     run = Run(args.output_dir, trackers, writes=accelerator.is_main_process)
     run.cut_back(first)
@@ -86,18 +92,9 @@ def start_judge(task, args):
 def load(args, accelerator, task, start=None):
     """Data, then model: (policy, tokenizer, Data)."""
     train_problems, test_problems, counts = read_problems(args, task, start)
-    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
-        raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
-                        "solutions (field `solution`); set it to 0")  # fmt: skip
-    processes = accelerator.num_processes
-    for flag, count in (
-        ("questions_per_step", args.questions_per_step), ("eval_problems", len(test_problems)),
-    ):  # fmt: skip
-        if count < processes:
-            raise UserError(f"--{flag} {count}: less than one for each of {processes} processes; "
-                            "raise it, or start fewer")  # fmt: skip
+    check_data(args, train_problems, test_problems, accelerator.num_processes)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
-    print(f"loading {args.model_name} ...", flush=True)
+    tqdm.write(f"loading {args.model_name} ...")
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)
     )
@@ -109,12 +106,13 @@ def load(args, accelerator, task, start=None):
     fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
     left_out = len(train_problems) - len(fitting)
     if left_out:
-        print(f"{left_out} of {len(train_problems)} training questions left out: their prompts are "
-              f"longer than --max_prompt_length {args.max_prompt_length}")  # fmt: skip
+        tqdm.write(f"{left_out} of {len(train_problems)} training questions left out: their "
+                   "prompts are longer than --max_prompt_length "
+                   f"{args.max_prompt_length}")  # fmt: skip
     if not fitting:
-        raise UserError(f"--max_prompt_length {args.max_prompt_length}: no training prompt is that "
-                        "short; raise it")  # fmt: skip
-    check_room(policy, tokenizer, test_problems, args.max_completion_length, task)
+        raise UserError(f"{named(args, 'max_prompt_length')}: no training prompt is that short; "
+                        "raise it")  # fmt: skip
+    check_room(policy, tokenizer, test_problems, args, task)
     facts = {
         "train_problems": len(fitting),
         "left_out": left_out,
@@ -125,6 +123,38 @@ def load(args, accelerator, task, start=None):
     }
     check_same_data(facts, start)
     return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+
+
+def remarks(task, problems):
+    """What is worth knowing of how a run is judged and its rewards are checked, a line each."""
+    if reason := why_not_golden(task, problems):
+        yield f"rewards are not linted: {reason}, unlike the lint's golden completions"
+    own = not any(function.__module__ == "evaluator" for function in task.reward_functions)
+    if own and task.is_correct is is_correct:
+        yield ("accuracy counts what stands in <answer> tags and equals the gold answer, whatever "
+               "your rewards pay for; to count otherwise: an is_correct beside them")  # fmt: skip
+
+
+def check_data(args, train_problems, test_problems, processes):
+    """Raise UserError where the flags ask for what the data does not have. A cold start that nobody
+    asked for is none then."""
+    if args.cold_start_steps and not all(problem.solution for problem in train_problems):
+        if "cold_start_steps" in args.typed:
+            raise UserError(f"--cold_start_steps {args.cold_start_steps}: the data has no worked "
+                            "solutions (field `solution`); set it to 0")  # fmt: skip
+        tqdm.write("no cold start: the data has no worked solutions (field `solution`), so "
+                   f"--cold_start_steps is 0, not {args.cold_start_steps} as in --preset "
+                   f"{args.preset}")  # fmt: skip
+        args.cold_start_steps = 0
+    held_out = f"{len(test_problems)} held-out problems"
+    if len(test_problems) == args.eval_problems:
+        held_out = named(args, "eval_problems")
+    counts = {named(args, "questions_per_step"): args.questions_per_step,
+              held_out: len(test_problems)}  # fmt: skip
+    for culprit, count in counts.items():
+        if count < processes:
+            raise UserError(f"{culprit}: less than one for each of {processes} processes; raise "
+                            "it, or start fewer")  # fmt: skip
 
 
 def read_problems(args, task, start=None):
@@ -141,8 +171,8 @@ def read_problems(args, task, start=None):
         raise UserError(f"--{name} {getattr(args, name)}: all {overlap} training questions are in "
                         "the test split too; name data with others")  # fmt: skip
     if overlap:
-        print(f"{overlap} of {len(train)} training questions left out: they are in the test split "
-              "too")  # fmt: skip
+        tqdm.write(f"{overlap} of {len(train)} training questions left out: they are in the test "
+                   "split too")  # fmt: skip
     held_out = held_out_problems(args, test, start)
     counts = {"overlap": overlap, "train_repeats": repeats(kept), "test_repeats": repeats(held_out)}
     return kept, held_out, counts
@@ -191,11 +221,11 @@ def evaluate_and_save(args):
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)
     )
-    check_room(policy, tokenizer, problems, args.max_completion_length, task)
+    check_room(policy, tokenizer, problems, args, task)
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}
     run.save_config(args, str(accelerator.device), **facts)
-    with phase("evaluation"):
+    with progress, phase("evaluation"):
         setup = Setup(policy, tokenizer, task, args, accelerator)
         summary, records = evaluate_policy(setup, problems, step=0)
     run.log_evaluation(0, summary, records)

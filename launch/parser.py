@@ -5,8 +5,6 @@ Nothing heavy is imported here, so that a typo is answered in a fraction of a se
 
 import argparse
 import difflib
-import json
-import math
 import re
 import sys
 import time
@@ -22,89 +20,40 @@ from launch.checks import (
     idle_flags,
 )
 from launch.presets import LORA_TARGETS, PRESETS, PRESETS_ON
-from records.resuming import LATEST, check_same_flags, run_to_resume, saved_flags
-from tasks import dataset_names, has_own_evaluator
-from utils import EMBEDDED_MODEL, UserError, hint, one_line
+from launch.values import (
+    BETA,
+    COUNT,
+    MOST,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_COUNT,
+    RATE,
+    SHARE,
+    day,
+    known_dataset,
+    number,
+    some_text,
+    template_arguments,
+    weight,
+)
+from records.resuming import (
+    LATEST,
+    check_same_flags,
+    has_finished,
+    run_to_resume,
+    saved_flags,
+)
+from tasks import has_own_evaluator
+from utils import EMBEDDED_MODEL, UserError, one_line
 
-# What --chat_template_kwargs may not hold: what transformers takes beside a template's arguments.
-NOT_THE_TEMPLATES = {
-    "enable_thinking", "messages", "conversation", "conversations", "chat_template", "tokenize",
-    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-    "sanitize_control_tokens", "self", "strftime_now",
-}  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 
 
-def _number(kind, low, high=math.inf, low_open=False):
-    """An argparse type: an int or a finite float in [low, high], or (low, high] if `low_open`."""
+class Flags(argparse.Namespace):
+    """Values of flags, and in `typed`, which is none of them, the names of those that the command,
+    or that of the run which it resumes, says."""
 
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        inside = (low < value if low_open else low <= value) and value <= high
-        if not inside or value in (math.inf, -math.inf):
-            name = "a whole number" if kind is int else "a finite number"
-            bound = f" above {low:g}" if low_open else f" of at least {low:.10g}"
-            bound = "" if low == -math.inf else bound
-            limit = "" if high == math.inf else f" and at most {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}{bound}{limit}")
-        return value
-
-    return parse
-
-
-MOST = 10**9  # of anything that is counted
-COUNT = _number(int, 0, MOST)
-POSITIVE_COUNT = _number(int, 1, MOST)
-POSITIVE = _number(float, 0, low_open=True)
-NOT_NEGATIVE = _number(float, 0)
-SHARE = _number(float, 0, 1)
-RATE = _number(float, 0, 1, low_open=True)
-BETA = _number(float, 0, math.nextafter(1, 0))
-
-
-def _weight(text):
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, e.g. correctness=2")
-    return name, _number(float, -1e6, 1e6)(value)
-
-
-def _text(text):
-    if not text or re.search("[\ud800-\udfff]", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is empty, or holds what is not text")
-    return text
-
-
-def _day(text):
-    try:
-        return date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no day YYYY-MM-DD") from None
-
-
-def _template_arguments(text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no JSON object in braces")
-    for name in NOT_THE_TEMPLATES & {*value}:
-        advice = "use the flag --enable_thinking" if name == "enable_thinking" else "leave it out"
-        raise argparse.ArgumentTypeError(f"{name} is not for the template to be told; {advice}")
-    return value
-
-
-def _dataset_name(text):
-    names = dataset_names()
-    name = text.partition("/")[0]
-    if name not in names:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; {hint(name[:40], names)}")
-    return text
+    __slots__ = ("typed",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,11 +92,13 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--output_dir", metavar="DIR", help="where the run is written; None: "
          "runs/DATASET-MODEL-TIME")
     flag("--resume", nargs="?", const=LATEST, metavar="PATH", help="go on where the run in "
-         "--output_dir stopped, with its flags, or start it where there is none yet; with a PATH, "
-         "from that run's latest checkpoint, or from that checkpoint, dropping what came later")
+         "--output_dir stopped, with its flags; with a PATH, from that run's latest checkpoint, or "
+         "from that checkpoint, dropping what came later; a run that has finished stays as it is")
+    flag("--resume_or_start", action="store_true", help="the same, or start the run where "
+         "--output_dir has none yet: for schedulers, which know one command")
     flag("--allow_changed_rewards", action="store_true", help="let --resume go on with rewards or "
          "an is_correct that are not those the run began with; log and plots show from where on")
-    flag("--seed", type=_number(int, 0, 2**32 - 1), default=7111994,
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=7111994,
          help="fixes data order, problems and sampling")
     flag("--verbose", action="store_true", help="print one completion of every step")
     flag("--plan", action="store_true", help="do not run: print what a run would take in memory "
@@ -160,21 +111,21 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--enable_thinking", action=argparse.BooleanOptionalAction, default=False, help="where "
          "the chat template asks: think first, in <think> tags; rewards and accuracy judge what "
          "follows")
-    flag("--chat_template_kwargs", type=_template_arguments, default={}, metavar="JSON",
+    flag("--chat_template_kwargs", type=template_arguments, default={}, metavar="JSON",
          help="further arguments of the chat template, as a JSON object")
-    flag("--prompt_date", type=_day, metavar="YYYY-MM-DD", help="what chat templates take for "
+    flag("--prompt_date", type=day, metavar="YYYY-MM-DD", help="what chat templates take for "
          "today; None: the day on which the run starts")
 
     flag = group("data and rewards").add_argument
-    flag("--dataset_name", type=_dataset_name, metavar="NAME", help="gsm8k, arithmetic (generated "
+    flag("--dataset_name", type=known_dataset, metavar="NAME", help="gsm8k, arithmetic (generated "
          "word problems), or the name of a file in tasks/, such as countdown")
     flag("--dataset_path", metavar="PATH", help="instead of the hub: a directory with train.jsonl "
          "and test.jsonl, or one FILE.jsonl with `question` and `answer` on every line")
-    flag("--difficulty", type=_number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
+    flag("--difficulty", type=number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
     flag("--evaluator", metavar="FILE.py", help="a file with REWARD_FUNCTIONS of your own, and an "
          "is_correct and a SYSTEM_PROMPT if you like (see tasks/__init__.py); None, or gsm8k: the "
          "dataset's")
-    flag("--reward_weights", type=_weight, nargs="+", default=[], metavar="NAME=WEIGHT",
+    flag("--reward_weights", type=weight, nargs="+", default=[], metavar="NAME=WEIGHT",
          help="weights in the total reward; 1 where not named")
     flag("--reward_timeout", type=POSITIVE, default=10.0, metavar="SECONDS",
          help="the run ends where one call of a reward function takes longer")
@@ -187,20 +138,20 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
          help="questions per step")
-    flag("--group_size", "--num_chains", type=_number(int, 2, MOST), metavar="G",
+    flag("--group_size", "--num_chains", type=number(int, 2, MOST), metavar="G",
          help="completions per question; at least 2, since each is compared with the others")
     flag("--max_prompt_length", type=POSITIVE_COUNT, metavar="TOKENS",
          help="training questions with a longer prompt are left out, and counted")
     flag("--max_completion_length", type=POSITIVE_COUNT, metavar="TOKENS",
          help="longer completions are cut off")
-    flag("--temperature", type=_number(float, 0.01, 100),
+    flag("--temperature", type=number(float, 0.01, 100),
          help="of sampling, and of the log-probs in the loss")
     flag("--top_k", type=COUNT, default=0, help="sample from the k likeliest tokens; 0: off")
     flag("--top_p", type=RATE, default=1.0,
          help="sample from the likeliest tokens that hold this share of probability; 1: off")
     flag("--min_p", type=SHARE, default=0.0,
          help="sample from tokens at least this fraction as likely as the likeliest; 0: off")
-    flag("--stop", type=_text, nargs="+", default=[], metavar="STRING", help="texts that end a "
+    flag("--stop", type=some_text, nargs="+", default=[], metavar="STRING", help="texts that end a "
          "completion as its stop tokens do; for base models")
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
          "whole groups, for memory; the result is the same; 0: all those of a step")
@@ -296,7 +247,7 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     flag("--save_steps", type=COUNT, metavar="STEPS",
          help="steps between checkpoints, each model, AdamW's moments and reference (21 GB at "
          "1.5B, with LoRA little); 0: only after the last step, or when the run is interrupted")
-    flag("--keep_checkpoints", type=_number(int, 2), default=2, metavar="N",
+    flag("--keep_checkpoints", type=number(int, 2), default=2, metavar="N",
          help="older checkpoints than the last N are removed; at least 2")
     flag("--save_rollouts", action="store_true", help="keep each step's tokens, log-probs, rewards "
          "and advantages, for benchmarks/replay.py")
@@ -324,29 +275,38 @@ def preset_and_dataset(argv, prog="main.py"):
 
 
 def take_up_saved_flags(parser, argv):
-    """Where the command says --resume, make the run's flags the parser's defaults. Returns them,
-    {} for a new run."""
+    """Where the command says --resume or --resume_or_start, make the run's flags the parser's
+    defaults. Returns them, {} for a new run."""
     first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--output_dir")
     first.add_argument("--resume", nargs="?", const=LATEST)
+    first.add_argument("--resume_or_start", action="store_true")
     chosen = first.parse_known_args(argv)[0]
-    if chosen.resume is None:
+    if chosen.resume is None and not chosen.resume_or_start:
         return {}
+    resume = chosen.resume or LATEST
     try:
-        output_dir = run_to_resume(chosen.resume, chosen.output_dir)
+        output_dir = run_to_resume(resume, chosen.output_dir, chosen.resume_or_start)
         saved = saved_flags(output_dir)
     except UserError as error:
         parser.error(str(error))
-    parser.set_defaults(**{**saved, "output_dir": output_dir, "resume": None})
+    of_this_start = {"output_dir": output_dir, "resume": resume, "resume_or_start": False}
+    parser.set_defaults(**{**saved, **of_this_start})
     return saved
 
 
 def parse_known(parser, argv):
-    """The parser's namespace; an unknown argument is an error that names the closest flag.
+    """The Flags; an unknown argument is an error that names the closest one.
 
     Words without a flag may stand anywhere among the flags.
     """
-    args, unknown = parser.parse_known_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv, Flags())
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    args.typed = {
+        action.dest
+        for action in parser._actions
+        if not action.option_strings or words & {*action.option_strings}
+    }
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -362,6 +322,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     parser = build_parser(*preset_and_dataset(argv, prog), prog, epilog)
     saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
+    args.typed |= {*saved}
     idle = idle_flags(args, parser.get_default)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon
@@ -373,6 +334,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
         check_same_flags(args, saved)
         check_flags(args)
         check_trackers(args)
+        if has_finished(args):  # and reads nothing any more
+            return args
         if not args.plan:  # which reads no data
             check_dataset(args)
         check_model(args)

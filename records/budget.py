@@ -6,11 +6,13 @@ the loss at all.
 """
 
 import numpy as np
+from tqdm import tqdm
 
 from grpo import has_signal
+from training.progress import progress
 from training.tree import prefix_numbers
 
-STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "watching")
+STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "token_log")
 
 
 def sampled_counts(rollouts, rewards):
@@ -29,6 +31,45 @@ def sampled_counts(rollouts, rewards):
         "tokens/truncated": int(lengths[~rollouts.finished.cpu()].sum()),
         "completions/sampled": lengths.numel(),
     }
+
+
+def say_how_long(args, first):
+    """Before the first step, say about how long the run takes; nothing where there is nothing to
+    go by."""
+    if line := how_long(args, args.num_train_iters - first, progress.past):
+        tqdm.write(line)
+
+
+def how_long(args, steps, past):
+    """About how long so many steps and the evaluations to come take, in a line that says what this
+    rests on; None where that is not known.
+
+    past: see utils.Progress. A step's samples are taken to come as fast as the first evaluation's
+    answers and to be as long, its update to read tokens as fast as the cold start did. Completions
+    that are equal so far are computed once, so that it mostly takes less.
+    """
+    evaluation, answers = past.get("evaluation", (0, {}))
+    cold, read = past.get("cold start", (0, {}))
+    if not (steps and answers.get("answers") and answers.get("tokens") and read.get("tokens")):
+        return None
+    completions = args.questions_per_step * args.group_size
+    length = answers["tokens"] / answers["answers"]
+    of_cold_start = read["tokens"] / (read["steps"] * args.questions_per_step)
+    tokens = completions * length + args.questions_per_step * max(0, of_cold_start - length)
+    step = completions * evaluation / answers["answers"]
+    step += args.num_inner_epochs * tokens * cold / read["tokens"]
+    evaluations = 1 + ((steps - 1) // args.eval_iterations if args.eval_iterations else 0)
+    return (
+        f"about {in_words(steps * step + evaluations * evaluation)} for {steps} steps: if "
+        "sampling is as fast as the first evaluation was, an update as the cold start"
+    )
+
+
+def in_words(seconds):
+    """A time to plan with, e.g. 40 s, 12 min, 3.1 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def budget(rows):

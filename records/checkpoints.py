@@ -26,17 +26,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
+from tqdm import tqdm
 
 from llms import load_model as load_whole_model
 from llms import rendering_of
 from records.exports import write_for_others
-from records.resuming import check_same_flags, checkpoint_step
+from records.resuming import MANIFEST, check_same_flags, checkpoint_step, checkpoints_in
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
+from training.progress import progress
 from training.sharding import is_sharded, like, whole_state
 from utils import SIGNALS, Stopped, UserError, hub_token, parameters_of
 
-OPTIMIZER, REFERENCE, MANIFEST = "optimizer.pt", "reference.safetensors", "manifest.json"
+OPTIMIZER, REFERENCE = "optimizer.pt", "reference.safetensors"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SKIPS = 3  # updates in a row that are not finite, after which a run ends
 SMALL_FILES = 2**25  # bytes: an allowance for tokenizer and configuration
@@ -49,12 +51,6 @@ class Checkpoint:
     step: int  # steps done
     path: Path
     data: dict  # what the run's problems are, see loading.load
-
-
-def checkpoints_in(folder):
-    """The checkpoints in a directory as (step, path), newest first, whole or not."""
-    found = [(checkpoint_step(path), path) for path in Path(folder).glob("step_*")]
-    return sorted((pair for pair in found if pair[0] is not None), reverse=True)
 
 
 def checkpoint_to_resume(args):
@@ -70,20 +66,22 @@ def checkpoint_to_resume(args):
     last = checkpoint_step(args.resume)
     found = [pair for pair in checkpoints_in(folder) if last is None or pair[0] <= last]
     for step, path in found:
-        problem = damage(path)
+        with progress.shown(f"reading {path.name}"):
+            problem = damage(path)
         if problem:
-            print(f"main.py: warning: checkpoint {path} is passed over: {problem}", file=sys.stderr)
+            line = f"main.py: warning: checkpoint {path} is passed over: {problem}"
+            tqdm.write(line, file=sys.stderr)
             continue
         if step > args.num_train_iters:
             raise UserError(f"--num_train_iters {args.num_train_iters}: {path} has done more steps")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         check_same_flags(args, manifest["flags"])
-        print(f"going on from {path}")
+        tqdm.write(f"going on from {path}")
         return Checkpoint(step, path, manifest["data"])
     if found:
         raise UserError(f"--resume: no whole checkpoint is left in {folder}; start anew with "
                         "another --output_dir")  # fmt: skip
-    print(f"no checkpoint in {folder} yet: starting from the beginning")
+    tqdm.write(f"no checkpoint in {folder} yet: starting from the beginning")
     return None
 
 
@@ -276,7 +274,7 @@ class Saver:
             except Stopped:
                 pass
             except UserError as failure:
-                print(f"main.py: error: {failure}", file=sys.stderr)
+                tqdm.write(f"main.py: error: {failure}", file=sys.stderr)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if full:
@@ -310,7 +308,8 @@ class Saver:
         self.hold()
         if state:
             try:
-                self._write(target, *state)
+                with progress.shown("saving"):
+                    self._write(target, *state)
             except (OSError, RuntimeError, SafetensorError) as error:
                 shutil.rmtree(_new(target), ignore_errors=True)
                 reason = getattr(error, "strerror", None) or str(error)

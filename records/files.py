@@ -28,6 +28,7 @@ LABELS = {
     "tis_capped": "tokens whose importance weight is capped",
     "weights_changed": "weights that an update changes",
     "weights_changed_bf16": "weights that it would change, were they stored in bf16",
+    "seconds": "seconds per step",
     "tokens/sampled": "tokens sampled",
     "tokens/distinct": "distinct prefixes sampled (tokens)",
     "tokens/trained": "tokens that carried gradient",
@@ -38,7 +39,7 @@ LABELS = {
     "peak_memory_gb": "peak memory of tensors so far (GB)",
     "completions/trained": "completions that carried gradient",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
-    "lenient_accuracy": "held-out accuracy, tags or none (95 % interval)",
+    "lenient_accuracy": "held-out accuracy, tags not needed (95 % interval)",
     "format_rate": "held-out format rate (95 % interval)",
 }
 SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
@@ -47,8 +48,50 @@ SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_grou
 NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
 
 
+COINCIDE = 0.02  # of a figure's height: curves no further apart are drawn as one
+
+
+def title(key, held_out=False):
+    """What a metric is called, in every figure and on the page; by its name where nothing else is
+    said."""
+    label = LABELS.get(key, key.replace("rewards/", "reward: "))
+    return f"held-out {label}" if held_out and not label.startswith("held-out") else label
+
+
+def unit(key):
+    """What the vertical axis of a metric's figure counts, in a word or two."""
+    if is_share(key):
+        return "share"
+    if key.partition("/")[0] in ("reward", "rewards", "seconds"):
+        return "seconds" if key.startswith("seconds") else "reward"
+    label = title(key)
+    _, bracket, inside = label.rstrip(")").rpartition("(")
+    return inside if bracket else label
+
+
+def is_share(key):
+    return key in SHARES or "pass@" in key
+
+
+def coinciding(curves):
+    """Which of a figure's curves, {name: (steps, values)}, run on top of each other: lists of their
+    names."""
+    values = [value for _, values in curves.values() for value in values]
+    near = COINCIDE * (max(values, default=0) - min(values, default=0))
+    groups = []
+    for name, (steps, ours) in curves.items():
+        for group in groups:
+            others, theirs = curves[group[0]]
+            if steps == others and all(abs(a - b) <= near for a, b in zip(ours, theirs)):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
 # Flags in which runs of one recipe differ.
-OF_A_RUN = {"seed", "output_dir", "resume", "verbose", "keep_checkpoints"}
+OF_A_RUN = {"seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints"}
 
 
 class Series:

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from records.files import LABELS, NO_FIGURE, SHARES, Mean, Series, smooth
+from records.files import NO_FIGURE, Mean, Series, coinciding, is_share, smooth, title, unit
 
 BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
@@ -59,12 +59,23 @@ def _rewards(axes, runs):
     if len(runs) > 1:
         return _metric(axes, runs, "reward")
     metrics = runs[0].metrics
-    keys = ["reward", *(key for key in metrics if key.startswith("rewards/"))]
-    for key, colour in zip(keys, COLOURS * len(keys)):
-        if key in metrics:
-            label = "total" if key == "reward" else key.removeprefix("rewards/")
-            _line(axes, *metrics[key], colour, label, runs[0].metric_ranges.get(key))
+    curves = {key: metrics[key] for key in metrics if key == "reward" or key.startswith("rewards/")}
+    groups = coinciding(curves)
+    for keys, colour in zip(groups, COLOURS * len(groups)):
+        steps, values = metrics[keys[0]]
+        band = runs[0].metric_ranges.get(keys[0])
+        if len(keys) > 1:
+            columns = list(zip(*(metrics[key][1] for key in keys)))
+            values = [sum(column) / len(column) for column in columns]
+            axes.fill_between(
+                steps, [*map(min, columns)], [*map(max, columns)], color=colour, alpha=0.3
+            )
+        _line(axes, steps, values, colour, ", ".join(map(reward_name, keys)), band)
     _finish(axes, runs, "reward", legend=True)
+
+
+def reward_name(key):
+    return "total" if key == "reward" else key.removeprefix("rewards/")
 
 
 def _seconds(axes, runs):
@@ -78,11 +89,11 @@ def _seconds(axes, runs):
                         totals[step] = totals.get(step, 0) + value
             if totals:
                 _line(axes, list(totals), list(totals.values()), colour, run.name)
-        return _finish(axes, runs, "seconds per step", legend=True)
+        return _finish(axes, runs, "seconds", legend=True)
     metrics = runs[0].metrics
     stages = {key.split("/")[1]: metrics[key] for key in metrics if key.startswith("seconds/")}
     _stack(axes, stages)
-    _finish(axes, runs, "seconds per step", legend=False)
+    _finish(axes, runs, "seconds", legend=False)
     _legend_above(axes)
 
 
@@ -141,22 +152,21 @@ def _alarms(axes, runs):
 def _finish(axes, runs, key, legend):
     axes.set_title(_title(runs, key))
     axes.set_xlabel("step")
+    axes.set_ylabel(unit(key))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
     _alarms(axes, runs)
-    if key in SHARES or "pass@" in key:
+    if is_share(key):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _title(runs, key, default=None):
-    title = LABELS.get(key, default or key.replace("rewards/", "reward: "))
-    if isinstance(runs[0], Mean):
-        title = title.replace("95 % interval", "range of seeds")
-    return title
+def _title(runs, key, held_out=False):
+    name = title(key, held_out)
+    return name.replace("95 % interval", "range of seeds") if isinstance(runs[0], Mean) else name
 
 
 def _figure(rows=1, columns=1, size=(7, 4.2)):
@@ -203,7 +213,7 @@ def plot_runs(runs, folder):
             if not key.endswith(NO_FIGURE):
                 figure, [axes] = _figure()
                 _evaluation(axes, runs, key)
-                axes.set_title(_title(runs, key, f"held-out {key}".replace("rewards/", "")))
+                axes.set_title(_title(runs, key, held_out=True))
                 figure.savefig(folder / f"eval_{key.replace('/', '_')}.png")
     return folder
 

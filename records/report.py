@@ -14,7 +14,19 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from records.budget import budget
-from records.files import LABELS, NO_FIGURE, SHARES, Series, read_rows, smooth
+from records.files import (
+    LABELS,
+    NO_FIGURE,
+    Series,
+    coinciding,
+    is_share,
+    read_rows,
+    smooth,
+    title,
+    unit,
+)
+from records.resuming import REPORT
+from utils import replace_text
 
 PAGE = Path(__file__).parent / "report_page.html"
 FIRST_CHARTS = ("reward", "accuracy", "kl", "entropy", "completion_length", "flat_groups")
@@ -28,7 +40,7 @@ ANSWERS = 30  # questions of each kind (gained, lost, right, wrong)
 CHARACTERS = 2000  # of an answer
 TOKENS = 4000  # of a group
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 46, 8, 8, 22  # of a chart, in its own units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 214, 58, 8, 8, 34  # of a chart, in its own units
 
 
 def write_report(path):
@@ -58,8 +70,8 @@ def write_report(path):
         "<!--BODY-->": "\n".join(sections),
     }.items():
         page = page.replace(place, value)
-    target = run.path / "report.html"
-    target.write_text(page, encoding="utf-8", errors="replace")
+    target = run.path / REPORT
+    replace_text(target, page.encode(errors="replace").decode())
     return target
 
 
@@ -96,7 +108,7 @@ def _headline(run, answers):
             facts.append(f"p = {rows[-1]['mcnemar_p']:.2g} (McNemar)")
         if "lenient_accuracy" in rows[0]:
             lenient = " → ".join(f"{row['lenient_accuracy']:.1%}" for row in ends)
-            facts.append(f"tags or none {lenient}")
+            facts.append(f"tags not needed: {lenient}")
         parts.append(_element("p", " · ".join(facts), "facts"))
     else:
         parts.append("<h1>Not evaluated yet</h1>")
@@ -184,29 +196,44 @@ def _charts(run):
     """(markup, data for the script): the first charts, and everything else folded away."""
     figures, held_out = {}, {}
     for key, series in run.metrics.items():
-        title = "reward" if key.startswith("rewards/") else key
-        figures.setdefault(title, {})[key] = series
+        figures.setdefault("reward" if key.startswith("rewards/") else key, {})[key] = series
+    if "reward" in figures:
+        figures["reward"] = _joined(figures["reward"])
     for key, series in run.evaluations.items():
         if not key.endswith(NO_FIGURE):
-            title = key if LABELS.get(key, "").startswith("held-out") else f"held-out {key}"
-            figures[title] = held_out[title] = {key: series}
+            name = key if LABELS.get(key, "").startswith("held-out") else f"held-out {key}"
+            figures[name] = held_out[name] = {key: series}
     charts = [key if key in figures else IN_PLACE_OF.get(key, key) for key in FIRST_CHARTS]
     data, first, more = [], [], []
-    for title in sorted(figures, key=lambda t: [*charts, t].index(t)):
-        share = title.removeprefix("held-out ") in SHARES
-        markup = _chart(run, title, figures[title], share, title in held_out, len(data))
-        (first if title in charts else more).append(markup)
+    for name in sorted(figures, key=lambda t: [*charts, t].index(t)):
+        share = is_share(name.removeprefix("held-out "))
+        markup = _chart(run, name, figures[name], share, name in held_out, len(data))
+        (first if name in charts else more).append(markup)
         data.append({
             "share": share,
-            "left": _limits(_steps(figures[title]))[0],
-            "right": _limits(_steps(figures[title]))[1],
+            "left": _limits(_steps(figures[name]))[0],
+            "right": _limits(_steps(figures[name]))[1],
             "series": [
-                {"name": name.removeprefix("rewards/"), "steps": steps, "values": values}
-                for name, (steps, values) in _thinned(figures[title]).items()
+                {"name": curve_name(key), "steps": steps, "values": values}
+                for key, (steps, values) in _thinned(figures[name]).items()
             ],
         })  # fmt: skip
     folded = f"<details><summary>{len(more)} more</summary><div class=charts>{''.join(more)}</div>"
     return f"<div class=charts>{''.join(first)}</div>{folded}</details>", data
+
+
+def _joined(figure):
+    """Curves that run on top of each other as one, their mean, with all their names."""
+    joined = {}
+    for keys in coinciding(figure):
+        columns = zip(*(figure[key][1] for key in keys))
+        values = [sum(column) / len(column) for column in columns]
+        joined[", ".join(map(curve_name, keys))] = figure[keys[0]][0], values
+    return joined
+
+
+def curve_name(key):
+    return "total" if key == "reward" else key.removeprefix("rewards/")
 
 
 def _thinned(figure):
@@ -229,12 +256,12 @@ def _limits(values):
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _chart(run, title, figure, share, held_out, number):
+def _chart(run, key, figure, share, held_out, number):
     """One SVG with ticks and alarms. A metric is a faint line and its moving average, a held-out
     figure has points, with their intervals where there are such."""
     errors = {}
-    for key in figure if held_out else ():
-        lows, highs = (run.evaluations.get(f"{key}_{end}", ([], [])) for end in ("low", "high"))
+    for name in figure if held_out else ():
+        lows, highs = (run.evaluations.get(f"{name}_{end}", ([], [])) for end in ("low", "high"))
         errors = dict(zip(lows[0], zip(lows[1], highs[1])))
     left, right = _limits(_steps(figure))
     values = [value for _, values in figure.values() for value in values]
@@ -261,7 +288,7 @@ def _chart(run, title, figure, share, held_out, number):
                      )  # fmt: skip
     for tick in MaxNLocator(5, integer=True).tick_values(left, right):
         if left <= tick <= right:
-            marks.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
+            marks.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 17}" text-anchor="middle">'
                          f"{tick:.0f}</text>")  # fmt: skip
     for step in sorted({step for step, _ in run.alarms if left <= step <= right}):
         marks.append(f'<path class="alarm" d="M{x(step):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
@@ -275,10 +302,15 @@ def _chart(run, title, figure, share, held_out, number):
         else:
             marks.append(path(steps, values, f"raw s{i % 8}"))
             marks.append(path(*smoothed, f"line s{i % 8}"))
-        names.append(f'<li><i class="b{i % 8}"></i>{html.escape(name.split("/")[-1])}</li>')
+        names.append(f'<li><i class="b{i % 8}"></i>{html.escape(name)}</li>')
     marks += [f'<path class="line s0" d="M{x(s):.1f} {y(low):.1f}V{y(high):.1f}"/>'
               for s, (low, high) in errors.items()]  # fmt: skip
-    name = html.escape(LABELS.get(title, title))
+    plain = key.removeprefix("held-out ")
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    marks.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">'
+                 f'step</text><text transform="translate(9 {middle}) rotate(-90)" '
+                 f'text-anchor="middle">{html.escape(unit(plain))}</text>')  # fmt: skip
+    name = html.escape(title(plain, held_out))
     legend = f'<ul class="legend">{"".join(names)}</ul>' if len(names) > 1 else ""
     return (
         f'<figure><figcaption>{name}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" tabindex="0" '

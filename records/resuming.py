@@ -1,44 +1,89 @@
-"""Which run `--resume` means, the flags it was started with, and those that it may change.
+"""Which run `--resume` means, how far it is, its flags, and those that it may change.
 
 Only the standard library is imported here: the command line asks before torch is loaded.
 """
 
+import difflib
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from utils import UserError
+from utils import ADAPTER_CONFIG, UserError
 
 LATEST = "latest"  # --resume without a path
+MANIFEST, REPORT = "manifest.json", "report.html"
 # Flags that a resumed run may change: how long it goes on, what it prints, evaluates and keeps, and
 # those for memory, which leave the result as it is.
 MAY_CHANGE = {
-    "output_dir", "resume", "plan", "verbose", "num_train_iters", "eval_iterations", "save_steps",
-    "save_rollouts", "keep_checkpoints", "reward_timeout", "sampling_batch_size",
-    "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing", "track", "merge_lora",
-    "allow_changed_rewards", "reward_workers",
+    "output_dir", "resume", "resume_or_start", "plan", "verbose", "num_train_iters",
+    "eval_iterations", "save_steps", "save_rollouts", "keep_checkpoints", "reward_timeout",
+    "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
+    "track", "merge_lora", "allow_changed_rewards", "reward_workers",
 }  # fmt: skip
 
 
-def run_to_resume(resume, output_dir):
+def run_to_resume(resume, output_dir, may_start=False):
     """The directory of the run that `--resume` or `--resume PATH` means.
 
-    Raises UserError where there is none, or another one than --output_dir names.
+    Raises UserError where it holds no run, unless the run `may_start` there, and for another one
+    than --output_dir names.
     """
     if resume == LATEST:
         if output_dir is None:
             raise UserError("--resume: which run? Name it with --output_dir DIR, or a checkpoint")
+        if not (may_start or holds_run(output_dir)):
+            raise UserError(f"--resume: no run in {output_dir}{_nearest_run(output_dir)}; "
+                            "--resume_or_start begins one")  # fmt: skip
         return output_dir
     path = Path(resume)
     if not path.is_dir():
-        raise UserError(f"--resume {path}: no such directory; expected a checkpoint or a run")
+        raise UserError(f"--resume {path}: no such directory; expected a checkpoint or a run"
+                        f"{_nearest_run(path)}")  # fmt: skip
     run = path if checkpoint_step(path) is None else path.resolve().parent.parent
     if output_dir is not None and Path(output_dir).resolve() != run.resolve():
         raise UserError(
             f"--output_dir {output_dir}: --resume {path} is of another run; leave it out"
         )
+    if not holds_run(run):
+        raise UserError(f"--resume {path}: holds no run{_nearest_run(run)}")
     return str(run)
+
+
+def holds_run(path):
+    """Whether a directory holds a run's configuration or its checkpoints."""
+    with suppress(UserError):
+        return bool(saved_flags(path)) or (Path(path) / "checkpoints").is_dir()
+    return (Path(path) / "checkpoints").is_dir()
+
+
+def _nearest_run(path):
+    """What a message says of the run whose name is most like `path`'s, of those beside it and in
+    runs/; nothing where there is none."""
+    folders = (Path(path).parent, Path("runs"))
+    found = (file.parent for folder in folders for file in sorted(folder.glob("*/config.json")))
+    names = {run.name: str(run) for run in found if holds_run(run)}
+    close = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0)
+    return f"; the nearest is {names[close[0]]}" if close else ""
+
+
+def has_finished(args):
+    """Whether a command that resumes a run would find nothing left to do in it: its last step is
+    saved, published and reported."""
+    if args.resume is None or args.plan:
+        return False
+    run, asked = Path(args.output_dir), checkpoint_step(args.resume)
+    last = run / "checkpoints" / f"step_{args.num_train_iters:05d}" / MANIFEST
+    merges = args.merge_lora and (run / "model" / ADAPTER_CONFIG).exists()
+    left_out = asked is not None and asked < args.num_train_iters  # from there on, once more
+    there = all(path.exists() for path in (last, run / "model", run / REPORT))
+    return there and not (left_out or merges)
+
+
+def checkpoints_in(folder):
+    """The checkpoints in a directory as (step, path), newest first, whole or not."""
+    found = [(checkpoint_step(path), path) for path in Path(folder).glob("step_*")]
+    return sorted((pair for pair in found if pair[0] is not None), reverse=True)
 
 
 def checkpoint_step(path):

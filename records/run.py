@@ -18,12 +18,14 @@ from evaluation.comparison import evaluation_table, p_against
 from evaluation.scoring import truncated_thinking
 from grpo import has_signal
 from records.alarms import new_alarms
-from records.budget import budget_lines, sampled_counts
+from records.budget import budget_lines, in_words, sampled_counts
 from records.files import read_rows
 from records.plots import plot_run
 from records.report import write_report
+from records.resuming import REPORT
 from records.rollout_file import save_rollouts
 from records.trackers import log_evaluation, log_plots, log_row
+from training.progress import progress
 from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
 
 REWARDS_CHANGED = "rewards: they are others from this step on (--allow_changed_rewards)"
@@ -60,6 +62,8 @@ class Run:
     def cut_back(self, done):
         """Forget whatever is later than `done` steps: a resumed run makes it again, once."""
         kept = {}
+        if self.writes:
+            (self.path / REPORT).unlink(missing_ok=True)  # so that one is that of the run's end
         for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
             path = self.path / name
             kept[name] = [row for row in read_rows(path) if row["step"] <= last]
@@ -174,9 +178,10 @@ class Run:
         """Draw the plots anew, and write the report where the run is at its end."""
         if not self.writes:
             return
-        log_plots(self.trackers, step, plot_run(self.path))
-        if with_report:
-            write_report(self.path)
+        with progress.shown("drawing figures"):
+            log_plots(self.trackers, step, plot_run(self.path))
+            if with_report:
+                write_report(self.path)
 
     def save_tokens(self, step, records):
         """Write one group token by token, see token_log.py; nothing without records."""
@@ -254,6 +259,15 @@ def show_progress(bar, metrics, evaluation, completion):
     shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
     bar.set_postfix(shown, refresh=False)
     bar.update()
+    if bar.disable:  # no terminal: a line instead
+        seconds = sum(value for key, value in metrics.items() if key.startswith("seconds/"))
+        left = seconds * (bar.total - step - 1)
+        bar.write(f"step {step + 1}/{bar.total}: {bar_text(shown)}; {seconds:.0f} s, "
+                  f"{in_words(left)} left at this pace")  # fmt: skip
+
+
+def bar_text(values):
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def summary_table(path, before, after):
@@ -263,5 +277,5 @@ def summary_table(path, before, after):
         "", *evaluation_table({"before GRPO": before, "after": after}), *budget_lines(rows),
         f"Everything is in {path}; {path}/plots/overview.png shows it at a glance.",
         f"The model loads with AutoModelForCausalLM.from_pretrained({str(path / 'model')!r}).",
-        f"The report, to open in a browser: {path}/report.html",
+        f"The report, to open in a browser: {path / REPORT}",
     ])  # fmt: skip

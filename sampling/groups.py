@@ -14,6 +14,7 @@ from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
 from sampling.paged import sample_rollouts_paged
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
+from training.progress import progress
 from training.sharding import whole
 from training.tree import first_of_each
 from utils import release_freed_memory, to_device
@@ -203,6 +204,7 @@ def sample_rollouts(
         if last:
             break
         if looking:
+            progress.tick(len(live) * look_every, "tokens")
             alive = (~finished[live]).cpu()  # the look
             if not alive.any():
                 break

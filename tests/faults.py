@@ -237,11 +237,11 @@ def kill_and_resume(toy, straight, number, *more, base=None):
     run = toy.path(name)
     if base:
         shutil.copytree(base, run)
-        more = (*more, "--resume")
+        more = (*more, "--resume_or_start")
     killed = toy.run(name, *more, plant=plant_kill(run, number))
     assert killed.wait() == -signal.SIGKILL, f"{number}: {killed.text()}"
     logged = sum(line.endswith("\n") for line in open_lines(run / "metrics.jsonl"))
-    resumed = toy.run(name, *more, "--resume")
+    resumed = toy.run(name, *more, "--resume_or_start")
     assert resumed.wait() == 0, resumed.text()
     assert logged - resumed.resumed_at() <= INTERVAL
     assert_same_run(run, straight)

@@ -123,6 +123,9 @@ def places(tmp_path, monkeypatch):
         (tmp_path / model).mkdir(parents=True)
         (tmp_path / model / "config.json").write_text(json.dumps(config))
         (tmp_path / model / "model.safetensors").touch()
+    for run in ("runs/demo", "runs/NAME"):
+        (tmp_path / run).mkdir(exist_ok=True)
+        (tmp_path / run / "config.json").write_text('{"flags": {"seed": 7111994}}')
     user_files(tmp_path)
     monkeypatch.setattr(checks, "hub_file", lambda *_: str(tmp_path / "MODEL" / "config.json"))
     monkeypatch.setattr(checks, "check_output_dir", lambda args: None)

@@ -118,7 +118,7 @@ def test_a_signal_in_any_phase_loses_no_step(phase, call, done, number, toy, str
     assert "Traceback" not in process.text()
     logged = len(lines(run / "metrics.jsonl"))
     assert logged >= done if anywhere else logged == done
-    again = toy.run(name, "--resume")
+    again = toy.run(name, "--resume_or_start")
     assert again.wait() == 0, again.text()
     assert again.resumed_at() == logged
     assert_same_run(run, straight[0])
@@ -144,7 +144,7 @@ def test_the_same_steps_interrupted_at_every_one_end_in_the_same_weights(toy):
     assert toy.run("moving", *more).wait() == 0
     for step in range(1, STEPS):
         status, _, process = signal_in(
-            toy, "often", "sampling", signal.SIGTERM, call=2, more=(*more, "--resume")
+            toy, "often", "sampling", signal.SIGTERM, call=2, more=(*more, "--resume_or_start")
         )
         assert status == 143, process.text()
         assert len(lines(toy.path("often") / "metrics.jsonl")) == step
@@ -488,7 +488,7 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
     if saved is not None and run.exists():
         whole = [step for step, path in checkpoints_in(run / "checkpoints") if not damage(path)]
         assert max(whole, default=0) == saved
-    again = toy.run(folder, "--resume", "--reward_timeout", "60")
+    again = toy.run(folder, "--resume_or_start", "--reward_timeout", "60")
     assert again.wait() == 0, again.text()
     if "loss" not in name and "gradient" not in name and (status or message is None):
         assert_same_run(run, straight[0])

@@ -2,7 +2,8 @@
 
 import time
 
-from utils import Stopwatch, mixed_seed, read_jsonl, write_jsonl
+from training.progress import Stopwatch
+from utils import mixed_seed, read_jsonl, write_jsonl
 
 
 def test_mixed_seeds_are_stable_and_differ_in_every_argument():

@@ -9,6 +9,7 @@ from training.logprobs import completion_logprobs
 from training.lora import trained_parameters
 from training.optimizer import apply_gradients
 from training.processes import sum_gradients, summed
+from training.progress import progress
 from training.sharding import own_batches
 
 
@@ -27,7 +28,7 @@ def cold_start(setup, train_problems, worked_ids):
     )
     steps = range(-args.cold_start_steps, 0)
     train_problems = fitting(setup, train_problems) if steps else train_problems
-    for step in tqdm(steps, desc="cold start", leave=False, disable=not steps):
+    for step in steps:
         problems = train_problems.batch(step, args.questions_per_step)
         pairs = (worked_ids(setup.tokenizer, problem, setup.task) for problem in problems)
         prompts, targets = (
@@ -49,6 +50,8 @@ def cold_start(setup, train_problems, worked_ids):
         sum_gradients(optimizer, accelerator)
         apply_gradients(optimizer, loss, args.max_grad_norm)
         done = step + args.cold_start_steps + 1
+        progress.tick(1, "steps", of=len(steps))
+        progress.tick(sum(map(len, prompts)) + tokens, "tokens")
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
 
 

@@ -6,6 +6,7 @@ these distinct, D hidden size, V vocabulary.
 
 import torch
 
+from training.progress import progress
 from training.sharding import gathering
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
 
@@ -121,7 +122,9 @@ def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, args):
     """
     logprobs = completion_ids.new_zeros(completion_ids.shape, dtype=model.dtype)  # (Q·G, C)
     budget = WITHOUT_GRADIENT * args.micro_batch_tokens
-    for batch in micro_batches(prompt_ids, lengths, budget, completion_ids):
+    batches = micro_batches(prompt_ids, lengths, budget, completion_ids)
+    for batch in batches:
         ids = completion_ids[batch.rows]  # (R, C)
         logprobs[batch.rows], _ = completion_logprobs(model, batch, ids, args.temperature)
+        progress.tick(1, "passes", of=len(batches))
     return logprobs

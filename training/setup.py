@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from utils import Stopwatch
+from training.progress import Stopwatch
 
 
 @dataclass(frozen=True)

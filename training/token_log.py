@@ -25,7 +25,7 @@ def watch_tokens(setup, step, rollouts, advantages):
     ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
 
     def logprobs_of(model):
-        with setup.stopwatch("watching"), setup.accelerator.autocast():
+        with setup.stopwatch("token_log"), setup.accelerator.autocast():
             return logprobs_without_gradient(
                 model, [rollouts.prompt_ids[q]], [lengths], ids, setup.args
             )  # (G, C)

@@ -16,6 +16,7 @@ from grpo import Batch, Objective, grpo_loss, token_weights
 from training.logprobs import completion_logprobs, logprobs_without_gradient
 from training.optimizer import apply_gradients
 from training.processes import sum_gradients, summed
+from training.progress import progress
 from training.sharding import own_batches
 from training.shared_prefix import MicroBatch, own_tokens
 from utils import release_freed_memory
@@ -56,6 +57,7 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
                 loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
                 loss.backward()
                 seen.append(logprobs.detach())
+                progress.tick(1, "passes", of=len(passes + idle))
                 metrics["loss"] += loss.detach()
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens

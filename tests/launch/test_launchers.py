@@ -81,7 +81,7 @@ def test_a_signal_saves_the_last_completed_step_and_the_run_goes_on(run):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert "interrupted by SIGTERM; to go on: --resume" in output
+    assert "interrupted by SIGTERM; step " in output and "; to go on: --resume" in output
     [saved] = (run.path / "checkpoints").iterdir()
     done = len(steps(run.path))
     assert saved.name == f"step_{done:05d}" and done >= 3

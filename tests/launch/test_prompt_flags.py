@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.commands import parse_command
 from launch.loading import check_same_data, prompts_sha256
-from launch.parser import NOT_THE_TEMPLATES, parse_args
+from launch.parser import parse_args
+from launch.values import NOT_THE_TEMPLATES
 from llms import Rendering, rendering_of, settle_rendering
 from rldatasets import Problem
 from utils import UserError

@@ -29,7 +29,8 @@ from llms import frozen_copy
 from records import checkpoints
 from records.checkpoints import checkpoint_to_resume, checkpoints_in
 from records.run import Run
-from utils import Stopped, TimedOut, UserError, phase, time_limit
+from training.progress import phase
+from utils import Stopped, TimedOut, UserError, time_limit
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_a_run_gets_an_overview_and_a_figure_per_metric(runs):
 def test_several_runs_are_laid_over_each_other(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["plot", *map(str, runs)])
-    assert capsys.readouterr().out.strip() == "comparison"
+    assert capsys.readouterr().out.strip() == str(tmp_path / "comparison")
     assert (tmp_path / "comparison" / "overview.png").exists()
     assert (tmp_path / "comparison" / "novelty.png").exists()
     assert (tmp_path / "comparison" / "seconds_policy.png").exists()
@@ -103,7 +103,7 @@ def test_alarms_are_marked_in_every_figure_at_their_step(runs):
 
 def test_a_stage_of_few_steps_stands_on_the_others_there_alone():
     axes = Figure().subplots()
-    plots._stack(axes, {"policy": ([0, 1, 2], [1.0, 2.0, 3.0]), "watching": ([0, 2], [0.5, 4.0])})
+    plots._stack(axes, {"policy": ([0, 1, 2], [1.0, 2.0, 3.0]), "token_log": ([0, 2], [0.5, 4.0])})
     tops, edges, bases = zip(*(patch.get_data() for patch in axes.patches))
     assert [list(values) for values in (*tops, *bases)] == [
         [1, 2, 3], [1.5, 2, 7], [0, 0, 0], [1, 2, 3]

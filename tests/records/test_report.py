@@ -87,7 +87,7 @@ def data_of(page):
 def test_the_page_says_what_the_run_came_to(page):
     text = html.unescape(re.sub(r"<[^>]*>", "", page))
     for said in ("Held-out accuracy 50.0% → 50.0%", "[40.0%, 60.0%] → [40.0%, 60.0%]",
-                 "2 gained, 2 lost", "p = 0.031", "tags or none 62.5% → 62.5%",
+                 "2 gained, 2 lost", "p = 0.031", "tags not needed: 62.5% → 62.5%",
                  "step 7: entropy: ", "120 seconds, 30 steps",
                  "policy 75.0%", "carried gradient 60.0%", "0123abc", "torch 2.13.0", "--seed",
                  f"python main.py {HOSTILE}"):  # fmt: skip
@@ -96,8 +96,8 @@ def test_the_page_says_what_the_run_came_to(page):
 
 def test_the_curves_hold_the_run_s_values(page):
     data = data_of(page)
-    [reward] = [c for c in data["charts"] if c["series"][0]["name"] == "reward"]
-    assert [series["name"] for series in reward["series"]] == ["reward", "correctness"]
+    [reward] = [c for c in data["charts"] if c["series"][0]["name"] == "total"]
+    assert [series["name"] for series in reward["series"]] == ["total", "correctness"]
     assert reward["series"][0]["values"] == [step / 10 for step in range(STEPS)]
     assert page.count("<svg ") == len(data["charts"])
     names = [series["name"] for chart in data["charts"] for series in chart["series"]]
@@ -206,7 +206,7 @@ def test_a_browser_shows_it_without_an_error_or_a_page_wider_than_its_window(run
         seen = said[width]
         assert seen["overflow"] <= 0, width
         assert seen["hacked"] is None and seen["images"] == 0 and seen["scripts"] == 2
-        assert seen["tip"] == "step 29reward 2.9correctness 1.45"
+        assert seen["tip"] == "step 29total 2.9correctness 1.45"
         assert seen["answers"] == [HOSTILE, HOSTILE]
         assert seen["verdicts"] == ["right", "wrong"]
         assert seen["tokens"] == ["<b> 7</b>"] * 3
