@@ -43,22 +43,29 @@ FRACTION_SIGNS = str.maketrans({
     "⅑": "1/9", "⅒": "1/10",
 })  # fmt: skip
 
-# Words that make another number of the one before them ("5 thousand", "2 thirds"), and those for a
-# second number, which follow a word that joins them ("7 or eight", "3 hours and a half").
-FRACTIONS = "half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
+# Words that make another number of the one before them ("5 thousand", "2 thirds"), those that are a
+# second number wherever they stand ("7 maybe eight"; not "3 two-way tickets"), and those that are
+# one after a word that joins them ("3 hours and a half").
+FRACTIONS = (
+    "half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
+    "(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
+)
 CHANGES = (
-    f"k|bn|(?:dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?|squared|cubed|"
-    f"{FRACTIONS}"
+    "k|kk|mn|mln|mio|bn|mrd|"
+    "(?:dozen|hundred|thousand|million|billion|trillion|quadrillion|lakh|crore)s?|"
+    f"squared|cubed|{FRACTIONS}|one-half"
 )
 JOINS = "and|or|plus|minus|less|times|by|over|point|to|of|below"
-SECOND = (
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|quarter|"
-    f"(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|ty)|{FRACTIONS}"
+CARDINALS = (
+    "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+    "(?:twen|thir|four|for|fif|six|seven|eigh|nine)(?:teen|ty)"
 )
+SECOND = f"zero|one|{CARDINALS}|dozen|hundred|thousand|quarter|{FRACTIONS}"
 
 # What may follow a number: nothing that changes it, and at most a unit ("km/h", "m^2", "%", "€").
 UNIT = (
-    rf"(?!\s*(?:{CHANGES})\b|(?-i:[MBT])\b(?!-)|[^0-9]*(?<![a-z])(?:{JOINS})\s+(?:a\s+)?(?:{SECOND})\b)\.?\s*"
+    rf"(?!\s*(?:{CHANGES})\b|(?-i:[MBT])\b(?!-)|[^0-9]*(?<![a-z])"
+    rf"(?:(?:{JOINS})[\s-]+(?:a[\s-]+)?(?:{SECOND})\b|(?:{CARDINALS})\b(?!-[a-z])))\.?\s*"
     rf"(?P<unit>(?:[%€$£¥₹°]|(?=[a-z])|/(?=[a-z]{{3}})(?!(?:{SECOND}|{CHANGES})\b))"
     r"(?:[a-z\s/·]|(?<=[a-z])(?:-(?=[a-z])|\.|\^-?[1-3](?![0-9])))*"
     r")?\.?"

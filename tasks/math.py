@@ -43,12 +43,14 @@ WORDS = re.compile(r"\\(?:text(?:rm|bf|it)?|mathrm|mbox)\s*\{([^{}]*)\}(\^\{?-?[
 DEGREES = re.compile(r"\^\s*\{?\\circ\}?|\\degree|°")
 MARK = re.compile(
     rf"{WORDS.pattern}|{DEGREES.pattern}"
-    r"|[%$€£¥₹]|(?<=[0-9})])_(?:\{\w+\}|\w)|'+|\^\{?\\prime\}?|\^\{?(?:T|\\top)\}?"
+    r"|[%$€£¥₹]|(?<=[0-9})])_(?:\{\w+\}|\w)|'+|\^\{?\\prime\}?|\^\{?(?:T|\\top)\}?|\\[lc]?dots|\.{3}"
 )
 # Ways to write the same.
 SAME = (
     (re.compile(r"\\([%$])"), r"\1"), (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\[,;:! ]|~"), " "), (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"(?<!\\)\\[,;:! ]|~"), " "),  # but "\\ " ends a row of a matrix
+    (re.compile(r"\\[dt]frac"), r"\\frac"), (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"\\(?:text|mathrm)\s*\{\s*([eix])\s*\}"), r"\1"),  # no units
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-z])"), ""),
     (re.compile(r"\\lbrace"), r"\\{"), (re.compile(r"\\rbrace"), r"\\}"),
     (re.compile(r"\\text\s*\{\s*(?:and|or)\s*\}"), ","),
@@ -56,6 +58,7 @@ SAME = (
 BOX = re.compile(r"(?:[a-z ,]*\bis:?\s*)?(.*)\\boxed\s*(\{.*)", re.IGNORECASE | re.DOTALL)
 BRACKET = re.compile(r"\\?[{}]|[()\[\],]")
 RELATION = re.compile(r"[<>≤≥]|\\[lg]eq?(?![a-z])")  # x < 2 is (-\infty, 2)
+LETTER = re.compile(r"\\[A-Za-z]+|[^\W\d_]")
 EVALUATED = re.compile(r"(Integer|Float|Symbol) \('?([\w.]+)'? \)|E ")  # as sympy writes it
 
 
@@ -111,7 +114,7 @@ def compared(gold, answer):
     marks = Counter(map(mark, MARK.finditer(answer)))
     bare, bare_gold = MARK.sub("", answer), MARK.sub("", gold)
     if None not in (number, value) and not unit and measured(bare) == (value, ""):
-        return value == number and not any(m[0] in "%_'^" for m in marks)  # a unit at most
+        return value == number and not any(m[0] in "%_'^.\\" for m in marks)  # a unit at most
     if (
         ":" in gold + answer
         or marks != Counter(map(mark, MARK.finditer(gold)))
@@ -180,13 +183,15 @@ def brackets(text):
 def same_words(gold, answer):
     """Whether both are the same words, upper and lower case aside; "ab" may be a product."""
     words, written = (text.lower().split() for text in (gold, answer))
-    return words == written and all(word.isalpha() and len(word) > 3 for word in words)
+    long = all(word.isalpha() and len(word) > 3 for word in words)
+    return words == written and (long or words in (["yes"], ["no"]))
 
 
 def other_case(text, other):
-    """Whether a letter of one stands in the other in upper or lower case alone: x is not X."""
-    a, b = (set(re.sub(r"\\[A-Za-z]+", "", x)) for x in (text, other))
-    return any(c.swapcase() in b for c in a - b if c.isalpha())
+    r"""Whether one has a letter that the other has not, and that letter stands there in the other
+    case: x is not X, and \delta not \Delta."""
+    a, b = (set(LETTER.findall(x)) for x in (text, other))
+    return any(c != d and c.lower() == d.lower() for c in a ^ b for d in a | b)
 
 
 def judge_request(completion, problem):
