@@ -250,7 +250,7 @@ def answers_match(answer, gold):
 
 def without_brackets(text):
     """("7 pens", True) for "7 (pens)", the text and False for any other."""
-    match = NOTED.fullmatch(text.strip()) if len(text) <= LONGEST_ANSWER else None
+    match = NOTED.fullmatch(unwrapped(text)) if len(text) <= LONGEST_ANSWER else None
     return (f"{match[1]} {match[2]}", True) if match else (text, False)
 
 

@@ -291,10 +291,10 @@ def test_lint_says_of_letters_that_it_cannot_judge_their_rewards(tmp_path, capsy
 
 def test_lint_of_a_dataset_judges_its_own_problems(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(f'{{"question": "{i}?", "answer": "{i} pens"}}\n' for i in range(60)))
+    data.write_text("".join(f'{{"question": "{i}?", "answer": "{i} [pens]"}}\n' for i in range(60)))
     status, lines = lint(capsys, "--dataset_path", data)
     assert status == 1 and any("The golden set knows numbers in the tags" in line for line in lines)
-    assert re.search(r"^- \d+ of \d+ gold answers are more than a number, e\.g\. `\d+ pens`",
+    assert re.search(r"^- \d+ of \d+ gold answers are more than a number, e\.g\. `\d+ \[pens\]`",
                      "\n".join(lines), re.MULTILINE)  # fmt: skip
     data.write_text("".join(f'{{"question": "{i}?", "answer": {i}}}\n' for i in range(60)))
     status, lines = lint(capsys, "--dataset_path", data)
