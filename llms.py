@@ -27,7 +27,7 @@ class Rendering:
     """How questions become prompts. It is the tokenizer's attribute `rendering`, so that training,
     evaluation and whoever else asks the model render alike."""
 
-    date: str | None = None  # YYYY-MM-DD, for templates that write today's; None: today's
+    date: str = "2026-01-01"  # what templates that write today's date take for it: no clock decides
     arguments: dict = field(default_factory=dict)  # of the chat template
     system_in_user: bool = False  # where the chat takes no system message
     opens_thinking: bool = False  # where a prompt ends in <think>
@@ -293,7 +293,7 @@ def _rendered(tokenizer, messages, **more):
 
 @contextlib.contextmanager
 def _on_day(day):
-    """Inside, chat templates that ask for today's date get this one, YYYY-MM-DD.
+    """Inside, chat templates that ask for today's date get this one.
 
     Their strftime_now reads the clock of transformers' module, and none can be handed to it: of
     what is passed to a template, functions become text.
@@ -305,7 +305,7 @@ def _on_day(day):
             return cls.combine(date.fromisoformat(day), datetime.min.time(), tz)
 
     clock = chat_template_utils.datetime
-    chat_template_utils.datetime = OnDay if day else clock
+    chat_template_utils.datetime = OnDay
     try:
         yield
     finally:

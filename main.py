@@ -17,6 +17,7 @@ from dataclasses import replace
 from evaluation.held_out import evaluate_policy
 from evaluation.scoring import (
     joined_rewards,
+    judged_ahead,
     score,
     with_overlong_penalty,
     without_thoughts,
@@ -121,10 +122,11 @@ def draw_groups(setup, train_problems, step, run):
             problems += drawn
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
+            judged = without_thoughts(sampled, setup)
+            judged_ahead(judged, own, setup)
             earned = score(
-                without_thoughts(sampled, setup), own, task.reward_functions, args.reward_weights,
-                file, args.reward_timeout,
-            )  # fmt: skip
+                judged, own, task.reward_functions, args.reward_weights, file, args.reward_timeout
+            )
             scores += everyones(with_overlong_penalty(earned, sampled, args), accelerator)
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:

@@ -97,9 +97,9 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
     also be one .jsonl file of your own with `question` (or `problem`) and `answer` on every line
     (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one question
-    in five is held out as its test split, by its hash, so that writings of one question (see
-    `normal`) are in one split. Of an answer with `#### 72`, the gold one is what stands on that
-    line. A number keeps the digits that the file gives it.
+    in five is held out as its test split, by the hash of its first writing: all writings of one
+    question (see `normal`) are in one split. Of an answer with `#### 72`, the gold one is what
+    stands on that line. A number keeps the digits that the file gives it.
 
     Raises UserError, for a malformed row as `file:line: reason`.
     """
@@ -117,9 +117,10 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
     elif Path(dataset_path).is_dir():
         problems = _problems_from_file(Path(dataset_path) / f"{split}.jsonl")
     else:
-        wanted = split == "test"
+        wanted, first = split == "test", {}
         problems = _problems_from_file(Path(dataset_path))
-        problems = [p for p in problems if is_held_out(normal(p.question)) == wanted]
+        firsts = [first.setdefault(normal(p.question), p.question) for p in problems]
+        problems = [p for p, key in zip(problems, firsts) if is_held_out(key) == wanted]
     if not problems:
         raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split; add "
                         "lines (of one file, one in five is held out)")  # fmt: skip
@@ -163,7 +164,16 @@ def some_of(problems, count, in_order=False):
     return [problems[index] for index in sorted(order[:count])]
 
 
+# Files that people have, and what reads them in pandas.
+OTHER_FORMS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_table",
+               ".arrow": "read_feather", ".xlsx": "read_excel"}  # fmt: skip
+
+
 def _problems_from_file(path):
+    suffix = Path(path).suffix.lower()
+    if suffix in OTHER_FORMS:
+        raise UserError(f"{path}: is {suffix[1:]}; make it .jsonl by pandas.{OTHER_FORMS[suffix]}"
+                        "(FILE).to_json(NEW, orient='records', lines=True)")  # fmt: skip
     rows = read_jsonl(path, as_written=("answer",))
     return [_problem_from_row(row, f"{path}:{line}") for line, row in rows]
 
@@ -173,7 +183,9 @@ def _problem_from_row(row, where):
     question, whole = _field(row, name, where), _field(row, "answer", where)
     if not question or not whole:
         missing = "answer" if question else "question"
-        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one")
+        others = ", ".join(f"`{key:.20}`" for key in row if key not in ("question", "answer"))
+        there = f" (there are {others:.60}: rename it)" if missing not in row and others else ""
+        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one{there}")
     solution, mark, answer = whole.rpartition("####")
     answer = answer.strip().partition("\n")[0] if mark else answer
     if mark and not answer:

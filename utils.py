@@ -170,7 +170,9 @@ def read_jsonl(path, torn_end=False, as_written=()):
                     raise UserError(f"{path}:{number}: not JSON: {reason}; expected an object like "
                                     "{...} per line") from None  # fmt: skip
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected an object like {{...}}")
+                    kind = "array" if isinstance(row, list) else type(row).__name__
+                    raise UserError(f"{path}:{number}: expected an object like {{...}} per line, "
+                                    f"not one {kind}")  # fmt: skip
                 rows.append((number, row))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -282,3 +284,17 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
     if expired:
         raise TimedOut
+
+
+@contextmanager
+def not_counted():
+    """Inside, the clock of the `time_limit` around it stands still: for a wait that is not the work
+    of what is limited, such as for another process to start."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left, again = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, again)

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from evaluation.comparison import summarize
-from evaluation.scoring import call, cut_off_thinking, score, without_thoughts
+from evaluation.scoring import call, cut_off_thinking, judged_ahead, score, without_thoughts
 from evaluator import extract_answer, has_format, is_correct_leniently, last_number
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
@@ -35,7 +35,9 @@ def evaluate(setup, problems, seed=0, tick=None):
                 setup.policy, tokenizer, [prompts[i] for i in chosen],
                 max_new_tokens=args.max_completion_length, stop=args.stop, **sampling,
             )  # fmt: skip
-            yield chosen, rollouts, without_thoughts(rollouts, setup)
+            judged = without_thoughts(rollouts, setup)
+            judged_ahead(judged, [problems[i] for i in chosen], setup)
+            yield chosen, rollouts, judged
             if tick:
                 tick(len(chosen))
 

@@ -1,11 +1,12 @@
 """What the rewards reward, before a model finds it out: `python main.py lint`.
 
 A golden set of completions, good and bad, is scored, and whatever a model could exploit or would be
-punished for is a finding. Every training run on numbers in evaluator.py's format starts with it and
-prints the findings as warnings.
+punished for is a finding. It is about numbers and knows evaluator.py's tags; rewards that do not
+read these are judged, by fewer rules, in another form that they read. Every training run on numbers
+in evaluator.py's format starts with it and prints the findings as warnings; what is right for
+nothing on a run's own problems, of whatever kind, verdicts.py finds.
 """
 
-import math
 import signal
 import sys
 import threading
@@ -13,13 +14,13 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 
 from tqdm import tqdm
 
+from evaluation import verdicts
 from evaluator import is_correct, parse_number
 from rldatasets import SYSTEM_PROMPT, Problem
-from utils import TimedOut, table, time_limit
+from utils import TimedOut, as_number, table, time_limit
 
 QUESTION = "Ben has 48 coins and finds half as many more. How many coins does he have now?"
 REASONING = "48 / 2 = 24\n48 + 24 = 72"
@@ -45,6 +46,16 @@ FORMS = {
     "the bare number": "{answer}",
     "cut off": "<reasoning>\n{reasoning}\nSo the answer is {answer}",
 }  # fmt: skip
+KNOWN = "Judged on numbers in the tags of rldatasets.SYSTEM_PROMPT, which the golden set knows."
+OTHER = "These rewards read no answer in <answer> tags; judged on numbers in a form they read: {}."
+UNKNOWN = (
+    "No reward tells 72 from 73 in <answer> tags or another form that the golden set knows: it can "
+    "say nothing about another one. Define worked_answer, or name your data: --dataset_path."
+)
+NOT_GOLDEN = (
+    "The golden set knows numbers in the tags of rldatasets.SYSTEM_PROMPT, and not this task: only "
+    "its own problems judge it."
+)
 UNTAGGED = ("no tags", "the bare number", "cut off")
 # gold answer, the right answer as a model may write it, a wrong one written alike
 WRITINGS = [
@@ -77,20 +88,22 @@ WARNINGS = 5  # findings that a run shows
 @dataclass(frozen=True)
 class Lint:
     """What was found: `findings`, a line each, and the `ranking` of the golden completions, a list
-    of (name, {function: weighted reward}), the highest total first."""
+    of (name, {function: weighted reward}), the highest total first. `judged`: in which form."""
 
     findings: list
     ranking: list
+    judged: str
 
 
 class _Late(BaseException):
     """Not an Exception, which a reward function may well catch."""
 
 
-def lint(reward_functions, weights=None, timeout=TIMEOUT):
+def lint(reward_functions, weights=None, timeout=TIMEOUT, verdict=None, worked_answer=None):
     """Judge reward functions by their weighted sum, 1 where `weights` does not name them.
 
-    One that takes more than `timeout` seconds for a call is not called again.
+    One that takes more than `timeout` seconds for a call is not called again. verdict and
+    worked_answer: is_correct and worked_answer of a file that has its own.
     """
     failures = {}  # {function: what is wrong with it, once}
     hanging = set()
@@ -102,8 +115,9 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT):
         try:
             with time_limit(timeout):
                 result = function(completion, Problem(QUESTION, gold, REASONING))
-            if isinstance(result, Real) and math.isfinite(result):
-                return float(result)
+            number = as_number(result)
+            if number is not None:
+                return number
             complaint = f"returns {result!r:.40}, not a finite number,"
         except TimedOut:
             hanging.add(function)
@@ -121,64 +135,94 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT):
         factors = {f: (weights or {}).get(f.__name__, 1.0) for f in reward_functions}
         return {f.__name__: factor * value(f, completion, gold) for f, factor in factors.items()}
 
-    golden = golden_set()
-    rules = (order, tags_needed, hedging, length, integers, top)
-    findings = [finding for rule in rules for finding in rule(earned, golden)]
+    def tells(judge, form):
+        right, wrong = (written(form, answer) for answer in ("72", "73"))
+        return value(judge, right, "72") > value(judge, wrong, "72") + TOLERANCE
+
+    known = {"tags": FORMS[PERFECT], **verdicts.FORMS}
+    if worked_answer:
+        known["worked_answer"] = lambda reasoning, answer: worked_answer(
+            Problem(QUESTION, answer, reasoning)
+        )
+    told = (  # the verdict decides where no reward tells right from wrong in any form
+        form
+        for judges in (reward_functions, [verdict] if verdict else [])
+        for form in known
+        if any(tells(judge, known[form]) for judge in judges)
+    )
+    own = next(told, None)
+    forms = FORMS if own in ("tags", None) else {PERFECT: known[own]}
+    judged, rules = {
+        "tags": (KNOWN, (order, tags_needed, hedging, length, integers, top)),
+        None: (UNKNOWN, ()),
+    }.get(own, (OTHER.format(own), (order, length, top)))
+    golden = golden_set(forms)
+    findings = [finding for rule in rules for finding in rule(earned, golden, forms)]
     for function in reward_functions:
-        findings += speed(function, value)
+        findings += speed(function, value, forms)
     ranking = [(name, earned(completion)) for name, completion in golden.items()]
     ranking.sort(key=lambda entry: -total(entry[1]))
-    return Lint([*failures.values(), *findings], ranking)
+    return Lint([*failures.values(), *findings], ranking, judged)
 
 
-def golden_set():
-    """{name: completion}, all for the gold answer 72."""
+def golden_set(forms=FORMS):
+    """{name: completion}, all for the gold answer 72. forms: {name: form}, see `written`."""
     golden = {}
-    for form in FORMS:
+    for name, form in forms.items():
         for word, answer in (("right", "72"), ("wrong", "73")):
-            golden[f"{word}, {form}"] = written(form, answer)
+            golden[f"{word}, {name}"] = written(form, answer)
     two = {"the right one last": "73 72", "the right one first": "72 73", "both wrong": "73 74"}
-    for name, answers in two.items():
+    for name, answers in two.items() if forms is FORMS else ():
         first, last = answers.split()
-        golden[f"two answers, {name}"] = written(PERFECT, first) + f"<answer>\n{last}\n</answer>\n"
-    golden["right, 10 x as long"] = written(PERFECT, "72", REASONINGS["10 x as long"])
+        perfect = written(forms[PERFECT], first)
+        golden[f"two answers, {name}"] = f"{perfect}<answer>\n{last}\n</answer>\n"
+    golden["right, 10 x as long"] = written(forms[PERFECT], "72", REASONINGS["10 x as long"])
     return golden | ATTACKS
 
 
 def written(form, answer, reasoning=REASONING):
-    return FORMS[form].format(answer=answer, reasoning=reasoning)
+    """A completion in a form: a text to be filled in, or a function of reasoning and answer."""
+    fill = form if callable(form) else form.format
+    return fill(reasoning=reasoning, answer=answer)
 
 
 # --- the rules: each yields its findings ---------------------------------------------------------
 
 
-def order(earned, golden):
+def order(earned, golden, forms):
     """A wrong answer never earns more than the right one of the same form; in perfect format, and
     however the number is written, it earns less."""
-    for form in FORMS:
-        right, wrong = (total(earned(written(form, answer))) for answer in ("72", "73"))
+    for form in forms:
+        right, wrong = (total(earned(written(forms[form], answer))) for answer in ("72", "73"))
         if wrong > right + TOLERANCE:
             yield f"a wrong answer outranks the right one, {form}: {wrong:g} to {right:g}"
         elif form == PERFECT and wrong > right - TOLERANCE:
             yield f"right and wrong answers earn the same, {form}: {right:g}"
             return
+    unread = []
     for gold, answer, other in WRITINGS:
-        right, wrong = (total(earned(written(PERFECT, text), gold)) for text in (answer, other))
-        if wrong > right - TOLERANCE:
+        right, wrong = (total(earned(written(forms[PERFECT], t), gold)) for t in (answer, other))
+        if wrong <= right - TOLERANCE:
+            continue
+        if forms is FORMS or answer == gold:
             yield (f"where {gold} is right, `{other}` earns as much as `{answer}`: {wrong:g} to "
                    f"{right:g}")  # fmt: skip
+        else:
+            unread.append(f"`{answer}` for {gold}")
+    if unread:  # in a form of one's own, which may well be strict, one finding and not seven
+        yield f"right answers earn no more than wrong ones where written so: {', '.join(unread)}"
 
 
-def tags_needed(earned, golden):
+def tags_needed(earned, golden, forms):
     """Without answer tags, no answer counts."""
     for form in UNTAGGED:
-        right, wrong = (earned(written(form, answer)) for answer in ("72", "73"))
+        right, wrong = (earned(written(forms[form], answer)) for answer in ("72", "73"))
         if total(right) > total(wrong) + TOLERANCE:
             yield (f"an answer counts without its tags, {form}: {total(right):g} to "
                    f"{total(wrong):g}{because(right, wrong)}")  # fmt: skip
 
 
-def hedging(earned, golden):
+def hedging(earned, golden, forms):
     """Two answers, one of them right, earn no more than two wrong ones."""
     wrong = earned(golden["two answers, both wrong"])
     for name in ("two answers, the right one last", "two answers, the right one first"):
@@ -188,12 +232,13 @@ def hedging(earned, golden):
                    f"{total(wrong):g}{because(hedged, wrong)}")  # fmt: skip
 
 
-def length(earned, golden):
+def length(earned, golden, forms):
     """No function looks at how long the reasoning is, or at how many lines it has."""
     found = set()
-    for form in FORMS:
+    for form in forms:
         scores = {
-            name: earned(written(form, "72", reasoning)) for name, reasoning in REASONINGS.items()
+            name: earned(written(forms[form], "72", reasoning))
+            for name, reasoning in REASONINGS.items()
         }
         short = scores["one line"]
         for name, score in scores.items():
@@ -204,20 +249,20 @@ def length(earned, golden):
                            f"{short[function]:g} for one line, {value:g} for {name}")  # fmt: skip
 
 
-def integers(earned, golden):
+def integers(earned, golden, forms):
     """A perfect answer earns the same whatever integer it is."""
-    plain = earned(written(PERFECT, "72"))
+    plain = earned(written(forms[PERFECT], "72"))
     for gold, text in INTEGERS:
-        score = earned(written(PERFECT, text), gold)
+        score = earned(written(forms[PERFECT], text), gold)
         if abs(total(score) - total(plain)) > TOLERANCE:
             yield (f"a perfect answer earns {total(score):g} where it is `{text}`, "
                    f"{total(plain):g} where it is `72`{because(score, plain)}")  # fmt: skip
 
 
-def top(earned, golden):
+def top(earned, golden, forms):
     """Nothing earns more than the right answer in perfect format; and no function prefers another
     form of the right answer."""
-    best = earned(written(PERFECT, "72"))
+    best = earned(written(forms[PERFECT], "72"))
     for name, completion in golden.items():
         score = earned(completion)
         if total(score) > total(best) + TOLERANCE:
@@ -225,18 +270,18 @@ def top(earned, golden):
                    f"{total(best):g}")  # fmt: skip
     for function, value in best.items():
         line = REASONINGS["one line"]
-        values = {form: earned(written(form, "72", line))[function] for form in FORMS}
+        values = {form: earned(written(forms[form], "72", line))[function] for form in forms}
         form = max(values, key=values.get)
         if values[form] > value + TOLERANCE:
             yield f"{function} earns {values[form]:g} with {form}, {value:g} in {PERFECT}"
 
 
-def speed(function, value):
+def speed(function, value, forms):
     """A megabyte of adversarial text takes no time, and raises nothing."""
     for size in SIZES:
         for unit in UNITS:
             spam = unit * (size // len(unit))
-            for text in (spam, written(PERFECT, spam)):
+            for text in (spam, written(forms[PERFECT], spam)):
                 # What else the machine does may slow down one or two of three.
                 took = next((t for t in seconds(value, function, text) if t < LIMIT), None)
                 if took is None:
@@ -318,7 +363,7 @@ def report(result):
     rows = [("total", *names, "completion")]
     for name, score in result.ranking:
         rows.append((f"{total(score):.3f}", *(f"{score[key]:.3f}" for key in names), name))
-    lines = table(rows)
+    lines = [*table(rows), "", result.judged]
     if result.findings:
         count = len(result.findings)
         title = f"{count} finding{'s' * (count != 1)}:"
@@ -328,16 +373,27 @@ def report(result):
     return "\n".join(lines)
 
 
-def warn(task, problems, weights, timeout=TIMEOUT):
-    """The findings as warnings, a line each, on standard error; the first WARNINGS of them.
+def report_of_problems(task, problems, weights, timeout):
+    """What a task's verdict makes of its own problems: the text, and how many complaints it has."""
+    complaints, facts = verdicts.dataset_complaints(task, problems, weights, timeout)
+    lines = [] if is_golden(task, problems) else [NOT_GOLDEN]
+    if facts and verdicts.shares(facts) not in complaints:
+        lines.append(f"{verdicts.shares(facts)}.")
+    lines += [f"- {line}" for line in complaints] or ["No findings on these problems."]
+    return "\n".join(lines), len(complaints)
 
-    None where the task's problems are of another kind than the golden set.
-    """
-    if not is_golden(task, problems):
-        return
-    findings = lint(task.reward_functions, weights, timeout).findings
-    lines = findings[:WARNINGS]
+
+def warn(task, problems, weights, timeout=TIMEOUT):
+    """The findings as warnings, a line each, on standard error: the first WARNINGS about the
+    rewards, where the task's problems are like the golden set's, and those about its verdict."""
+    findings = []
+    if is_golden(task, problems):
+        findings = lint(task.reward_functions, weights, timeout, task.is_correct).findings
+    lines = [f"rewards: {finding}" for finding in findings[:WARNINGS]]
     if len(findings) > WARNINGS:
-        lines.append(f"and {len(findings) - WARNINGS} more: see python main.py lint")
+        lines.append(f"rewards: and {len(findings) - WARNINGS} more: see python main.py lint")
+    if problems:
+        complaints, _ = verdicts.dataset_complaints(task, problems, weights, timeout)
+        lines += [f"answers: {line}" for line in complaints]
     for line in lines:
-        tqdm.write(f"main.py: warning: rewards: {line}", file=sys.stderr)
+        tqdm.write(f"main.py: warning: {line}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """Completions in, `Rewards` out: every reward function on every completion, on its guard."""
 
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 
+from evaluator import after_thoughts
 from grpo import overlong_penalty
 from llms import rendering_on
 from utils import TimedOut, UserError, as_number, time_limit
@@ -35,15 +37,6 @@ def without_thoughts(rollouts, setup):
     thinking = rendering_on(setup.tokenizer).opens_thinking
     texts = [[after_thoughts(text, thinking) for text in texts] for texts in rollouts.texts]
     return replace(rollouts, texts=texts)
-
-
-def after_thoughts(text, thinking=False):
-    """What of a completion follows its thoughts, "" where these do not end. `thinking`: whether it
-    began in the midst of them."""
-    _, closed, answer = text.rpartition("</think>")
-    if closed:
-        return answer.lstrip()
-    return "" if thinking or text.lstrip().startswith("<think>") else text
 
 
 def cut_off_thinking(text, answer, finished):
@@ -84,6 +77,23 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     per_function = torch.tensor(scores, dtype=torch.float64, device="cpu")  # (Q, G, F)
     factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
     return Rewards(names, per_function, (per_function * factors).sum(-1))
+
+
+def judged_ahead(rollouts, problems, setup):
+    """With --reward_workers above 1, have the processes of the task's verifier, where it has one,
+    judge these Rollouts side by side. Rewards and verdicts, which ask one by one, find it judged;
+    what takes more than --reward_timeout is left for them, and so are errors.
+    """
+    task, args = setup.task, setup.args
+    if task.judge is None or args.reward_workers == 1:
+        return
+    requests = []
+    for texts, problem in zip(rollouts.texts, problems):
+        for text in texts:
+            with suppress(Exception):
+                requests.append(task.judge_request(text, problem))
+    asked = [request for request in requests if request is not None]
+    task.judge.ahead(asked, args.reward_workers, args.reward_timeout)
 
 
 def joined_rewards(parts):

@@ -24,11 +24,12 @@ from launch.parser import (
 )
 from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
-from tasks import check_weights, has_own_evaluator, own_evaluator
+from tasks import check_weights, has_own_evaluator, load_task, own_evaluator
 from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
 
 COMMANDS = {
-    "lint": "score a golden set of completions and say what is wrong with the rewards",
+    "lint": "score a golden set of completions, and with a dataset its own gold answers, and say "
+    "what is wrong with the rewards",
     "compare": "compare two runs' answers to the same held-out questions",
     "evaluate": "evaluate any model on held-out problems, as a run does around training",
     "chat": "put questions to a model as in training; an answer that is known is judged",
@@ -42,11 +43,15 @@ PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop"
 EVALUATION_FLAGS = (
     *PROMPT_FLAGS, "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
     "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
-    "eval_samples", "reward_timeout",
+    "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier",
 )  # fmt: skip
 CHAT_FLAGS = (
     *PROMPT_FLAGS, "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
-    "max_completion_length", "reward_weights", "reward_timeout",
+    "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
+)  # fmt: skip
+LINT_FLAGS = (
+    "reward_weights", "evaluator", "dataset_name", "dataset_path", "difficulty", "seed",
+    "reward_timeout",
 )  # fmt: skip
 GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",
@@ -72,8 +77,9 @@ def build_command_parser(name, argv=()):
     add = parser.add_argument
     # fmt: off
     if name == "lint":
-        for flag in ("--reward_weights", "--evaluator"):
-            parser._add_action(build_parser("h100")._option_string_actions[flag])
+        for flag in LINT_FLAGS:
+            parser._add_action(build_parser("h100")._option_string_actions[f"--{flag}"])
+        parser.set_defaults(dataset_name=None)
     elif name == "compare":
         add("runs", nargs=2, metavar="RUN", help="a run's directory, or RUN@STEP; without a step, "
             "its last evaluation")
@@ -249,16 +255,28 @@ def _importing():
 
 
 def _lint(args):
-    from evaluation.reward_lint import lint, report
+    from evaluation.reward_lint import is_golden, lint, report, report_of_problems
     from evaluator import REWARD_FUNCTIONS
 
-    functions, weights = REWARD_FUNCTIONS, dict(args.reward_weights)
-    if has_own_evaluator(args):
-        functions = own_evaluator(args.evaluator)["REWARD_FUNCTIONS"]
+    weights, lines, found = dict(args.reward_weights), [], 0
+    own = own_evaluator(args.evaluator) if has_own_evaluator(args) else {}
+    task, problems = None, []
+    if args.dataset_name or args.dataset_path:
+        args.dataset_name = args.dataset_name or "gsm8k"
+        check_dataset(args)
+        task = load_task(args)
+        problems = task.problems("test")
+    functions = task.reward_functions if task else own.get("REWARD_FUNCTIONS", REWARD_FUNCTIONS)
     check_weights(weights, functions)
-    result = lint(functions, weights)
-    print(report(result), flush=True)
-    return 1 if result.findings else 0
+    if task is None or is_golden(task, problems):
+        result = lint(functions, weights, args.reward_timeout, own.get("is_correct"),
+                      own.get("worked_answer"))  # fmt: skip
+        lines, found = [report(result)], len(result.findings)
+    if task:
+        text, complaints = report_of_problems(task, problems, weights, args.reward_timeout)
+        lines, found = [*lines, text], found + complaints
+    print("\n\n".join(lines), flush=True)
+    return 1 if found else 0
 
 
 def _compare(args):

@@ -48,6 +48,7 @@ def begin(args):
     accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
     set_seed(args.seed)
     task = load_task(args)
+    start_judge(task, args)
     check_weights(args.reward_weights, task.reward_functions, args.overlong_buffer)
     start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
     first = start.step if start else 0
@@ -73,6 +74,19 @@ def begin(args):
     shard_if_configured(policy, args, accelerator)
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
     return Setup(policy, tokenizer, task, args, accelerator, None, stopwatch), run, data, start
+
+
+def start_judge(task, args):
+    """Have the processes of the task's verifier, if it has one, ready before they are asked."""
+    if task.judge is not None:
+        try:
+            task.judge.start(args.reward_workers)
+        except RuntimeError as error:
+            raise UserError(f"--dataset_name {args.dataset_name}: {error}; the lines above say "
+                            "why") from None  # fmt: skip
+    elif args.reward_workers > 1:
+        print(f"main.py: warning: --reward_workers {args.reward_workers} does nothing: the rewards "
+              "ask no other process", file=sys.stderr)  # fmt: skip
 
 
 def load(args, accelerator, task, start=None):
@@ -202,6 +216,7 @@ def evaluate_and_save(args):
     """Evaluate one model and write what an evaluation in training writes, as step 0 of a run."""
     accelerator = make_accelerator()
     task = load_task(args)
+    start_judge(task, args)
     problems = held_out_problems(args, task.problems("test"))
     policy, tokenizer = load_model(
         args.model_name, accelerator.device, hub_token(), rendering_of(args)

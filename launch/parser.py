@@ -129,6 +129,11 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
          help="weights in the total reward; 1 where not named")
     flag("--reward_timeout", type=POSITIVE, default=10.0, metavar="SECONDS",
          help="the run ends where one call of a reward function takes longer")
+    flag("--reward_workers", type=POSITIVE_COUNT, default=1, metavar="N", help="where the task "
+         "has a verifier in a process of its own (math, reasoning_gym): N of them judge a step "
+         "side by side, for slow ones; rewards stay the same, and all else runs one by one")
+    flag("--allow_weak_verifier", action="store_true", help="take a variant of a task although its "
+         "verifier pays for answers that say nothing of the problem")
 
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",

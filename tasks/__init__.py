@@ -20,6 +20,9 @@ REWARD_FUNCTIONS         functions (completion, problem) -> float; default: thos
 is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
 worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
+JUDGE                    a verifier_process.Judge that rewards and is_correct ask, and ...
+judge_request            (completion, problem) -> what they will ask it, or None: --reward_workers
+                         then judges a step's completions side by side
 
 `--evaluator FILE.py` names a file anywhere with a REWARD_FUNCTIONS, and a SYSTEM_PROMPT, is_correct
 and worked_answer if it likes, that win over the task's. It may import what lies beside it.
@@ -32,7 +35,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +63,8 @@ class Task:
     reward_functions: list
     is_correct: Callable
     worked_answer: Callable
+    judge: object = None  # a verifier_process.Judge, where judge_request says what it is asked
+    judge_request: Callable | None = None
 
 
 def load_task(args):
@@ -82,13 +87,18 @@ def load_task(args):
         problems = partial(_read, args.dataset_name, args.dataset_path, args.seed, args.difficulty)
     if has_own_evaluator(args):
         task = {**task, **own_evaluator(args.evaluator)}
-    return Task(
+    whole = Task(
         problems=problems,
         system_prompt=task.get("SYSTEM_PROMPT", rldatasets.SYSTEM_PROMPT),
         reward_functions=task.get("REWARD_FUNCTIONS", evaluator.REWARD_FUNCTIONS),
         is_correct=task.get("is_correct", evaluator.is_correct),
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
+        judge=task.get("JUDGE") if "judge_request" in task else None,
+        judge_request=task.get("judge_request"),
     )
+    if variant and not getattr(args, "allow_weak_verifier", False):
+        return replace(whole, problems=partial(_verifiable, whole, args.dataset_name))
+    return whole
 
 
 def has_own_evaluator(args):
@@ -138,6 +148,32 @@ def _made(make, path, seed, *rest):
     return Problems(problems, seed)
 
 
+# (an answer that says nothing of a problem, how it is called, the share of problems beyond which a
+# verifier that takes it for right is weak); None: the answer to the next problem, which among two
+# or three possible ones is often right.
+NOTHING = (("", "an empty answer", 1 / 2), ("?", "the answer ?", 1 / 2),
+           ("0", "the answer 0", 1 / 2), (None, "another problem's answer", 3 / 4))  # fmt: skip
+JUDGED = 64  # problems that this is tried on
+
+
+def _verifiable(task, name, split):
+    """The problems of a variant. Raises UserError where its verifier is weak."""
+    problems = task.problems(split)
+    sample = problems[:JUDGED] if split == "test" else []
+    for text, called, share in NOTHING:
+        right = 0
+        for problem, following in zip(sample, [*sample[1:], *sample[:1]]):
+            answer = following.answer if text is None else text
+            if answer != problem.answer or text is not None:
+                said = task.worked_answer(replace(problem, answer=answer))
+                right += bool(task.is_correct(said, problem))
+        if right > share * len(sample):
+            raise UserError(f"--dataset_name {name}: its verifier takes {called} for right in "
+                            f"{right} of {len(sample)} problems; choose another, or add "
+                            "--allow_weak_verifier")  # fmt: skip
+    return problems
+
+
 def _worked(make, path, problem):
     """The worked answer from a task's own function; its errors are told as those of `_made`."""
     with _errors_of(path):
@@ -173,7 +209,7 @@ def definitions(path, module_name):
             del sys.modules[module_name]
             raise
     found = vars(sys.modules[module_name])
-    names = ("problems", *DEFAULTS, "VARIANTS")
+    names = ("problems", *DEFAULTS, "VARIANTS", "JUDGE", "judge_request")
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
     if "worked_answer" in chosen:
@@ -233,7 +269,7 @@ def _check(found, path):
             at = next((n for n, line in enumerate(lines, 1) if line.startswith(name)), 1)
         raise UserError(f"{path}:{at}: {name} {complaint}")
 
-    for name in ("problems", "is_correct", "worked_answer"):
+    for name in ("problems", "is_correct", "worked_answer", "judge_request"):
         if not callable(found.get(name, print)):
             wrong(name, "is no function; write it as def")
     if not isinstance(found.get("SYSTEM_PROMPT", ""), str):

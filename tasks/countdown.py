@@ -7,8 +7,9 @@ As in TinyZero (https://github.com/Jiayi-Pan/TinyZero) and GRPO-Zero: whole numb
               reach 65.
     answer    55 + 36 - 19 - 7
 
-Any expression that reaches the target is right. It is read here, in exact fractions: what a model
-wrote is data and never code.
+Any expression that reaches the target is right, in whatever signs and brackets it is written, and
+with its result behind it if that is true. It is read here, in exact fractions: what a model wrote
+is data and never code.
 """
 
 import random
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 
-from evaluator import extract_answer, soft_format, strict_format, tag_count
+from evaluator import extract_answer, soft_format, strict_format, tag_count, unwrapped
 from rldatasets import Problem, is_held_out
 
 SIZES = {"train": 4096, "test": 1024}
@@ -27,7 +28,17 @@ CALCULATE = {"+": add, "-": sub, "*": mul, "/": truediv}
 # --- reading an expression -----------------------------------------------------------------------
 
 LONGEST, DEEPEST, DIGITS = 200, 20, 6  # characters, brackets in brackets, digits of a number
-TOKEN = re.compile(r"[0-9]+|\S")
+TOKEN = re.compile(r"[0-9]+|\\[a-z]+|\S")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+# Other signs for the same; \left and \right only say how large a bracket is.
+SIGNS = {
+    **dict.fromkeys([*"×·⋅∙∗✕✖＊x", r"\times", r"\cdot"], "*"),
+    **dict.fromkeys([*"÷∕⁄／", r"\div"], "/"),
+    **dict.fromkeys("−–﹣－", "-"),
+    **dict.fromkeys("＋﹢", "+"),
+    **{"（": "(", "）": ")", r"\dfrac": r"\frac", r"\tfrac": r"\frac"},
+}
+IGNORED = (r"\left", r"\right")
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,15 @@ class Expression:
 
 
 def parsed(text):
-    """The Expression that a text of numbers, + - * / and ( ) is, by the usual precedence.
+    r"""The Expression that a text of numbers, + - * / and brackets is, by the usual precedence; one
+    over another may be \frac{ }{ }.
 
     None for anything else, a sign before a number and a division by zero included.
     """
     if text is None or len(text) > LONGEST:
         return None
-    tokens = [*TOKEN.findall(text), None]  # None: the end
+    tokens = [SIGNS.get(token, token) for token in TOKEN.findall(text) if token not in IGNORED]
+    tokens.append(None)  # the end
     numbers, at = [], 0
 
     def take():
@@ -68,10 +81,12 @@ def parsed(text):
 
     def atom(depth):
         token = take()
-        if token == "(" and depth < DEEPEST:
+        if token in BRACKETS and depth < DEEPEST:
             value = total(depth + 1)
-            if take() == ")":
+            if take() == BRACKETS[token]:
                 return value
+        elif token == r"\frac" and tokens[at] == "{":
+            return atom(depth) / atom(depth)
         elif token and token[0] in "0123456789" and len(token) <= DIGITS:
             numbers.append(int(token))
             return Fraction(numbers[-1])
@@ -84,13 +99,24 @@ def parsed(text):
     return Expression(value, tuple(numbers)) if tokens[at] is None else None
 
 
+def answered(completion):
+    """The Expression in the answer tags, without what is put around it. Results may follow, as in
+    "3 * 5 = 15": one that is not its value makes it none."""
+    text = extract_answer(completion)
+    if text is None or len(text) > LONGEST:
+        return None
+    first, *results = map(parsed, unwrapped(text).replace("＝", "=").split("="))
+    true = first and all(result and result.value == first.value for result in results)
+    return first if true else None
+
+
 def uses_the_numbers(expression, problem):
     return expression is not None and sorted(expression.numbers) == problem.extra["numbers"]
 
 
 def is_correct(completion, problem):
     """Whether the answer in the tags uses each given number once and reaches the target."""
-    expression = parsed(extract_answer(completion))
+    expression = answered(completion)
     return uses_the_numbers(expression, problem) and expression.value == problem.extra["target"]
 
 
@@ -104,7 +130,7 @@ def correctness(completion, problem):
 
 def each_number_once(completion, problem):
     """0.5 where the answer is an expression with each given number once and no other, else 0."""
-    return 0.5 if uses_the_numbers(parsed(extract_answer(completion)), problem) else 0.0
+    return 0.5 if uses_the_numbers(answered(completion), problem) else 0.0
 
 
 REWARD_FUNCTIONS = [correctness, each_number_once, strict_format, soft_format, tag_count]

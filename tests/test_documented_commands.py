@@ -74,6 +74,7 @@ NOT_RUN = {
     "python main.py --resume --output_dir runs/NAME": "as for runs/demo",
     "python main.py chat runs/demo/model --preset cpu": "asks; tests/evaluation/test_chat.py",
     "python main.py evaluate MODEL": "the hub: GSM8K",
+    "python main.py lint --dataset_name": "tests/evaluation/test_verdicts.py",
     "python main.py --model_name path/or/hub-name": "the hub: GSM8K, or as with --evaluator",
     "python main.py --lora_rank": "a GPU and the hub; tests/training/test_lora.py",
     "python main.py --preset cpu --seed": "minutes each; tests/test_main.py, tests/launch/test_*",

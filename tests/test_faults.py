@@ -502,9 +502,8 @@ def test_a_fault_has_its_outcome_and_the_next_command_goes_on(name, toy, straigh
 def test_everything_cut_off_or_empty_goes_on_with_a_warning(more, warning, toy):
     token = make_tokenizer().convert_tokens_to_ids("a" if more else "<|im_end|>")
 
-    def always(logits, *args, **kwargs):
-        rows = logits.shape[:1]
-        return torch.full(rows, token), torch.zeros(rows)
+    def always(logits, uniforms, *args, **kwargs):
+        return torch.full(uniforms.shape, token), torch.zeros(uniforms.shape)
 
     name = "cut_off" if more else "empty"
     process = toy.run(name, *more, plant=lambda: setattr(groups, "sample_tokens", always))

@@ -14,9 +14,11 @@ from evaluator import (
     LONGEST_NUMBER,
     REWARD_FUNCTIONS,
     TAGS,
+    as_words,
     extract_answer,
     is_correct,
     is_correct_leniently,
+    measured,
     parse_number,
 )
 from rldatasets import Problem
@@ -41,26 +43,27 @@ def rewards(completion, gold="72"):
 NUMBERS = {  # text: what it states; separated by |
     "0|00|0.|.0|-0|+0|$0|0%|0 apples|0.000": 0,
     "5|05|+5|5.|5.0|5.00|$5|£5|€5|$5.00|+$5|5%|5 %|5 %.|5 apples|5apples|5 Apples.|5 pm": 5,
-    " 5|5 |\t5\n|\u20035\u00a0|5 x|5 USD|5 red apples|5 kilometres|5 km|5 e": 5,
+    " 5|5 |\t5\n|\u20035\u00a0|5 x|5 USD|5 red apples|5 kilometres|5 km|5 e"
+    "|5 €|5$|¥5|5°C|5 m²|5 km/h|**5**|5e0": 5,
     "-5|−5|-$5|$-5|−€5|€−5|-5.0|-5 degrees|−5%": -5,
     "0.5|.5|0.50|$.5|+.5|.5%|00.5|.500 litres": 0.5,
     "-0.25|-.25|−.25|$-.25|-$.25": -0.25,
-    "1000|1,000|1,000.|1,000.0|$1,000|£1,000.00|1,000 clips|01,000|1000.000": 1000,
+    "1000|1,000|1,000.|1,000.0|1e3|10^3|$1,000|£1,000.00|1,000 clips|01,000|1000.000": 1000,
     "1234567|1,234,567|$1,234,567.00|1,234,567 people": 1234567,
     "-12,345.75|−$12,345.75|-12345.75": -12345.75,
     "3 hundredweights|3 kits|3 dozenth|3 halfpennies|3 quarters|3 times|3 more|3 less than before"
     "|3 cats and dogs|3 for one|3 feet squared|3 by noon|3 cats or so|3 andes|3 cats and tents": 3,
 }
 NOT_NUMBERS = (  # separated by |
-    "|-|+|$|%|.|,|−|$-|-.|five|a|x5|A5|#5|= 5|5 =|(5)|[5]|**5**|5!|5?|5;|5:30|5/1|1/2|5 1/2|5½|½|²"
-    "|5 or 6|5 and 6|5, 6|5 - 6|5-6|5 6|5.5.5|1.2.3|- 5|--5|+-5|-+5|$$5|$-$5|5$|5 €|5%%|-$-5"
+    "|-|+|$|%|.|,|−|$-|-.|five|a|x5|A5|#5|= 5|5 =|(5)|[5]|5!|5?|5;|5:30|5/1|1/2|5 1/2|5½|½|²"
+    "|5 or 6|5 and 6|5, 6|5 - 6|5-6|5 6|5.5.5|1.2.3|- 5|--5|+-5|-+5|$$5|$-$5|$5 €|5%%|-$-5"
     "|1,00|1,0000|10,00|1,000,|,100|,1,000|1,,000|0001,000|12,34,567|1 000|1'000|1_000|1.000,50"
-    "|1e5|1E5|5e0|1e300000|0x10|0b1|nan|NaN|inf|-inf|Infinity|None|true|5k|5 k|5K|5 thousand"
+    "|1e300000|0x10|0b1|nan|NaN|inf|-inf|Infinity|None|true|5k|5 k|5K|5 thousand"
     "|3 thirds|3 thousandths of a mile|3 halves|3 and a half|3 hours and a half|3 hundredths"
     "|4 squared|2 cubed|2 divided by three|7 or eight|20 less two|2 times three|3 point five"
     "|5 plus\ttwo|5 hours and thirty minutes|5 minus fourteen|3 AND A QUARTER|6 cats or seven"
     "|5 thousands|2 dozen|2 dozens|5 hundred|3 million|3 Millions|1.5 billion|2 trillion|1,000 k"
-    "|５|٣|四|x = 5|about 5|USD 5|¥5|5°C|5 m²|60 km/h|<5>|5\x00|\ufeff5|5\u200b|'5'|\"5\""
+    "|５|٣|四|x = 5|about 5|USD 5|<5>|5\x00|\ufeff5|5\u200b|'5'|\"5\""
     "|there are 5|roughly 5 apples"
 )
 
@@ -109,10 +112,10 @@ GOLDS = [  # gold, answer, right
     ("-5", "−5", True), ("1,000", "1000", True), ("1000", "1,000", True), ("1,000", "1", False),
     ("0", "", False), ("0", "0", True), ("0", "-0", True), ("0.1", "0.10", True),
     ("0.1", "0.1000000000000000055", False), ("0.3", "0.30000000000000004", False),
-    ("5 apples", "5", True), ("5 apples", "5 pears", True), ("$5", "5 dollars", True),
-    ("yes", "yes", True), ("yes", "YES", True), ("yes", "yes.", False), ("yes", "", False),
+    ("5 apples", "5", False), ("5 apples", "5 pears", False), ("$5", "5 dollars", True),
+    ("yes", "yes", True), ("yes", "YES", True), ("yes", "yes.", True), ("yes", "", False),
     ("New  York", "new\nyork", True), ("New York", "NewYork", False), ("1/2", "1/2", True),
-    ("1/2", "0.5", False), ("5:30 pm", "5:30 PM", True), ("Straße", "STRASSE", False),
+    ("1/2", "0.5", True), ("5:30 pm", "5:30 PM", True), ("Straße", "STRASSE", False),
     ("9" * 65, "9" * 65, True), ("nan", "nan", True), ("²", "²", True), ("²", "2", False),
 ]  # fmt: skip
 
@@ -201,7 +204,7 @@ def test_no_text_makes_a_reward_raise_leave_its_range_or_contradict_another(seed
         if values["integer_format"] and len(answer) <= LONGEST_NUMBER:
             assert parse_number(answer) % 1 == 0
         if parse_number(gold) is None and values["correctness"]:
-            assert answer.lower().split() == gold.lower().split()
+            assert as_words(answer) == as_words(gold) or measured(gold)[0] is not None
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -168,20 +168,20 @@ def test_thinking_is_on_only_where_it_is_asked_for():
 def test_arguments_reach_the_template():
     chat = "{{ reasoning_effort }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer = byte_level(["<end>"], "<end>", chat=chat)
-    settle_rendering(tokenizer, Rendering(None, {"reasoning_effort": "high"}), "MODEL")
+    settle_rendering(tokenizer, Rendering(arguments={"reasoning_effort": "high"}), "MODEL")
     assert tokenizer.decode(chat_prompt(tokenizer, "S", "Q")) == "highSQ"
 
 
 def test_an_argument_that_the_template_does_not_know_is_told(capsys):
     tokenizer = byte_level(["<end>"], "<end>", chat=SHAPES["smollm3"])
-    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": True}), "MODEL")
+    settle_rendering(tokenizer, Rendering(arguments={"enable_thinking": True}), "MODEL")
     assert capsys.readouterr().out == ""
     tokenizer = byte_level(
         ["<end>"], "<end>", chat="{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
-    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": False}), "MODEL")
+    settle_rendering(tokenizer, Rendering(arguments={"enable_thinking": False}), "MODEL")
     assert capsys.readouterr().out == ""
-    settle_rendering(tokenizer, Rendering(None, {"enable_thinking": True, "efort": 1}), "MODEL")
+    settle_rendering(tokenizer, Rendering(arguments={"enable_thinking": True, "efort": 1}), "MODEL")
     told = capsys.readouterr().out.splitlines()
     assert ["enable_thinking" in told[0], "efort" in told[1], len(told)] == [True, True, 2]
 
@@ -204,8 +204,10 @@ def test_a_prompt_is_the_same_on_another_day(name, monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert chat_prompt(tokenizer, "S", "Q") == first
     assert "2025" in tokenizer.decode(first)
-    tokenizer.rendering = Rendering(None, DAY.arguments)  # as it was: whatever day it is
-    assert f"{Tomorrow.now():%d}" in tokenizer.decode(chat_prompt(tokenizer, "S", "Q"))
+    del tokenizer.rendering  # nobody has said a day
+    on_none = chat_prompt(tokenizer, "S", "Q")
+    monkeypatch.undo()
+    assert chat_prompt(tokenizer, "S", "Q") == on_none
 
 
 def test_every_way_to_write_the_day_is_of_that_day():

@@ -12,7 +12,8 @@ from conftest import TASK, make_tokenizer
 from evaluation import held_out
 from evaluation.comparison import evaluation_table, summarize
 from evaluation.held_out import evaluate
-from evaluation.scoring import after_thoughts, score, truncated_thinking, without_thoughts
+from evaluation.scoring import score, truncated_thinking, without_thoughts
+from evaluator import REWARD_FUNCTIONS, after_thoughts, is_correct, is_correct_leniently
 from llms import Rendering
 from rldatasets import Problem
 from sampling.rollouts import Rollouts
@@ -81,6 +82,15 @@ def test_a_perfect_answer_earns_the_same_after_any_thoughts():
     assert perfect >= 4
     assert totals([thought + RIGHT for thought in THOUGHTS]) == [perfect] * len(THOUGHTS)
     assert totals([thought + RIGHT for thought in THOUGHTS], opens_thinking=True) == [perfect] * 5
+
+
+def test_the_reward_functions_alone_judge_the_answer_too():
+    problem = Problem("?", "72", "")
+    for thought in THOUGHTS:
+        assert sum(reward(thought + RIGHT, problem) for reward in REWARD_FUNCTIONS) == 4.0
+        assert is_correct(thought + RIGHT, problem) and not is_correct(thought + "71", problem)
+        assert not is_correct_leniently(thought + "71", problem)
+    assert not is_correct_leniently("<think>72", problem)
 
 
 def test_who_is_thinking_still_earns_what_nothing_earns():

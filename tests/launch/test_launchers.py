@@ -85,7 +85,8 @@ def test_a_signal_saves_the_last_completed_step_and_the_run_goes_on(run):
     [saved] = (run.path / "checkpoints").iterdir()
     done = len(steps(run.path))
     assert saved.name == f"step_{done:05d}" and done >= 3
-    output, _ = run(TORCHRUN, "--num_train_iters", done + 2, resume=True).communicate(timeout=300)
+    more = ("--num_train_iters", done + 2)
+    output, _ = run(TORCHRUN, *more, seconds=0.05, resume=True).communicate(timeout=300)
     assert f"going on from {saved}" in output
     assert steps(run.path) == list(range(done + 2))
 
