@@ -493,6 +493,21 @@ MUTANTS = [
            "sys.path.insert(0, folder)", "tasks/test_evaluator_files.py"),
     Mutant("a cold start on what is cut off", "if length < most]", "if length]",
            "training/test_cold_start_fit.py"),
+    # --- the first hour
+    Mutant("a finished run that has to be merged is taken for finished",
+           "return there and not (left_out or merges)", "return there and not left_out",
+           "records/test_where_to_resume.py"),
+    Mutant("a run begins where none was found", "if not (may_start or holds_run(output_dir)):",
+           "if False:", "records/test_where_to_resume.py"),
+    Mutant("a flag of the preset is blamed", 'flag in getattr(args, "typed", vars(args))', "True",
+           "launch/test_said_at_the_start.py"),
+    Mutant("own rewards are not told what accuracy counts",
+           "if own and task.is_correct is is_correct:", "if False:",
+           "launch/test_said_at_the_start.py"),
+    Mutant("what runs is not written anew", "            time.sleep(1)\n            self.draw()",
+           "            time.sleep(1)", "test_progress.py"),
+    Mutant("curves far apart are one", "abs(a - b) <= near", "abs(a - b) <= 9 * near",
+           "records/test_figures.py"),
 ]  # fmt: skip
 
 
