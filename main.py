@@ -9,7 +9,8 @@ baseline), reward models (rewards are functions), and any trainer class to look 
 Q questions per step, G completions per question.
 """
 
-from launch.door import ARGS  # carries out all other commands, and answers typos before torch is in
+# Carries out all other commands, and answers typos before torch is in.
+from launch.door import ARGS, enter
 
 import sys
 from dataclasses import replace
@@ -163,4 +164,5 @@ def command(args):
 
 
 if __name__ == "__main__":
-    sys.exit(command(ARGS))
+    # Under a profiler, which is the program then, the door does not know that main.py is running.
+    sys.exit(command(ARGS or enter(sys.argv[1:])))

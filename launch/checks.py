@@ -29,8 +29,11 @@ IDLE = (
     (("update_ref_model_freq", "ref_model_mixup_alpha"),
      lambda args: not args.update_ref_model, "without --update_ref_model"),
     (("kl_estimator",), lambda args: args.kl_beta == 0, "at --kl_beta 0"),
-    (("ratio", "clip", "clip_epsilon", "clip_epsilon_high"),
+    (("clip", "clip_epsilon", "clip_epsilon_high"),
      lambda args: args.num_inner_epochs == 1, "at --num_inner_epochs 1: the ratio is 1"),
+    # With a correction per token, a ratio of the sequence spreads a token's gradient over all.
+    (("ratio",), lambda args: args.num_inner_epochs == 1 and args.tis_cap == 0,
+     "at --num_inner_epochs 1: the ratio is 1"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
     (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,

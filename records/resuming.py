@@ -115,13 +115,14 @@ def steps_with_other_rewards(saved, sources, step, allowed):
 
     Raises UserError where they differ and that is not `allowed`.
     """
-    steps = saved.get("rewards_changed_at", [])
+    # A run that goes on from before a change makes those steps again, with the rewards of now.
+    steps = sorted({min(at, step) for at in saved.get("rewards_changed_at", [])})
     if all(saved.get(name, value) == value for name, value in sources.items()):
         return steps
     if not allowed:
         raise UserError("--resume: the rewards or is_correct are not those that the run began "
                         "with; undo the change, or add --allow_changed_rewards")  # fmt: skip
-    return [*steps, step]
+    return sorted({*steps, step})
 
 
 def flags_of_model(path):

@@ -66,6 +66,8 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
     spent = longest = padded = 0  # tokens, most own tokens, completions that have some
     for question, prompt in enumerate(prompt_ids):
         rows = [question * group_size + g for g, length in enumerate(lengths[question]) if length]
+        if not rows:
+            continue
         group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
         # Copies behind each other, whose prefixes have equal numbers.
         order = sorted(rows, key=lambda row: (len(group[row]), group[row], row), reverse=True)

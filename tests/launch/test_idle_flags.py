@@ -39,6 +39,7 @@ def test_an_idle_flag_is_told_in_one_line(argv, warning, capsys):
         ["--clip_epsilon", "0.3", "--num_inner_epochs", "2"],
         ["--update_ref_model_freq", "9", "--update_ref_model", "--kl_beta", "0.1"],
         ["--difficulty", "3"],
+        ["--ratio", "sequence", "--tis_cap", "2"],  # a correction per token
     ],
 )
 def test_one_that_acts_is_not(argv, capsys):

@@ -74,3 +74,12 @@ def test_a_file_of_one_s_own_in_completions_is_left_alone(name, tmp_path):
         (run.completions / file).write_text("{}\n")
     run.cut_back(3)
     assert {path.name for path in run.completions.iterdir()} == {name, "step_00001.jsonl"}
+
+
+def test_steps_that_are_made_again_have_the_rewards_of_now():
+    changed = {**SOURCES, "rewards_changed_at": [2, 6]}
+    assert steps_with_other_rewards(changed, SOURCES, 4, False) == [2, 4]
+    assert steps_with_other_rewards(changed, SOURCES, 6, False) == [2, 6]
+    assert steps_with_other_rewards(changed, SOURCES, 2, False) == [2]
+    other = {**changed, "rewards_sha256": "c"}
+    assert steps_with_other_rewards(other, SOURCES, 4, True) == [2, 4]

@@ -150,3 +150,11 @@ def test_without_a_packing_the_attention_is_the_model_s_own():
     packed(model)
     assert model.config._attn_implementation == "shared_prefix"
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
+
+def test_a_group_without_anything_to_train_on_ends_no_pass():
+    prompts, lengths = [torch.ones(4).long()] * 3, [[3, 3], [0, 0], [3, 3]]
+    assert len(micro_batches(prompts, lengths, 10)) == 2
+    assert len(micro_batches(prompts, lengths, 20)) == 1
+    long = [prompts[0], torch.ones(15).long(), prompts[2]]
+    assert len(micro_batches(long, lengths, 20)) == 1

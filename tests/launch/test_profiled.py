@@ -1,0 +1,16 @@
+"""main.py under a profiler, whose own file is the program that Python runs."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_main_is_the_same_under_a_profiler(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cProfile", "-o", "profile", ROOT / "main.py", "plot"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    line = "main.py plot: error: name at least one run, e.g. runs/demo (see --help)"
+    assert done.stderr.splitlines() == [line]
