@@ -71,7 +71,7 @@ def commands_text():
 def build_command_parser(name, argv=()):
     """The parser of one command; `argv` decides about its defaults, see preset_and_dataset."""
     parser = Parser(
-        prog=f"main.py {name}", description=f"{COMMANDS[name].capitalize()}.",
+        prog=f"main.py {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.",
         formatter_class=Help, allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument

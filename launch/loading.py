@@ -50,7 +50,8 @@ def begin(args):
     task = load_task(args)
     start_judge(task, args)
     check_weights(args.reward_weights, task.reward_functions, args.overlong_buffer)
-    start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: from the beginning
+    with patient(accelerator):  # a checkpoint's files are read whole
+        start = from_main(partial(checkpoint_to_resume, args), accelerator)  # None: a new run
     first = start.step if start else 0
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)

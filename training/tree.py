@@ -26,7 +26,7 @@ def prefix_numbers(ids, lengths, question):
     """
     ids, lengths = np.asarray(ids, dtype=np.int64), np.asarray(lengths)
     numbers = np.full(ids.shape, -1, dtype=np.int64)
-    before, count = np.asarray(question, dtype=np.int64), 0  # what a row's next token continues
+    before, count = np.array(question, dtype=np.int64), 0  # what a row's next token continues
     base = int(ids.max(initial=0)) + 1
     for c in range(ids.shape[1]):
         rows = np.flatnonzero(lengths > c)
