@@ -77,6 +77,7 @@ RATIO = re.compile(
     rf"(?![0-9]){UNIT}",
     re.IGNORECASE | re.ASCII,
 )
+NOTED = re.compile(r"([^()]*[0-9])\s*\(([a-z][a-z /-]*)\)", re.IGNORECASE)  # "7 (pens)"
 INTEGER = re.compile(r"[-\u2212+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 # A number anywhere in a text; a minus after a digit or a word is a minus between two numbers.
 WRITTEN_NUMBER = re.compile(
@@ -227,15 +228,23 @@ def answers_match(answer, gold):
     letter case, runs of white space and what `unwrapped` takes away aside. None matches nothing.
 
     What follows a number is dropped only where the gold answer is a bare one; else it is compared:
-    "72 clips" is 72, while "9 AM" is neither "9 PM" nor 9.
+    "72 clips" is 72, while "9 AM" is neither "9 PM" nor 9. A unit that the gold answer has in
+    brackets, "7 (pens)", may be left out, and must not be another one.
     """
     if answer is None:
         return False
+    gold, noted = without_brackets(gold)
     number, unit = measured(gold)
     if number is None:
         return as_words(answer) == as_words(gold)
-    value, written_unit = measured(answer)
-    return value == number and unit in ("", written_unit)
+    value, written_unit = measured(without_brackets(answer)[0] if noted else answer)
+    return value == number and (unit in ("", written_unit) or (noted and not written_unit))
+
+
+def without_brackets(text):
+    """("7 pens", True) for "7 (pens)", the text and False for any other."""
+    match = NOTED.fullmatch(text.strip()) if len(text) <= LONGEST_ANSWER else None
+    return (f"{match[1]} {match[2]}", True) if match else (text, False)
 
 
 def as_words(text):

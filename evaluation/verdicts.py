@@ -142,8 +142,9 @@ def dataset_complaints(task, problems, weights, timeout):
 
 
 def _is_bare(gold):
+    gold, noted = evaluator.without_brackets(gold)
     value, unit = evaluator.measured(gold)
-    return value is not None and not unit
+    return value is not None and (noted or not unit)
 
 
 def _form(task, sample, timeout, until):

@@ -29,6 +29,12 @@ def written(answer):
 # --- right in the usual writings: gold, the answers -----------------------------------------------
 
 RIGHT = {
+    # a unit in brackets, as ASDiv has it
+    "7 (pens)": "7 | 7 pens | 7 (pens) | 7.0 | $7$ | 7 Pens",
+    "1,080 (square feet)": "1080 | 1080 square feet | 1,080 (Square feet)",
+    "-2.5 (degrees)": "-2.5 | -2.5° | -5/2",
+    # the same for what is not a number
+    "seven (pens)": "seven (pens) | Seven (pens).",
     # wrappers
     "72": r"\boxed{72} | **72** | $72$ | $$72$$ | `72` | \(72\) | \[72\] | $\boxed{72}$ | "
     r"**$\boxed{72}$.** | \[ \boxed{72} \] | \text{72} | \fbox{72} | \mathbf{72} | ** 72 ** | "
@@ -78,6 +84,9 @@ RIGHT = {
 # --- wrong, whatever the reader drops: gold, the answers ------------------------------------------
 
 WRONG = {
+    "7 (pens)": "8 | 7 dogs | 7 (dogs) | 7 (pens) (dogs) | 7 pens or 8 | 77 | -7 | $7",
+    "7": "7 (8) | 8 (7)",
+    "seven (pens)": "seven | 7",
     "9 AM": "9 PM | 9 | 9 p.m. | 9 A | 10 AM | 9 am pm",
     "2 A": "2 B | 2 | 2 a | 2A B",
     "5 km": "5 mm | 5 m | 5 | 5 km/h | 5 kg | 5 km^2 | 5 miles",

@@ -219,11 +219,11 @@ def test_golds_that_are_more_than_a_number_are_counted_with_the_shortest_as_exam
     golds = ["7", "1,080", "-3", "$5.00", "3/4", "2 1/2", "1e16", "2e-06", "½", "B", "blue", "x7",
              "7 (pens)", "7\nThe answer is: 7", "12:45", "9 AM", "50%", "3 to 1"]  # fmt: skip
     problems = [Problem("?", gold, "") for gold in golds]
-    assert unmatched_golds(problems) == (7, "50%")
+    assert unmatched_golds(problems) == (6, "50%")
     assert unmatched_golds(problems[:4] + problems[9:12]) == (1, "$5.00")
     assert unmatched_golds(problems[:3]) == (0, None)
     [line, *_] = dataset_complaints(TASK, problems, {}, 1.0)[0]
-    assert line == "7 of 18 gold answers are more than a number, e.g. `50%`: an answer needs the " \
+    assert line == "6 of 18 gold answers are more than a number, e.g. `50%`: an answer needs the " \
                    "same behind it"  # fmt: skip
 
 
@@ -291,10 +291,10 @@ def test_lint_says_of_letters_that_it_cannot_judge_their_rewards(tmp_path, capsy
 
 def test_lint_of_a_dataset_judges_its_own_problems(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(f'{{"question": "{i}?", "answer": "{i} (pens)"}}\n' for i in range(60)))
+    data.write_text("".join(f'{{"question": "{i}?", "answer": "{i} pens"}}\n' for i in range(60)))
     status, lines = lint(capsys, "--dataset_path", data)
     assert status == 1 and any("The golden set knows numbers in the tags" in line for line in lines)
-    assert re.search(r"^- \d+ of \d+ gold answers are more than a number, e\.g\. `\d+ \(pens\)`",
+    assert re.search(r"^- \d+ of \d+ gold answers are more than a number, e\.g\. `\d+ pens`",
                      "\n".join(lines), re.MULTILINE)  # fmt: skip
     data.write_text("".join(f'{{"question": "{i}?", "answer": {i}}}\n' for i in range(60)))
     status, lines = lint(capsys, "--dataset_path", data)
