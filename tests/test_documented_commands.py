@@ -7,6 +7,7 @@ docs/log.md is left out: its commands are those of their day.
 
 import argparse
 import json
+import os
 import re
 import runpy
 import shlex
@@ -32,6 +33,7 @@ from records.files import LABELS
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md"]
 STARTS = ("python ", "make ", "accelerate launch", "torchrun", "pip install")
+OF_MAKE = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS")
 OTHERS_FLAGS = {"--nnodes", "--cpu"}  # of torchrun and of accelerate
 # What stands for something of the user's, where it is not a file: see `places`.
 STANDS_FOR = {"N": "1", "M": "2", "W": "0.1", "NAME=WEIGHT": "correctness=2", "RUN@STEP": "RUN@0"}
@@ -186,9 +188,12 @@ def read_make(target, words):
     assert target in targets
     if shutil.which("make") is None:
         pytest.skip("make is not there")
+    # As from a shell, though `make test ARGS=...` may have started this.
+    env = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
     done = subprocess.run(
-        ["make", "-n", "-C", str(ROOT), target, *words], capture_output=True, text=True, check=True
-    )
+        ["make", "-n", "-C", str(ROOT), target, *words],
+        capture_output=True, text=True, check=True, env=env,
+    )  # fmt: skip
     for line in done.stdout.replace("\\\n", " ").splitlines():
         if " main.py" in line and "mv " not in line:
             read_main(shlex.split(line.split(" main.py", 1)[1]))

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_main_is_the_same_under_a_profiler(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "cProfile", "-o", "profile", ROOT / "main.py", "plot"],

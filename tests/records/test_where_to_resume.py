@@ -57,6 +57,7 @@ def test_a_finished_run_goes_on_where_more_is_asked_of_it(tmp_path):
     assert not has_finished(resumed(run, "--resume", str(run / "checkpoints" / "step_00002")))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_before_torch_is_there(saved_models, tmp_path, command):
     run = tmp_path / "run"
     assert command(*flags_of(saved_models, run, "--cold_start_steps", 0))[0] == 0
