@@ -82,7 +82,10 @@ NOT_RUN = {
     "python main.py --preset cpu --seed": "minutes each; tests/test_main.py, tests/launch/test_*",
     "python main.py --preset cpu --dataset_name gsm8k": "an hour, and the hub",
 }
-ONLY = {"python main.py": "a GPU and the hub"}  # as they stand, not what they begin
+ONLY = {
+    "python main.py": "a GPU and the hub",
+    "python main.py --tis_cap 2": "the same",
+}  # as they stand, not what they begin
 
 
 def blocks_and_rest(text):
