@@ -99,6 +99,7 @@ def replayable(saved_models, tmp_path_factory):
     """A run of four steps from a saved model, its rollouts, and checkpoints after 2 and 4."""
     import evaluator
     import main
+    from launch.parser import parse_args
 
     def spread(completion, problem):
         return float(sum(map(ord, completion)) % 7)
@@ -106,7 +107,7 @@ def replayable(saved_models, tmp_path_factory):
     run = tmp_path_factory.mktemp("replay") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "REWARD_FUNCTIONS", [spread])
-        main.train(main.parse_args([
+        main.train(parse_args([
             "--preset", "cpu", "--questions_per_step", "2", "--group_size", "4", "--eval_problems",
             "2", "--max_completion_length", "8", "--cold_start_steps", "0", "--num_train_iters",
             "4", "--save_steps", "2", "--learning_rate", "0.0003", "--lr_schedule", "constant",

@@ -230,7 +230,7 @@ def trl_loss(inputs, loss_type, level, low, high, beta, cap, bonus):
     ids = torch.zeros(mask.shape, dtype=torch.long)
     loss = GRPOTrainer._compute_loss(trainer, None, {
         "prompt_ids": ids, "prompt_mask": mask, "completion_ids": ids, "completion_mask": mask,
-        "advantages": advantages, "old_per_token_logps": first if cap else old,
+        "advantages": advantages, "old_per_token_logps": first,
         "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
         "importance_sampling_ratio": (first - old).exp().clamp(max=cap) if cap else None,
     })  # fmt: skip
