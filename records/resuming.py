@@ -52,9 +52,10 @@ def run_to_resume(resume, output_dir, may_start=False):
 
 def holds_run(path):
     """Whether a directory holds a run's configuration or its checkpoints."""
+    flags = {}
     with suppress(UserError):
-        return bool(saved_flags(path)) or (Path(path) / "checkpoints").is_dir()
-    return (Path(path) / "checkpoints").is_dir()
+        flags = saved_flags(path)
+    return bool(flags) or (Path(path) / "checkpoints").is_dir()
 
 
 def _nearest_run(path):

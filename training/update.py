@@ -43,26 +43,26 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     chosen = chosen.to(policy.device)  # (Q, G)
     advantages = advantages.to(policy.device, rollouts.logprobs.dtype)  # (Q, G)
     passes, idle, trained_tokens = cut(setup, rollouts, advantages, chosen)
+    run = passes + idle
     objective, epochs = objective_of(args), []
     with_entropy = args.entropy_bonus > 0
     for _ in range(args.num_inner_epochs):
         with setup.stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
-            seen = []
-            for one in passes + idle:
+            for i, one in enumerate(run):
                 with accelerator.autocast():
                     logprobs, entropy = completion_logprobs(
                         policy, one.read, one.ids, args.temperature, with_entropy
                     )  # (R, C)
                 loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
                 loss.backward()
-                seen.append(logprobs.detach())
-                progress.tick(1, "passes", of=len(passes + idle))
+                if one.batch.old_logprobs is None:  # before the step's first update
+                    logprobs = logprobs.detach()
+                    run[i] = replace(one, batch=replace(one.batch, old_logprobs=logprobs))
+                progress.tick(1, "passes", of=len(run))
                 metrics["loss"] += loss.detach()
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens
-            if not epochs:
-                passes, idle = compared_with(seen, passes, idle)
             metrics = summed(metrics, accelerator)
             sum_gradients(optimizer, accelerator)
             metrics["grad_norm"], metrics["skipped"] = apply_gradients(
@@ -129,15 +129,6 @@ def reference_logprobs(setup, prompt_ids, lengths, ids):
         )  # (B, C)
     release_freed_memory(setup.policy.device)
     return logprobs
-
-
-def compared_with(seen, passes, idle):
-    """The same passes, which know from now on what the trainer thought before the first update."""
-    known = [
-        replace(one, batch=replace(one.batch, old_logprobs=logprobs))
-        for one, logprobs in zip(passes + idle, seen)
-    ]
-    return known[: len(passes)], known[len(passes) :]
 
 
 def trained_counts(passes, always):
