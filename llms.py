@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
@@ -247,10 +248,12 @@ def settle_rendering(tokenizer, rendering, flag):
         # As its tokenizer begins any text, with a BOS or without.
         begins = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEXT
-        print(f"{flag}: has no chat template; asked in plain text, where --stop may end an answer")
+        tqdm.write(
+            f"{flag}: has no chat template; asked in plain text, where --stop may end an answer"
+        )
     for name, value in rendering.arguments.items():
         if value is not False and name not in str(tokenizer.chat_template):
-            print(f"{flag}: its chat template does not know {name}, which does nothing")
+            tqdm.write(f"{flag}: its chat template does not know {name}, which does nothing")
     system, question = "Speak softly", "Which colour"
     tokenizer.rendering = rendering
     try:
@@ -267,7 +270,9 @@ def settle_rendering(tokenizer, rendering, flag):
     opens_thinking = prompt.rstrip().endswith("<think>")
     tokenizer.rendering = replace(tokenizer.rendering, opens_thinking=opens_thinking)
     if not taken:
-        print(f"{flag}: its chat takes no system message; the system prompt begins the question")
+        tqdm.write(
+            f"{flag}: its chat takes no system message; the system prompt begins the question"
+        )
 
 
 def chat_prompt(tokenizer, system_prompt, question):

@@ -15,7 +15,8 @@ from launch.door import ARGS, enter
 import sys
 from dataclasses import replace
 
-from evaluation.held_out import evaluate_policy
+from evaluation.comparison import summarize
+from evaluation.held_out import an_eighth, evaluate_policy
 from evaluation.scoring import (
     joined_rewards,
     judged_ahead,
@@ -48,6 +49,8 @@ def train(args):
     setup, run, data, start = begin(args)
     first = start.step if start else 0
     if not start:
+        if args.short_eval_iterations and args.cold_start_steps:
+            evaluate_shortly(setup, run, data.test, 0, before_cold_start=True)
         with phase("cold start"):
             cold_start(setup, data.train, worked_ids)
     optimizer, scheduler = make_optimizer(setup.policy, args, first)
@@ -60,7 +63,12 @@ def train(args):
         due = done == args.num_train_iters or is_due(done, args.eval_iterations)
         if done not in run.evaluations and (due or not run.evaluations):
             with phase("evaluation"):
-                run.log_evaluation(done, *evaluate_policy(setup, data.test, done))
+                summary, records = evaluate_policy(setup, data.test, done)
+            run.log_evaluation(done, summary, records)
+            if args.short_eval_iterations:
+                run.log_short_evaluation(done, summarize(an_eighth(records)))
+        elif is_due(done, args.short_eval_iterations) and done not in run.short_evaluations:
+            evaluate_shortly(setup, run, data.test, done)
 
     with progress.open(total=args.num_train_iters, initial=first, unit="step") as bar, saver:
         evaluate_if_due(first)
@@ -101,6 +109,14 @@ def train(args):
 
 def is_due(done, every):
     return every > 0 and done % every == 0
+
+
+def evaluate_shortly(setup, run, problems, done, **more):
+    """Where the policy stands, on an eighth of the held-out problems: a curve between the
+    evaluations that decide."""
+    with phase("short evaluation"):
+        summary, _ = evaluate_policy(setup, an_eighth(problems), done)
+    run.log_short_evaluation(done, summary | more)
 
 
 def draw_groups(setup, train_problems, step, run):

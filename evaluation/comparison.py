@@ -164,6 +164,8 @@ def compare(first, second, show):
 
     Raises UserError where the questions are not the same.
     """
+    if first.name == second.name:
+        raise UserError(f"{first.name}: is compared with itself; name another run, or a step")
     pairs = paired(first.records, second.records)
     if pairs is None:
         common = {row["question"] for row in first.records}

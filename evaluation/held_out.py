@@ -110,6 +110,11 @@ def evaluate_policy(setup, problems, step):
     return summary, records
 
 
+def an_eighth(held_out):
+    """A fixed eighth of the held-out problems, or of the records of their answers."""
+    return held_out[::8]
+
+
 def check_room(policy, tokenizer, problems, args, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
     longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)

@@ -89,8 +89,8 @@ def build_command_parser(name, argv=()):
         add_model(parser, argv, EVALUATION_FLAGS)
     elif name == "chat":
         add_model(parser, argv, CHAT_FLAGS)
-        add("--ask", metavar="TEXT", help="one question; without it, and without --question, they "
-            "are read from the terminal")
+        add("ask", nargs="?", metavar="QUESTION", help="one question; without it, and without "
+            "--question, they are read from the terminal")
         add_question(parser)
         add("--temperature", type=NOT_NEGATIVE, default=0.0, help="of sampling; 0: greedy")
     elif name == "group":
@@ -156,7 +156,8 @@ def parse_command(argv):
     a mistake."""
     name, *rest = argv
     if name not in COMMANDS:
-        Parser(prog="main.py").error(f"unknown command {name}; {hint(name, COMMANDS)}")
+        trains = "without a command it trains" if name in ("train", "run") else hint(name, COMMANDS)
+        Parser(prog="main.py").error(f"unknown command {name}; {trains}")
     if name == "plan":
         args = parse_args([*rest, "--plan"], prog="main.py plan")
         args.command = name

@@ -187,6 +187,9 @@ def add_flags(parser):
     flag = group("evaluation and saving").add_argument
     flag("--eval_iterations", type=COUNT, metavar="STEPS",
          help="steps between evaluations; 0: only before the first and after the last step")
+    flag("--short_eval_iterations", type=COUNT, metavar="STEPS", help="steps between short "
+         "evaluations, of a fixed eighth of the held-out problems, and one before a cold start: a "
+         "curve in the plots, nothing else; 0: none")
     flag("--eval_problems", type=COUNT, metavar="N", help="held-out problems, by a shuffle that is "
          "the same for every seed (arithmetic: the first ones, which are random); 0: all")
     flag("--eval_batch_size", type=POSITIVE_COUNT, metavar="N", help="problems answered at once")

@@ -120,10 +120,17 @@ def parse_known(parser, argv):
         if not action.option_strings or words & {*action.option_strings}
     }
     if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        flags = parser._option_string_actions
+        close = [flag for flag in flags if _initials(flag) == unknown[0].strip("-")]
+        close = close or difflib.get_close_matches(unknown[0], flags, n=1)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
     return args
+
+
+def _initials(flag):
+    """ "lr" of --learning_rate."""
+    return "".join(word[0] for word in flag.strip("-").split("_"))
 
 
 def parse_args(argv=None, prog="main.py", epilog=None):

@@ -201,7 +201,7 @@ def report(plan, on_gpu, machine):
         *aligned(rows),
         "",
         f"Time, predicted and not measured: {step:,.1f} s per step, {duration(run)} for "
-        f"{args.num_train_iters:,} steps and {evaluations} "
+        f"{args.num_train_iters:,} steps and {evaluations:g} "
         f"evaluation{'s' * (evaluations != 1)}",
         f"of {args.eval_problems or GSM8K_TEST:,} problems, without rewards, cold start and files.",
         f"Assumed: {machine.name};",
@@ -238,11 +238,14 @@ def as_flags(changed):
 
 
 def count_evaluations(args):
-    """One before, one after, and those in between."""
+    """One before, one after, and those in between; short ones are an eighth."""
     if args.num_train_iters == 0:
         return 1
     every = args.eval_iterations or args.num_train_iters
-    return 1 + math.ceil(args.num_train_iters / every)
+    count = 1 + math.ceil(args.num_train_iters / every)
+    if every := args.short_eval_iterations:
+        count += ((args.num_train_iters - 1) // every + bool(args.cold_start_steps)) / 8
+    return count
 
 
 def duration(seconds):

@@ -33,7 +33,9 @@ def number(kind, low, high=math.inf, low_open=False):
             name = "a whole number" if kind is int else "a finite number"
             bound = f" above {low:g}" if low_open else f" of at least {low:.10g}"
             bound = "" if low == -math.inf else bound
-            limit = "" if high == math.inf else f" and at most {high:.10g}"
+            # That nothing is counted beyond MOST is for whoever tries.
+            known = high == math.inf or (high == MOST and value < low)
+            limit = "" if known else f" and at most {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}{bound}{limit}")
         return value
 

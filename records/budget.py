@@ -59,6 +59,8 @@ def how_long(args, steps, past):
     step = completions * evaluation / answers["answers"]
     step += args.num_inner_epochs * tokens * cold / read["tokens"]
     evaluations = 1 + ((steps - 1) // args.eval_iterations if args.eval_iterations else 0)
+    if args.short_eval_iterations:  # of an eighth
+        evaluations += (steps - 1) // args.short_eval_iterations / 8
     return (
         f"about {in_words(steps * step + evaluations * evaluation)} for {steps} steps: if "
         "sampling is as fast as the first evaluation was, an update as the cold start"

@@ -229,6 +229,7 @@ class Saver:
 
     def _on_signal(self, number, frame):
         if self.signal is not None:
+            os.write(2, b"\nmain.py: ended at once; what was being saved is not\n")
             os._exit(128 + number)
         self.signal = number
         if self.main and not (self.held or self.sharded):

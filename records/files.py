@@ -14,7 +14,7 @@ LABELS = {
     "reward_std": "reward std within a group",
     "kl": "KL to the reference (nats per token)",
     "entropy": "entropy (nats per token)",
-    "cross_entropy": "cross-entropy of filtered tokens under the policy (nats per token)",
+    "cross_entropy": "cross-entropy of filtered tokens (nats per token)",
     "completion_length": "completion length (tokens)",
     "loss": "loss",
     "grad_norm": "gradient norm before clipping",
@@ -90,14 +90,16 @@ def coinciding(curves):
     return groups
 
 
+BEFORE_COLD_START, AN_EIGHTH = "before the cold start", "on an eighth of the problems"
+
 # Flags in which runs of one recipe differ.
 OF_A_RUN = {"seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints"}
 
 
 class Series:
     """One run's records: `metrics` and `evaluations` map a key to (steps, values), `intervals` a
-    key of the latter to (lows, highs); `rows` are the lines of metrics.jsonl, `alarms` are (step,
-    line of text)."""
+    key of the latter to (lows, highs), `short_accuracy` the names of what --short_eval_iterations
+    saw; `rows` are the lines of metrics.jsonl, `alarms` are (step, line of text)."""
 
     metric_ranges: ClassVar = {}  # see Mean
 
@@ -113,6 +115,12 @@ class Series:
         self.metrics = _columns(self.rows)
         self.evaluation_rows = _rows_of_steps(self.path / "eval.jsonl")
         self.evaluations = _columns(self.evaluation_rows)
+        self.short_rows = _rows_of_steps(self.path / "short_eval.jsonl")
+        self.short_accuracy = {
+            BEFORE_COLD_START if before else AN_EIGHTH: _columns(rows)["accuracy"]
+            for before in (True, False)
+            if (rows := [row for row in self.short_rows if before == ("before_cold_start" in row)])
+        }
         self.intervals = {}
         for key, (steps, _) in self.evaluations.items():
             low, high = (self.evaluations.get(f"{key}_{end}") for end in ("low", "high"))
@@ -131,7 +139,8 @@ class Mean:
 
     def __init__(self, name, runs):
         self.name = ", ".join(filter(None, [name, _count(runs)]))
-        self.flags, self.alarms = runs[0].flags, []
+        self.flags = runs[0].flags
+        self.alarms = sorted({alarm for run in runs for alarm in run.alarms})  # of any of them
         seeds = {}
         for run in runs:
             seeds.setdefault(run.flags.get("seed"), []).append(run)
@@ -139,6 +148,7 @@ class Mean:
             runs = [Mean("", of_one) if len(of_one) > 1 else of_one[0] for of_one in seeds.values()]
         self.metrics, self.metric_ranges = _joined([run.metrics for run in runs])
         self.evaluations, self.intervals = _joined([run.evaluations for run in runs])
+        self.short_accuracy, _ = _joined([run.short_accuracy for run in runs])
 
 
 def _count(runs):

@@ -10,7 +10,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from records.files import NO_FIGURE, Mean, Series, coinciding, is_share, smooth, title, unit
+from records.files import (
+    BEFORE_COLD_START,
+    NO_FIGURE,
+    Mean,
+    Series,
+    coinciding,
+    is_share,
+    smooth,
+    title,
+    unit,
+)
 
 BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
@@ -45,13 +55,18 @@ def _evaluation(axes, runs, key):
             continue
         steps, values = run.evaluations[key]
         steps = [step + aside * (max(steps) or 1) for step in steps]  # lest intervals hide others
-        axes.plot(steps, values, "o:", color=colour, linewidth=1.2, markersize=7, label=run.name)
+        name = run.name if len(runs) > 1 else "on all problems"
+        axes.plot(steps, values, "o:", color=colour, linewidth=1.2, markersize=7, label=name)
+        for name, series in run.short_accuracy.items() if key == "accuracy" else ():
+            kind = "x" if name == BEFORE_COLD_START else ".-"
+            axes.plot(*series, kind, color=colour, alpha=0.6, linewidth=1, label=name)
         if key in run.intervals:
             low, high = run.intervals[key]
             below = [value - bound for value, bound in zip(values, low)]
             above = [bound - value for value, bound in zip(values, high)]
             axes.errorbar(steps, values, [below, above], color=colour, capsize=4, fmt="none")
-    _finish(axes, runs, key, legend=len(runs) > 1)
+    short = key == "accuracy" and any(run.short_accuracy for run in runs)
+    _finish(axes, runs, key, legend=len(runs) > 1 or short)
 
 
 def _rewards(axes, runs):
@@ -144,8 +159,7 @@ def _alarms(axes, runs):
             if named:
                 axes.annotate(
                     ", ".join(lines), (step, 1), xycoords=("data", "axes fraction"), rotation=90,
-                    fontsize=7, color="#dc2626", ha="right", va="top",
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+                    fontsize=7, color="#dc2626", ha="right", va="top", zorder=1,  # below curves
                 )  # fmt: skip
 
 
@@ -157,11 +171,13 @@ def _finish(axes, runs, key, legend):
     left, right = axes.get_xlim()
     if right - left < 1:  # a single step
         axes.set_xlim(left - 0.5, right + 0.5)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "no steps yet", transform=axes.transAxes, ha="center", color="#64748b")
     _alarms(axes, runs)
     if is_share(key):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def _title(runs, key, held_out=False):

@@ -124,7 +124,7 @@ def _alarm_list(run):
 
 def _budget(run):
     """Two bars of shares: seconds by stage, tokens by whether they carried gradient."""
-    seconds, tokens, completions = budget([*run.rows, *run.evaluation_rows])
+    seconds, tokens, completions = budget([*run.rows, *run.evaluation_rows, *run.short_rows])
     parts, total = [], sum(seconds.values())
     if total:
         shares = {stage: spent / total for stage, spent in seconds.items()}
@@ -202,7 +202,8 @@ def _charts(run):
     for key, series in run.evaluations.items():
         if not key.endswith(NO_FIGURE):
             name = key if LABELS.get(key, "").startswith("held-out") else f"held-out {key}"
-            figures[name] = held_out[name] = {key: series}
+            short = run.short_accuracy if key == "accuracy" else {}
+            figures[name] = held_out[name] = {key: series, **short}
     charts = [key if key in figures else IN_PLACE_OF.get(key, key) for key in FIRST_CHARTS]
     data, first, more = [], [], []
     for name in sorted(figures, key=lambda t: [*charts, t].index(t)):
@@ -287,7 +288,7 @@ def _chart(run, key, figure, share, held_out, number):
                      f'<text x="{LEFT - 5}" y="{y(tick) + 3:.1f}" text-anchor="end">{label}</text>'
                      )  # fmt: skip
     for tick in MaxNLocator(5, integer=True).tick_values(left, right):
-        if left <= tick <= right:
+        if left <= tick <= right and tick % 1 == 0:
             marks.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 17}" text-anchor="middle">'
                          f"{tick:.0f}</text>")  # fmt: skip
     for step in sorted({step for step, _ in run.alarms if left <= step <= right}):

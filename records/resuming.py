@@ -17,7 +17,8 @@ MANIFEST, REPORT = "manifest.json", "report.html"
 # those for memory, which leave the result as it is.
 MAY_CHANGE = {
     "output_dir", "resume", "resume_or_start", "plan", "verbose", "num_train_iters",
-    "eval_iterations", "save_steps", "save_rollouts", "keep_checkpoints", "reward_timeout",
+    "eval_iterations", "short_eval_iterations", "save_steps", "save_rollouts", "keep_checkpoints",
+    "reward_timeout",
     "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
     "track", "merge_lora", "allow_changed_rewards", "reward_workers",
 }  # fmt: skip

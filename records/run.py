@@ -40,6 +40,7 @@ class Run:
     config.json        the first command, every flag, versions, device, and every start of the run
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
+    short_eval.jsonl   the same of an eighth of the problems (--short_eval_iterations)
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
                        tokens_00012.jsonl: one group, token by token
     rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
@@ -57,6 +58,7 @@ class Run:
             self.completions.mkdir(parents=True, exist_ok=True)
         self.config = {}  # what config.json holds, see save_config
         self.evaluations = {}  # step: summary
+        self.short_evaluations = set()  # steps
         self.rows = []  # the lines of metrics.jsonl, for the alarms
 
     def cut_back(self, done):
@@ -64,7 +66,8 @@ class Run:
         kept = {}
         if self.writes:
             (self.path / REPORT).unlink(missing_ok=True)  # so that one is that of the run's end
-        for name, last in (("metrics.jsonl", done - 1), ("eval.jsonl", done)):
+        names = {"metrics.jsonl": done - 1, "eval.jsonl": done, "short_eval.jsonl": done}
+        for name, last in names.items():
             path = self.path / name
             kept[name] = [row for row in read_rows(path) if row["step"] <= last]
             if self.writes and path.exists():  # also where all it holds is a torn line
@@ -74,6 +77,7 @@ class Run:
             if ours and self.writes and int(ours[2]) > (done if ours[1] == "eval" else done - 1):
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
+        self.short_evaluations = {row["step"] for row in kept["short_eval.jsonl"]}
         for row in kept["eval.jsonl"]:
             if row["step"] == done:
                 log_evaluation(self.trackers, row)
@@ -139,6 +143,12 @@ class Run:
         for alarm in row["alarms"]:
             tqdm.write(f"step {step}: alarm: {alarm}")
         return summary
+
+    def log_short_evaluation(self, step, summary):
+        """Write a short evaluation, of which no answers are kept."""
+        self.short_evaluations.add(step)
+        self._write("short_eval.jsonl", [{"step": step, **summary}], mode="a")
+        log_row(self.trackers, {"step": step, "short_accuracy": summary["accuracy"]})
 
     def _evaluation_rows(self):
         return [{"step": step, **summary} for step, summary in self.evaluations.items()]
@@ -272,7 +282,8 @@ def bar_text(values):
 
 def summary_table(path, before, after):
     """What a run ends with: the held-out figures before and after, its budget, where to look."""
-    rows = [row for name in ("metrics.jsonl", "eval.jsonl") for row in read_rows(path / name)]
+    files = (path / name for name in ("metrics.jsonl", "eval.jsonl", "short_eval.jsonl"))
+    rows = [row for file in files for row in read_rows(file)]
     return "\n".join([
         "", *evaluation_table({"before GRPO": before, "after": after}), *budget_lines(rows),
         f"Everything is in {path}; {path}/plots/overview.png shows it at a glance.",

@@ -126,7 +126,8 @@ def test_without_a_terminal_nothing_is_drawn(capsys):
 
 
 def args(**changes):
-    flags = {"questions_per_step": 8, "group_size": 8, "num_inner_epochs": 1, "eval_iterations": 0}
+    flags = {"questions_per_step": 8, "group_size": 8, "num_inner_epochs": 1, "eval_iterations": 0,
+             "short_eval_iterations": 0}  # fmt: skip
     return type("Args", (), {**flags, **changes})
 
 

@@ -16,6 +16,7 @@ LOWER = {
     "reference": "--micro_batch_tokens",
     "policy": "--micro_batch_tokens",
     "evaluation": "--eval_batch_size",
+    "short evaluation": "--eval_batch_size",
     "answering": "--max_completion_length or --group_size",
 }
 

@@ -78,7 +78,7 @@ def assert_harmless(text):
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_the_streamed_answer_is_what_training_would_sample(temperature, said, saved_models):
-    out = said("chat", "--ask", "What is 3 + 4?", "--temperature", temperature, "--seed", "5",
+    out = said("chat", "What is 3 + 4?", "--temperature", temperature, "--seed", "5",
                "--max_completion_length", "60")  # fmt: skip
     model, tokenizer = load_model(str(saved_models["qwen2"]), "cpu")
     prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, "What is 3 + 4?")
@@ -135,7 +135,7 @@ def rows_of(out):
 def test_an_answer_is_judged_by_what_training_rewards(text, answer, parsed, right, writes, said):
     writes(text)
     gold = ["--answer", answer] if answer else []
-    out = said("chat", "--ask", "What is 3 + 4?", *gold, "--reward_weights", "tag_count=3")
+    out = said("chat", "What is 3 + 4?", *gold, "--reward_weights", "tag_count=3")
     rows = rows_of(out)
     assert (rows["parsed answer"], rows["right"]) == (parsed, right)
     assert rows["gold answer"] == (answer or chat.NEEDS_ONE)
@@ -184,7 +184,7 @@ def test_questions_are_answered_one_by_one_until_there_are_no_more(said, monkeyp
     out = said("chat", "--max_completion_length", "20")
     monkeypatch.undo()
     first, rest = out.split("--max_completion_length 20: with the longest")
-    alone = [said("chat", "--ask", text, "--max_completion_length", "20").split("\n\n")[1]
+    alone = [said("chat", text, "--max_completion_length", "20").split("\n\n")[1]
              for text in ("What is 3 + 4?", "And 5 + 6?")]  # fmt: skip
     assert alone[0] != alone[1] and alone[0] in first and alone[1] in rest
 
@@ -272,11 +272,11 @@ def test_a_long_completion_is_shown_in_short_and_whole_on_request():
         (["chta"], ["main.py: error: ", "unknown command chta; did you mean chat?"]),
         (["chat"], ["main.py chat: error:", "MODEL"]),
         (["chat", "nowhere"], ["MODEL nowhere: no such directory"]),
-        (["chat", EMBEDDED_MODEL, "--aks", "x"], ["--aks; did you mean --ask?"]),
+        (["chat", EMBEDDED_MODEL, "--anwser", "x"], ["--anwser; did you mean --answer?"]),
         (["chat", EMBEDDED_MODEL, "--group_size", "4"], ["unknown argument --group"]),
         (["chat", EMBEDDED_MODEL, "--temperature", "-1"], ["--temperature", "'-1'"]),
-        (["chat", EMBEDDED_MODEL, "--ask", " "], ["the question ' ': is empty"]),
-        (["chat", EMBEDDED_MODEL, "--ask", "\udcff"], ["not text"]),
+        (["chat", EMBEDDED_MODEL, " "], ["the question ' ': is empty"]),
+        (["chat", EMBEDDED_MODEL, "\udcff"], ["not text"]),
         (["chat", EMBEDDED_MODEL, "--answer", "7"], ["--answer: goes with"]),
         (["chat", EMBEDDED_MODEL, "--preset", "tpu"], ["main.py chat: ", "'tpu'"]),
         (["chat", EMBEDDED_MODEL, "--max_completion_length", "9000"],

@@ -113,13 +113,19 @@ def test_sampled_answers_are_compared_by_their_chances(tmp_path, capsys):
 
 
 def test_more_room_to_answer_on_one_side_is_noted(tmp_path, capsys):
-    a, b = (
-        write_run(tmp_path / str(n), {0: [record("1?", True)]}, max_completion_length=n)
-        for n in (48, 96)
+    a, b, c = (
+        write_run(tmp_path / name, {0: [record("1?", True)]}, max_completion_length=length)
+        for name, length in (("a", 48), ("b", 96), ("c", 48))
     )
     note = "Note: not only the models differ: --max_completion_length."
     assert note in said(capsys, a, b)
-    assert "Note" not in said(capsys, a, a)
+    assert "Note" not in said(capsys, a, c)
+
+
+def test_an_evaluation_is_not_compared_with_itself(tmp_path, capsys):
+    run = write_run(tmp_path / "a", {0: [record("1?", True)], 4: [record("1?", True)]})
+    assert main(["compare", f"{run}@4", run]) == 2
+    assert "@4: is compared with itself; name another run, or a step" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(two, tmp_path, capsys):
