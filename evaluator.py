@@ -2,6 +2,7 @@
 
 To add a reward, write a function `name(completion, problem) -> float` and put it in
 REWARD_FUNCTIONS. Its name is its key in the metrics, the logs and the plots; nothing else changes.
+One that compares the completions of a question is marked @of_group, such as `shortest_right`.
 (Rewards in a file of their own: --evaluator FILE.py; with a dataset of their own: see tasks/.)
 
     python main.py lint    what do these rewards reward?
@@ -319,6 +320,31 @@ def tag_count(completion, problem):
     _, closing, after = completion.rpartition("</answer>")
     excess = len(after.strip()) if closing else 0
     return max(0.0, 0.125 * in_place - 0.001 * excess)
+
+
+# --- rewards that compare: they see all completions of a question ------------------------------
+
+
+def of_group(function):
+    """Marks a reward (completions, problem), which gets all G completions of a question and returns
+    a number for each, in their order. It stands in REWARD_FUNCTIONS like any other."""
+    function.sees_group = True
+    return function
+
+
+def sees_group(function):
+    return getattr(function, "sees_group", False)
+
+
+@of_group
+def shortest_right(completions, problem):
+    """0.5 for the shortest of the group's right answers, in characters, falling to 0 for the
+    longest; 0 for wrong ones, and where the right ones are equally long: it never pays for being
+    short alone."""
+    lengths = {text: len(text) for text in completions if is_correct(text, problem)}
+    shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
+    room = max(1, longest - shortest)
+    return [0.5 * (longest - lengths.get(text, longest)) / room for text in completions]
 
 
 REWARD_FUNCTIONS = [correctness, integer_format, strict_format, soft_format, tag_count]

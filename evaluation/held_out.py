@@ -5,7 +5,13 @@ from functools import partial
 
 from evaluation.comparison import summarize
 from evaluation.scoring import call, cut_off_thinking, judged_ahead, score, without_thoughts
-from evaluator import extract_answer, has_format, is_correct_leniently, last_number
+from evaluator import (
+    extract_answer,
+    has_format,
+    is_correct_leniently,
+    last_number,
+    sees_group,
+)
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
 from training.processes import everyones, own_part
@@ -24,6 +30,7 @@ def evaluate(setup, problems, seed=0, tick=None):
     args, task, tokenizer = setup.args, setup.task, setup.tokenizer
     timeout = args.reward_timeout
     prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
+    functions = [f for f in task.reward_functions if not sees_group(f)]  # one answer has no group
     records = [None] * len(problems)
     # Prompts of like length share a batch: less padding.
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
@@ -42,9 +49,7 @@ def evaluate(setup, problems, seed=0, tick=None):
                 tick(len(chosen))
 
     for chosen, rollouts, judged in batches(args.eval_batch_size, group_size=1, temperature=0):
-        rewards = score(
-            judged, [problems[i] for i in chosen], task.reward_functions, timeout=timeout
-        )
+        rewards = score(judged, [problems[i] for i in chosen], functions, timeout=timeout)
         lengths = rollouts.completion_mask.sum(-1).flatten().tolist()
         scores = rewards.per_function.flatten(0, 1).tolist()
         for i, [text], [answer], length, [finished], row in zip(

@@ -18,7 +18,8 @@ from functools import cache
 from tqdm import tqdm
 
 from evaluation import verdicts
-from evaluator import is_correct, parse_number
+from evaluation.group_lint import group_findings
+from evaluator import is_correct, parse_number, sees_group
 from rldatasets import SYSTEM_PROMPT, Problem
 from utils import TimedOut, as_number, table, time_limit
 
@@ -105,6 +106,7 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT, verdict=None, worked_a
     One that takes more than `timeout` seconds for a call is not called again. verdict and
     worked_answer: is_correct and worked_answer of a file that has its own.
     """
+    every, reward_functions = reward_functions, [f for f in reward_functions if not sees_group(f)]
     failures = {}  # {function: what is wrong with it, once}
     hanging = set()
 
@@ -157,11 +159,11 @@ def lint(reward_functions, weights=None, timeout=TIMEOUT, verdict=None, worked_a
         None: (UNKNOWN, ()),
     }.get(own, (OTHER.format(own), (order, length, top)))
     golden = golden_set(forms)
+    rules = rules if reward_functions else ()
     findings = [finding for rule in rules for finding in rule(earned, golden, forms)]
-    for function in reward_functions:
-        findings += speed(function, value, forms)
-    ranking = [(name, earned(completion)) for name, completion in golden.items()]
-    ranking.sort(key=lambda entry: -total(entry[1]))
+    findings += [line for function in reward_functions for line in speed(function, value, forms)]
+    findings += group_findings(every, golden, Problem(QUESTION, "72", REASONING), timeout)
+    ranking = sorted(((n, earned(c)) for n, c in golden.items()), key=lambda pair: -total(pair[1]))
     return Lint([*failures.values(), *findings], ranking, judged)
 
 
@@ -331,8 +333,7 @@ def total(score):
 
 def because(score, other):
     """Which functions make the difference between two scores."""
-    names = [name for name in score if abs(score[name] - other[name]) > TOLERANCE]
-    return f" ({', '.join(names)})"
+    return f" ({', '.join(key for key in score if abs(score[key] - other[key]) > TOLERANCE)})"
 
 
 def is_golden(task, problems):

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from evaluator import after_thoughts
+from evaluator import after_thoughts, sees_group
 from grpo import overlong_penalty
 from llms import rendering_on
 from utils import TimedOut, UserError, as_number, time_limit
@@ -60,21 +60,27 @@ def truncated_thinking(rollouts, setup):
 
 
 def score(rollouts, problems, reward_functions, weights=None, file=None, timeout=None):
-    """Every reward function on every completion. weights: {function name: weight}, 1 by default.
+    """Every reward function on every completion, or, of_group, on every question's completions.
+    weights: {function name: weight}, 1 by default.
 
     Raises UserError naming function, question and completion (and the `file` that holds it whole)
     where a reward function raises, takes more than `timeout` seconds or returns something other
-    than a finite number of at most LARGEST.
+    than a finite number of at most LARGEST, of_group than a list of G such numbers.
     """
-    scores = [
-        [
-            [call(function, text, problem, file, timeout) for function in reward_functions]
-            for text in texts
-        ]
-        for texts, problem in zip(rollouts.texts, problems)
+
+    def scores(function, texts, problem):
+        if sees_group(function):
+            return call_on_group(function, texts, problem, file, timeout)
+        return [call(function, text, problem, file, timeout) for text in texts]
+
+    columns = [
+        [scores(function, texts, problem) for texts, problem in zip(rollouts.texts, problems)]
+        for function in reward_functions
     ]
     names = [function.__name__ for function in reward_functions]
-    per_function = torch.tensor(scores, dtype=torch.float64, device="cpu")  # (Q, G, F)
+    shape = len(reward_functions), len(rollouts.texts), len(rollouts.texts[0])
+    per_function = torch.tensor(columns, dtype=torch.float64, device="cpu").view(shape)
+    per_function = per_function.movedim(0, -1).contiguous()  # (Q, G, F)
     factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
     return Rewards(names, per_function, (per_function * factors).sum(-1))
 
@@ -120,29 +126,60 @@ def with_overlong_penalty(rewards, rollouts, args):
 
 def call(function, completion, problem, file=None, timeout=None, kind="reward function"):
     """What a function of a completion returns, as a float. Raises UserError, see `score`."""
-    complaint = None
+    value, complaint = _value(function, completion, problem, timeout)
+    number, wrong = _number(value)
+    if complaint := complaint or wrong:
+        raise _failure(f"{kind} {_name(function)} {complaint[:80]}", completion, problem, file)
+    return number
+
+
+def call_on_group(function, completions, problem, file=None, timeout=None):
+    """What a reward of_group returns, as a list of floats. Raises UserError, see `score`."""
+    at_fault = completions[0]
+    value, complaint = _value(function, list(completions), problem, timeout)
+    if not complaint:
+        values = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+        if not isinstance(values, list | tuple) or len(values) != len(completions):
+            complaint = f"returned {shown(value)}, not {len(completions)} numbers"
+    if not complaint:
+        numbers, wrong = zip(*map(_number, values))
+        if not any(wrong):
+            return list(numbers)
+        at_fault, complaint = next(pair for pair in zip(completions, wrong) if pair[1])
+    raise _failure(f"reward function {_name(function)} {complaint[:80]}", at_fault, problem, file)
+
+
+def _value(function, judged, problem, timeout):
+    """(what a function makes of a completion or a group, None), or (None, what went wrong)."""
     try:
         with time_limit(timeout):
-            value = function(completion, problem)
+            return function(judged, problem), None
     except TimedOut:
-        complaint = f"took more than --reward_timeout {timeout:g} seconds"
+        return None, f"took more than --reward_timeout {timeout:g} seconds"
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        complaint = f"raised {type(error).__name__}: {error} (line {line})"
-    else:
-        number = as_number(value)
-        if number is None:
-            complaint = f"returned {shown(value)}, not a finite number"
-        elif abs(number) > LARGEST:
-            complaint = f"returned {number:g}, above {LARGEST:g} in size"
-    if complaint:
-        place = f"; see {file}" if file else ""
-        name = getattr(function, "__name__", "is_correct")
-        raise UserError(
-            f"{kind} {name} {complaint[:80]} for {problem.question[:40]!r}, "
-            f"completion {completion[:40]!r}{place}"
-        )
-    return number
+        return None, f"raised {type(error).__name__}: {error} (line {line})"
+
+
+def _number(value):
+    """(a value as a float, None), or (None, what is wrong with it)."""
+    number = as_number(value)
+    if number is None:
+        return None, f"returned {shown(value)}, not a finite number"
+    if abs(number) > LARGEST:
+        return None, f"returned {number:g}, above {LARGEST:g} in size"
+    return number, None
+
+
+def _name(function):
+    return getattr(function, "__name__", "is_correct")
+
+
+def _failure(complaint, completion, problem, file):
+    place = f"; see {file}" if file else ""
+    return UserError(
+        f"{complaint} for {problem.question[:40]!r}, completion {completion[:40]!r}{place}"
+    )
 
 
 def shown(value):

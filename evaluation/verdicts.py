@@ -186,6 +186,7 @@ def _earned(task, completion, problem, timeout, weights):
     return sum(
         weights.get(function.__name__, 1.0) * _value(function, completion, problem, timeout)
         for function in task.reward_functions
+        if not evaluator.sees_group(function)
     )
 
 

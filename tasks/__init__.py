@@ -16,7 +16,8 @@ following; what it leaves out is the default:
 problems(split, seed)    the Problems of "train" or "test", two lists without a common question;
                          default: the lines of --dataset_path
 SYSTEM_PROMPT            default: rldatasets.SYSTEM_PROMPT
-REWARD_FUNCTIONS         functions (completion, problem) -> float; default: those in evaluator.py
+REWARD_FUNCTIONS         functions (completion, problem) -> float, and with @evaluator.of_group
+                         (completions, problem) -> floats; default: those in evaluator.py
 is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
 worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
@@ -289,9 +290,10 @@ def _check(found, path):
             wrong("REWARD_FUNCTIONS", f"holds {function!r:.40}, no function with a name; use def")
         if names.count(name) > 1:
             wrong("REWARD_FUNCTIONS", f"holds {name} twice; rename one, metrics go by name")
+        judged = "completions" if evaluator.sees_group(function) else "completion"
         try:
-            inspect.signature(function).bind("completion", "problem")
+            inspect.signature(function).bind(judged, "problem")
         except TypeError:
-            wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take (completion, problem)")
+            wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take ({judged}, problem)")
         except ValueError:  # written in C, and does not say what it takes
             pass
