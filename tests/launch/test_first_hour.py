@@ -1,6 +1,10 @@
 """Words that new users typed, and what answers them."""
 
+import subprocess
+import sys
+
 import pytest
+from conftest import ROOT
 
 from launch.commands import parse_command
 from launch.parser import parse_args
@@ -33,3 +37,12 @@ def test_chat_takes_its_question_in_any_place():
     assert parse_command([*argv[:2], "2 + 2?", *argv[2:]]).ask == "2 + 2?"
     assert parse_command([*argv, "2 + 2?"]).ask == "2 + 2?"
     assert parse_command(argv).ask is None
+
+
+def test_on_windows_one_line_says_what_is_missing_and_what_to_use():
+    code = "import sys; sys.platform = 'win32'; sys.modules['fcntl'] = None; import main"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "Windows has no fcntl" in done.stderr and "use WSL2" in done.stderr
