@@ -4,10 +4,11 @@ Letters: Q questions per step, G completions per question (the group), C complet
 
 Sources: GRPO is DeepSeekMath (arXiv 2402.03300), eq. 3 (objective) and eq. 4 (KL); the clip is
 PPO (1707.06347), eq. 7; separate bounds and the token mean are DAPO (2503.14476), eq. 8; the
-constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3; the other
-baseline, ratio and clip are RLOO (2402.14740), GSPO (2507.18071) and CISPO (2506.13585).
+constant length and the unscaled advantage are Dr. GRPO (2503.20783), section 3. Whatever else there
+is to choose from names its source where it stands.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,16 +18,24 @@ STD_EPSILON = 1e-4  # keeps a group whose rewards hardly differ from huge advant
 # 0.9. In fp64 rounding is below 1e-15, so that 1e-6 is a difference up to rewards of a thousand.
 ROUNDING = 1e-9
 LINEAR_ABOVE = 10.0  # nats; below it, all that a healthy run has, k3 is exact
+SAPO_TEMPERATURE, SAPO_TEMPERATURE_BELOW = 1.0, 1.05  # of good and of bad tokens (2511.20347)
 
 
 def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
     """How much better each completion did than the others that answered the same question.
 
-    rewards: (Q, G). Returns (Q, G): r - mean(group), divided by the group's unbiased standard
-    deviation where `scale` is "std" (DeepSeekMath section 4.1.2), left as it is where it is "none"
-    (Dr. GRPO, which argues that the division favours questions that are nearly always or nearly
-    never solved). A group without signal, see has_signal, gets exactly 0: rounding would be blown
-    up by the division.
+    rewards: (Q, G). Returns (Q, G): r - mean(group), divided by what `scale` names:
+
+    * "std": the group's unbiased standard deviation (DeepSeekMath section 4.1.2);
+    * "batch_std": that of all the step's rewards, so that no group is blown up for being nearly
+      always or nearly never solved (Liu et al. 2508.08221: group mean, batch deviation);
+    * "max_rl": the group's mean reward. For rewards of 0 and 1 the gradient is that of the log
+      likelihood of a right answer, truncated at order G, so that hard questions weigh most (MaxRL,
+      2602.02710). Of |r|, which is the same from 0 up, and below keeps the sign and A within G + 1;
+    * "none": nothing (Dr. GRPO).
+
+    A group without signal, see has_signal, gets exactly 0: rounding would be blown up by the
+    division.
 
     baseline: what is subtracted, the group's "mean", or that of its other completions,
     "leave_one_out", which does not contain r itself and so leaves the gradient unbiased (RLOO,
@@ -42,9 +51,36 @@ def group_advantages(rewards, scale="std", chosen=None, baseline="mean"):
     if scale == "std":
         variance = advantages.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + STD_EPSILON)
+    elif scale == "batch_std":
+        advantages = advantages / (_step_deviation(rewards, chosen) + STD_EPSILON)
+    elif scale == "max_rl":
+        advantages = advantages / (rewards.abs().where(chosen, 0).sum(-1, keepdim=True) / count)
     if baseline == "leave_one_out":
         advantages = advantages * count / (count - 1).clamp(min=1)
     return advantages.where(has_signal(rewards, chosen)[:, None], 0.0)
+
+
+def decoupled_advantages(per_function, weights, chosen=None):
+    """Advantages of every reward function by itself, each on its own scale, then their sum.
+
+    per_function: (Q, G, F), weights: (F,). Returns (Q, G): sum_f w_f A_f, A_f being what
+    group_advantages makes of function f alone, over the deviation that these sums have in the step
+    (GDPO, 2601.05242; the mean that it subtracts is 0 in every group). A function then counts by
+    its weight, however small or rare its differences are, and (0, 1) is not (1, 0) for having the
+    same total.
+    """
+    if chosen is None:
+        chosen = torch.ones_like(per_function[..., 0], dtype=torch.bool)
+    each = [group_advantages(one, "std", chosen) for one in per_function.unbind(-1)]
+    total = (torch.stack(each, -1) * weights).sum(-1)  # (Q, G)
+    return total / (_step_deviation(total, chosen) + STD_EPSILON)
+
+
+def _step_deviation(values, chosen):
+    """The unbiased standard deviation of a step's chosen values, both (Q, G); 0 of fewer than 2."""
+    count = chosen.sum()
+    gaps = (values - values.where(chosen, 0).sum() / count.clamp(min=1)).where(chosen, 0)
+    return (gaps.square().sum() / (count - 1).clamp(min=1)).sqrt()
 
 
 def max_variance_subset(rewards, size):
@@ -133,6 +169,21 @@ def token_weights(completion_mask, aggregation="grpo", max_completion_length=Non
     return mask / (sequences * max_completion_length)
 
 
+def most_uncertain(entropy, share):
+    """The least entropy of the `share` of tokens that have most, as a tensor (2506.01939: the
+    forks in a chain of thought). entropy: (N,), N above 0, of *all* the step's tokens, or the
+    choice would depend on how it is cut."""
+    return entropy.topk(math.ceil(share * len(entropy))).values[-1]
+
+
+def entropy_weight(bonus, entropy, target):
+    """The weight of the entropy bonus in a step whose policy has this entropy: `bonus` at entropy
+    0, falling in a straight line to 0 at `target`, from where on it is left alone. Skywork-OR1
+    (2505.22312) adds to and takes from a weight that it keeps; this one remembers nothing, so that
+    a resumed run goes on as it was. target 0: `bonus` always."""
+    return bonus * max(0.0, 1 - entropy / target) if target else bonus
+
+
 @dataclass(frozen=True)
 class Objective:
     """What the loss is made of: the flags of the same names, whose help says what each does."""
@@ -143,7 +194,10 @@ class Objective:
     kl_estimator: str = "k3"
     ratio: str = "token"
     clip: str = "ppo"
+    clip_delta: float = 0.0
     tis_cap: float = 0.0
+    tis_floor: float = 0.0
+    tis_form: str = "token_truncate"
     entropy_bonus: float = 0.0
 
 
@@ -156,6 +210,7 @@ class Batch:
     weights: torch.Tensor  # (R, C), see token_weights
     ref_logprobs: torch.Tensor | None = None  # (R, C); None where no reference is kept
     old_logprobs: torch.Tensor | None = None  # (R, C), the trainer's before the step's first update
+    acting: torch.Tensor | None = None  # (R, C) bool, tokens whose S_t counts; None: all
 
     def rows(self, index):
         """The Batch of these completions alone. index: (R',)."""
@@ -163,25 +218,84 @@ class Batch:
         return Batch(**{name: None if x is None else x[index] for name, x in tensors.items()})
 
 
+def surrogate(log_ratio, logprobs, advantages, padding, objective):
+    """(S_t, which of them a bound holds): what `clip` makes of the ratio r_t, exp of log_ratio, and
+    its bounded self, b_t = clip(r_t, 1 - low, 1 + high).
+
+    * "ppo": min(r_t A, b_t A), no gradient where a token went far enough (PPO, eq. 7). With
+      clip_delta = d > 0, r_t is at most d, which bounds what a bad token costs that has become
+      likely (dual clip: Ye et al. 1912.09729; two-sided: INTELLECT-2, 2505.07291);
+    * "cispo": stop_gradient(b_t) A log pi_t, a gradient for every token (MiniMax-M1, eq. 4 and 5);
+    * "sapo": sigmoid(tau (r_t - 1)) 4 / tau A, a gate that closes softly on both sides, a little
+      faster where A is not positive (SAPO, 2511.20347); its gradient at ratio 1 is the others';
+    * "gmpo": s A, one s for a completion, the geometric mean of its ratios after each has been
+      clipped: s = exp(mean_t l_t), l_t = min(log r_t, clip(log r_t, -low, high)), for A < 0 the
+      max; the bounds are those of log r_t (GMPO, 2507.20673).
+
+    log_ratio: (R, C), of a sequence (R, 1), 0 at padding. logprobs, padding: (R, C). advantages:
+    (R, 1). Returns (R, C), or (R, 1) where a completion has one value.
+    """
+    low, high = objective.clip_epsilon, objective.clip_epsilon_high
+    if objective.clip == "gmpo":
+        bounded = log_ratio.clamp(-low, high)
+        one_sided = torch.where(
+            advantages < 0, torch.maximum(log_ratio, bounded), torch.minimum(log_ratio, bounded)
+        )  # (R, C)
+        return sequence_mean(one_sided, padding).exp() * advantages, one_sided != log_ratio
+    ratios = log_ratio.exp()  # (R, C), of a sequence (R, 1)
+    if objective.clip == "sapo":
+        tau = torch.full_like(advantages, SAPO_TEMPERATURE_BELOW)
+        tau = tau.masked_fill(advantages > 0, SAPO_TEMPERATURE)  # (R, 1)
+        return (tau * (ratios - 1)).sigmoid() * 4 / tau * advantages, torch.zeros_like(padding)
+    bounded = ratios.clamp(1 - low, 1 + high)
+    if objective.clip == "cispo":
+        return bounded.detach() * advantages * logprobs, bounded != ratios  # (R, C)
+    held = ratios.clamp(max=objective.clip_delta) if objective.clip_delta else ratios
+    gain = torch.minimum(held * advantages, bounded * advantages)
+    return gain, gain != ratios * advantages
+
+
+def sequence_mean(values, padding):
+    """The mean over each completion's tokens: values (R, C), 0 at padding, to (R, 1)."""
+    return values.sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True).clamp(min=1)
+
+
+def sampler_correction(log_gap, objective):
+    """(c_t, which of them a bound holds): old_t / sampled_t, exp of log_gap, where it lies between
+    tis_floor and tis_cap.
+
+    tis_form says whose ratio it is, that of a "token", or the product over a completion, the
+    "sequence" (Liu et al. 2025, "When Speed Kills Stability"), and what becomes of one outside: it
+    is held at the bound, "truncate" (Yao et al. 2025, fengyao.notion.site/off-policy-rl), or 0,
+    "mask" (IcePop, Ring-1T, 2510.18855, for tokens; masked importance sampling for sequences).
+    What is masked still counts in the weights, as in an advantage of 0.
+
+    log_gap: (R, C), 0 at padding. Returns (R, C), of a sequence (R, 1).
+    """
+    level, _, bound = objective.tis_form.partition("_")
+    if level == "sequence":
+        log_gap = log_gap.sum(-1, keepdim=True)
+    gap = log_gap.exp()
+    outside = (gap > objective.tis_cap) | (gap < objective.tis_floor)
+    if bound == "mask":
+        return gap.masked_fill(outside, 0.0), outside
+    return gap.clamp(objective.tis_floor, objective.tis_cap), outside
+
+
 def grpo_loss(logprobs, batch, objective, entropy=None):
     """This micro-batch's share of the loss, to be minimised (DeepSeekMath, eq. 3, by default).
 
         J = sum_t w_t [ c_t S_t - beta KL_t + entropy_bonus H_t ],   loss = -J
 
-    S_t is what `clip` makes of the ratio r_t and its bounded self, b_t = clip(r_t, 1-low, 1+high):
-
-    * "ppo": min(r_t A, b_t A), no gradient where a token went far enough (PPO, eq. 7);
-    * "cispo": stop_gradient(b_t) A log pi_t, a gradient for every token (MiniMax-M1, eq. 4 and 5).
-
-    r_t is pi_t / old_t where `ratio` is "token"; where it is "sequence", all tokens of a completion
-    have their geometric mean, and are clipped together (GSPO, eq. 5, with weights "grpo").
+    S_t is the surrogate, a function of the ratio r_t: pi_t / old_t where `ratio` is "token"; where
+    it is "sequence", all tokens of a completion have their geometric mean, and are clipped together
+    (GSPO, eq. 5, with weights "grpo"). It counts where batch.acting says so, or everywhere.
 
     old_t is the trainer's own, computed as pi_t is: at the step's first update, where batch has no
     old_logprobs yet, every ratio is 1. The sampler computes in another order and, on a GPU, in
     bf16; that noise, 0.015 nats per token on an H100, is wider than GSPO's bounds and would clip
     half of the gradient. What sampled enters through c_t alone, a constant: 1, or with tis_cap > 0
-    min(old_t / sampled_t, tis_cap) (truncated importance sampling: Yao et al. 2025,
-    fengyao.notion.site/off-policy-rl).
+    what sampler_correction says.
 
     logprobs: (R, C). batch: a Batch. objective: an Objective. entropy: (R, C), H_t in nats over the
     vocabulary, where entropy_bonus > 0.
@@ -189,7 +303,7 @@ def grpo_loss(logprobs, batch, objective, entropy=None):
     Returns (loss, sums): the loss keeps its gradient; `sums` holds detached token *sums* over this
     micro-batch, which the caller divides by the step's number of tokens: `clip_fraction` (tokens
     whose gradient, or with "cispo" whose ratio, the clip bounded), `mismatch` (|old_logprobs -
-    sampled_logprobs|), `tis_capped` (tokens whose c_t the cap holds) and `kl`.
+    sampled_logprobs|), `tis_capped` (tokens whose c_t a bound holds) and `kl`.
     """
     weights, advantages = batch.weights, batch.advantages.unsqueeze(-1)  # (R, C), (R, 1)
     # Or whatever else is not trained on here. Weight 0 alone would not do: what stands there may be
@@ -201,23 +315,16 @@ def grpo_loss(logprobs, batch, objective, entropy=None):
     )
     log_ratio = logprobs - old_logprobs  # (R, C)
     if objective.ratio == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True).clamp(min=1)
-    ratios = log_ratio.exp()  # (R, C), of a sequence (R, 1)
-    bounded = ratios.clamp(1 - objective.clip_epsilon, 1 + objective.clip_epsilon_high)
-    if objective.clip == "ppo":
-        gain = torch.minimum(ratios * advantages, bounded * advantages)
-        clipped = bounded * advantages < ratios * advantages
-    else:
-        gain = bounded.detach() * advantages * logprobs  # (R, C)
-        clipped = bounded != ratios
-    sums = {
-        "clip_fraction": (clipped & ~padding).sum(),
-        "mismatch": (old_logprobs - sampled_logprobs).abs().sum(),
-    }
+        log_ratio = sequence_mean(log_ratio, padding)  # (R, 1)
+    gain, clipped = surrogate(log_ratio, logprobs, advantages, padding, objective)
+    log_gap = old_logprobs - sampled_logprobs  # (R, C)
+    sums = {"clip_fraction": (clipped & ~padding).sum(), "mismatch": log_gap.abs().sum()}
     if objective.tis_cap > 0:
-        correction = (old_logprobs - sampled_logprobs).exp()  # (R, C)
-        gain = correction.clamp(max=objective.tis_cap) * gain
-        sums["tis_capped"] = ((correction > objective.tis_cap) & ~padding).sum()
+        correction, outside = sampler_correction(log_gap, objective)
+        gain = correction * gain
+        sums["tis_capped"] = (outside & ~padding).sum()
+    if batch.acting is not None:
+        gain = gain.where(batch.acting, 0.0)  # (R, C)
     if batch.ref_logprobs is not None:
         ref_logprobs = batch.ref_logprobs.masked_fill(padding, 0.0)
         kl = kl_estimate(logprobs, ref_logprobs, objective.kl_estimator)

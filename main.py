@@ -18,13 +18,14 @@ from dataclasses import replace
 from evaluation.comparison import summarize
 from evaluation.held_out import an_eighth, evaluate_policy
 from evaluation.scoring import (
+    advantages_of,
     joined_rewards,
     judged_ahead,
     score,
     with_overlong_penalty,
     without_thoughts,
 )
-from grpo import group_advantages, has_signal, max_variance_subset
+from grpo import has_signal, max_variance_subset
 from launch.interrupts import only_process_in, print_error, stopped_line
 from launch.loading import begin
 from llms import kl_reference, mix_into, worked_ids
@@ -76,9 +77,7 @@ def train(args):
         for step in range(first, args.num_train_iters):
             problems, rollouts, rewards = draw_groups(setup, data.train, step, run)
             chosen = choose(rewards.total, args)  # (Q, G)
-            advantages = group_advantages(
-                rewards.total, args.advantage_scale, chosen, args.baseline
-            )  # (Q, G)
+            advantages = advantages_of(rewards, args, chosen)  # (Q, G)
             run.save_step(step, problems, rollouts, rewards, advantages)
             if args.save_rollouts:
                 run.save_rollouts(step, rollouts, rewards, advantages, chosen)

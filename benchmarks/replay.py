@@ -46,11 +46,20 @@ OBJECTIVES = {  # flags of main.py
         "clip_epsilon_high": 4.0,
     },
     "tis": {"tis_cap": 2.0},
+    "icepop": {"tis_cap": 5.0, "tis_floor": 0.5, "tis_form": "token_mask"},
+    "mis": {"tis_cap": 3.0, "tis_form": "sequence_mask"},
+    "dual_clip": {"clip_delta": 4.0},
+    "sapo": {"clip": "sapo"},
+    "gmpo": {"clip": "gmpo", "clip_epsilon": 0.4, "clip_epsilon_high": 0.4},
+    "batch_std": {"advantage_scale": "batch_std"},
+    "max_rl": {"advantage_scale": "max_rl"},
+    "gdpo": {"advantage_scale": "gdpo"},
 }
 PLAIN = {  # what every objective starts from, whatever the run had
     "aggregation": "grpo", "advantage_scale": "std", "baseline": "mean", "ratio": "token",
-    "clip": "ppo", "clip_epsilon": 0.2, "clip_epsilon_high": 0.2, "tis_cap": 0.0, "kl_beta": 0.0,
-    "entropy_bonus": 0.0, "num_inner_epochs": 1, "max_grad_norm": 0.0,
+    "clip": "ppo", "clip_epsilon": 0.2, "clip_epsilon_high": 0.2, "clip_delta": 0.0, "tis_cap": 0.0,
+    "tis_floor": 0.0, "tis_form": "token_truncate", "kl_beta": 0.0, "entropy_bonus": 0.0,
+    "num_inner_epochs": 1, "max_grad_norm": 0.0,
 }  # fmt: skip
 BLOCK = 2**22  # numbers that are fp64 at once
 ROLLOUTS, CHECKPOINTS = "rollouts", "checkpoints"
@@ -134,7 +143,7 @@ def point(file, step, model, names, flags):
     for name in names:
         settings = SimpleNamespace(**{**flags, **PLAIN, **OBJECTIVES[name]})
         gradients[name], metrics = gradient(
-            policy, rollouts, rewards.total, chosen, settings, accelerator
+            policy, rollouts, rewards, chosen, settings, accelerator
         )
         clipped[name] = metrics.get("clip_fraction", 0.0)
     norms = {name: product(gradients[name], gradients[name]) ** 0.5 for name in names}
@@ -167,13 +176,14 @@ def gradient(policy, rollouts, rewards, chosen, settings, accelerator):
     """
     import torch
 
-    from grpo import group_advantages, grpo_loss
+    from evaluation.scoring import advantages_of
+    from grpo import grpo_loss
     from training.logprobs import completion_logprobs
     from training.setup import Setup
     from training.update import cut, objective_of
     from utils import UserError
 
-    advantages = group_advantages(rewards, settings.advantage_scale, chosen, settings.baseline)
+    advantages = advantages_of(rewards, settings, chosen)
     setup = Setup(policy, None, None, settings, accelerator)
     on_device = (x.to(policy.device) for x in (advantages, chosen))
     passes, _, tokens = cut(setup, rollouts, *on_device)

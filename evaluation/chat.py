@@ -12,8 +12,7 @@ from contextlib import suppress
 from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
-from evaluation.scoring import score, without_thoughts
-from grpo import group_advantages
+from evaluation.scoring import advantages_of, score, without_thoughts
 from llms import chat_prompt, load_model, rendering_of
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
@@ -149,9 +148,7 @@ def show_group(args):
     setup = load(args, task)
     rollouts = sample_group(setup, problem, args.group_size)
     rewards = score_group(without_thoughts(rollouts, setup), problem, args, task)
-    advantages = group_advantages(
-        rewards.total, args.advantage_scale, baseline=args.baseline
-    )  # (1, G)
+    advantages = advantages_of(rewards, args)  # (1, G)
     print("\n".join(group_lines(problem, rollouts, rewards, advantages, args)), flush=True)
 
 

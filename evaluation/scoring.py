@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 
 from evaluator import after_thoughts, sees_group
-from grpo import overlong_penalty
+from grpo import decoupled_advantages, group_advantages, overlong_penalty
 from llms import rendering_on
 from utils import TimedOut, UserError, as_number, time_limit
 
@@ -23,6 +23,14 @@ class Rewards:
     names: list  # F function names
     per_function: torch.Tensor  # (Q, G, F), before the weights
     total: torch.Tensor  # (Q, G), the weighted sum over functions
+    weights: torch.Tensor | None = None  # (F,); None where a file of rollouts does not say them
+
+
+def advantages_of(rewards, args, chosen=None):
+    """The advantages (Q, G) that the flags make of Rewards. chosen: (Q, G), those to train on."""
+    if args.advantage_scale == "gdpo":
+        return decoupled_advantages(rewards.per_function, rewards.weights, chosen)
+    return group_advantages(rewards.total, args.advantage_scale, chosen, args.baseline)
 
 
 def without_thoughts(rollouts, setup):
@@ -82,7 +90,7 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     per_function = torch.tensor(columns, dtype=torch.float64, device="cpu").view(shape)
     per_function = per_function.movedim(0, -1).contiguous()  # (Q, G, F)
     factors = per_function.new_tensor([(weights or {}).get(name, 1.0) for name in names])  # (F,)
-    return Rewards(names, per_function, (per_function * factors).sum(-1))
+    return Rewards(names, per_function, (per_function * factors).sum(-1), factors)
 
 
 def judged_ahead(rollouts, problems, setup):
@@ -108,6 +116,7 @@ def joined_rewards(parts):
         names=parts[0].names,
         per_function=torch.cat([part.per_function for part in parts]),
         total=torch.cat([part.total for part in parts]),
+        weights=parts[0].weights,
     )
 
 
@@ -121,6 +130,7 @@ def with_overlong_penalty(rewards, rollouts, args):
         names=[*rewards.names, "overlong"],
         per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
         total=rewards.total + penalty,
+        weights=torch.cat([rewards.weights, rewards.weights.new_ones(1)]),
     )
 
 

@@ -29,11 +29,21 @@ IDLE = (
     (("update_ref_model_freq", "ref_model_mixup_alpha"),
      lambda args: not args.update_ref_model, "without --update_ref_model"),
     (("kl_estimator",), lambda args: args.kl_beta == 0, "at --kl_beta 0"),
-    (("clip", "clip_epsilon", "clip_epsilon_high"),
+    (("clip_epsilon", "clip_epsilon_high", "clip_delta"),
      lambda args: args.num_inner_epochs == 1, "at --num_inner_epochs 1: the ratio is 1"),
     # With a correction per token, a ratio of the sequence spreads a token's gradient over all.
     (("ratio",), lambda args: args.num_inner_epochs == 1 and args.tis_cap == 0,
      "at --num_inner_epochs 1: the ratio is 1"),
+    (("clip",), lambda args: args.num_inner_epochs == 1 and not (args.clip == "gmpo" and
+                                                                 args.tis_cap),
+     "at --num_inner_epochs 1: the ratio is 1"),
+    (("clip_epsilon", "clip_epsilon_high"),
+     lambda args: args.num_inner_epochs > 1 and args.clip == "sapo", "with --clip sapo"),
+    (("clip_delta",), lambda args: args.num_inner_epochs > 1 and args.clip != "ppo",
+     "without --clip ppo"),
+    (("tis_floor", "tis_form"), lambda args: args.tis_cap == 0, "at --tis_cap 0"),
+    (("entropy_target",), lambda args: args.entropy_bonus == 0, "at --entropy_bonus 0"),
+    (("baseline",), lambda args: args.advantage_scale == "gdpo", "with --advantage_scale gdpo"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
     (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,
@@ -75,11 +85,28 @@ def check_flags(args):
             if getattr(args, flag) != off:
                 raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
                                 "use --sampler shared_prefix")  # fmt: skip
+    check_objective(args)
     if args.dataset_name == "arithmetic" and args.dataset_path is not None:
         raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
+
+
+def check_objective(args):
+    """Raise UserError where flags of the objective contradict each other."""
+    if 0 < args.clip_delta <= 1 + args.clip_epsilon_high:
+        raise UserError(f"--clip_delta {args.clip_delta:g}: not above 1 + --clip_epsilon_high, "
+                        f"{1 + args.clip_epsilon_high:g}; 0 is off")  # fmt: skip
+    if args.tis_cap and args.tis_floor >= args.tis_cap:
+        raise UserError(f"--tis_floor {args.tis_floor:g}: not below --tis_cap {args.tis_cap:g}")
+    one_for_all = args.ratio == "sequence" or args.clip == "gmpo"
+    if args.clip == "gmpo" and args.ratio == "sequence":
+        raise UserError("--ratio sequence: --clip gmpo makes a ratio of the completion itself; "
+                        "leave it out")  # fmt: skip
+    if args.top_entropy < 1 and one_for_all:
+        raise UserError(f"--top_entropy {args.top_entropy:g}: a ratio of the completion (--ratio "
+                        "sequence, --clip gmpo) reaches all its tokens; leave one out")  # fmt: skip
 
 
 def idle_flags(args, default_of):

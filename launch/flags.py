@@ -112,30 +112,48 @@ def add_flags(parser):
          "taken (weights and cache), and finished rows not dropped")
 
     flag = group("objective").add_argument
-    flag("--advantage_scale", choices=("std", "none"), default="std",
-         help="divide by the group's standard deviation, or do not")
+    flag("--advantage_scale", choices=("std", "batch_std", "max_rl", "gdpo", "none"),
+         default="std", help="divide by the group's standard deviation; by the step's; by the "
+         "group's mean reward (MaxRL: for rewards of 0 and 1); each reward function by its own "
+         "deviation before they are summed (GDPO); by nothing")
     flag("--baseline", choices=("mean", "leave_one_out"), default="mean", help="an advantage "
          "compares with the group's mean, or with that of its other completions (RLOO)")
     flag("--aggregation", choices=("grpo", "dapo", "dr_grpo"), default="grpo",
          help="mean over each sequence, over all tokens, or over a constant length")
     flag("--ratio", choices=("token", "sequence"), default="token", help="to the old policy, of "
          "each token, or one for a completion (GSPO: --clip_epsilon 3e-4 --clip_epsilon_high 4e-4)")
-    flag("--clip", choices=("ppo", "cispo"), default="ppo", help="ppo: no gradient beyond the "
-         "bounds; cispo: all tokens keep theirs, times the bounded ratio (--clip_epsilon 1: no "
-         "lower bound)")
+    flag("--clip", choices=("ppo", "cispo", "sapo", "gmpo"), default="ppo",
+         help="ppo: no gradient beyond the bounds; cispo: all tokens keep theirs, times the "
+         "bounded ratio (--clip_epsilon 1: no lower bound); sapo: a soft gate, no bounds; gmpo: a "
+         "completion's geometric mean of clipped ratios, bounds being of their logarithm (0.4)")
     flag("--clip_epsilon", "--clip_epsilon_low", type=SHARE, default=0.2,
          help="the ratio is clipped below 1 - this")
     flag("--clip_epsilon_high", type=NOT_NEGATIVE,
          help="the ratio is clipped above 1 + this; None: as --clip_epsilon")
+    flag("--clip_delta", type=NOT_NEGATIVE, default=0.0, metavar="D", help="with --clip ppo, the "
+         "ratio of a token with a negative advantage counts at most D (dual clip; 4 is usual); 0: "
+         "off")
     flag("--kl_beta", "--kl_weight_beta", type=NOT_NEGATIVE,
          help="weight of the KL to the reference; 0: no reference is kept in memory")
     flag("--kl_estimator", choices=("k1", "k2", "k3"), default="k3", help="k3 is the paper's; as a "
          "loss, only k2 has the gradient of the reverse KL, and k1 has none on average")
     flag("--entropy_bonus", type=NOT_NEGATIVE, default=0.0, help="weight of the policy's entropy, "
          "exact over the vocabulary, in nats per token; 0: off")
+    flag("--entropy_target", type=NOT_NEGATIVE, default=0.0, metavar="NATS",
+         help="the bonus falls in a straight line from --entropy_bonus, at entropy 0, to nothing "
+         "at NATS per token; 0: it is constant")
+    flag("--top_entropy", type=RATE, default=1.0, metavar="SHARE", help="the advantage acts on "
+         "this share of the step's tokens, those of highest entropy (0.2 is usual), for another "
+         "forward pass; 1: on all")
     flag("--tis_cap", type=NOT_NEGATIVE, default=0.0, metavar="CAP", help="correct for a sampler "
          "that is not quite the trainer: weigh tokens by their probability in training over that "
          "when sampled, at most CAP (2 is usual); 0: off")
+    flag("--tis_floor", type=NOT_NEGATIVE, default=0.0, metavar="FLOOR",
+         help="and at least FLOOR")
+    flag("--tis_form", default="token_truncate",
+         choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+         help="weigh each token, or all of a completion by their product; hold what is outside at "
+         "the bound, or mask it (IcePop: token_mask, cap 5, floor 0.5; MIS: sequence_mask, cap 3)")
     flag("--overlong_buffer", type=COUNT, default=0, metavar="TOKENS", help="a further reward "
          "falls from 0 to -1 over the last TOKENS before --max_completion_length (DAPO); 0: off")
     flag("--num_inner_epochs", type=POSITIVE_COUNT, default=1,

@@ -4,9 +4,9 @@ RUN/rollouts/step_00012.safetensors holds Q questions, G completions each, C tok
 
 prompt_ids (all prompts, one behind the other), prompt_lengths (Q,), completion_ids,
 completion_mask and logprobs (Q, G, C), finished, total, advantages and chosen (Q, G), and
-per_function (Q, G, F), whose names are in the metadata. Rewards and advantages are in fp64, in
-older files in fp32. The log-probs are those when sampled, at the sampling temperature. Texts are in
-RUN/completions/.
+per_function (Q, G, F), whose names are in the metadata, with weights (F,), which older files lack.
+Rewards and advantages are in fp64, in older files in fp32. The log-probs are those when sampled, at
+the sampling temperature. Texts are in RUN/completions/.
 """
 
 import json
@@ -31,6 +31,7 @@ def save_rollouts(path, rollouts, rewards, advantages, chosen):
         "prompt_lengths": torch.tensor([len(ids) for ids in rollouts.prompt_ids]),
         "per_function": rewards.per_function,
         "total": rewards.total,
+        "weights": rewards.weights,
         "advantages": advantages,
         "chosen": chosen,
     }
@@ -56,7 +57,7 @@ def load_rollouts(path, device="cpu"):
             texts=None,
             **{name: tensors[name].to(device) for name in OF_ROLLOUTS},
         )
-        rewards = Rewards(names, tensors["per_function"], tensors["total"])
+        rewards = Rewards(names, tensors["per_function"], tensors["total"], tensors.get("weights"))
         return rollouts, rewards, tensors["advantages"], tensors["chosen"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged, or not a file of rollouts") from None

@@ -205,8 +205,12 @@ def test_a_buffer_longer_than_the_completion_is_refused(capsys):
 # --- TRL ---------------------------------------------------------------------------------------
 
 
-def trl_loss(inputs, loss_type, level, low, high, beta, cap, bonus):
-    """Loss and gradients of TRL's GRPOTrainer on the same tensors, in one batch."""
+def trl_loss(
+    inputs, loss_type, level, low, high, beta, cap, bonus, delta=None, correction=None,
+    trainer_class=None,
+):  # fmt: skip
+    """Loss and gradients of TRL's GRPOTrainer on the same tensors, in one batch. correction: its
+    importance weights, where they are not those of the cap."""
     from trl import GRPOTrainer
 
     logprobs, old, first, reference, entropy, advantages, mask = (
@@ -218,8 +222,12 @@ def trl_loss(inputs, loss_type, level, low, high, beta, cap, bonus):
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level=level, loss_type=loss_type, beta=beta, epsilon_low=low,
         epsilon_high=1 + high if loss_type == "cispo" else high, max_completion_length=7,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        use_vllm=cap > 0, vllm_importance_sampling_correction=True, entropy_coef=bonus,
+        args=SimpleNamespace(
+            use_bias_correction_kl=False, delta=delta, steps_per_generation=1,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+        ),
+        use_vllm=cap > 0 or correction is not None, vllm_importance_sampling_correction=True,
+        entropy_coef=bonus,
         _entropy_bonus_enabled=bonus > 0, use_adaptive_entropy=False,
         current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
@@ -228,11 +236,13 @@ def trl_loss(inputs, loss_type, level, low, high, beta, cap, bonus):
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    loss = GRPOTrainer._compute_loss(trainer, None, {
+    if cap:
+        correction = (first - old).exp().clamp(max=cap)
+    loss = (trainer_class or GRPOTrainer)._compute_loss(trainer, None, {
         "prompt_ids": ids, "prompt_mask": mask, "completion_ids": ids, "completion_mask": mask,
         "advantages": advantages, "old_per_token_logps": first,
         "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
-        "importance_sampling_ratio": (first - old).exp().clamp(max=cap) if cap else None,
+        "importance_sampling_ratio": correction,
     })  # fmt: skip
     loss.backward()
     to_entropy = torch.zeros_like(leaf) if entropy.grad is None else entropy.grad

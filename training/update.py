@@ -12,10 +12,10 @@ from statistics import fmean
 
 import torch
 
-from grpo import Batch, Objective, grpo_loss, token_weights
+from grpo import Batch, Objective, entropy_weight, grpo_loss, most_uncertain, token_weights
 from training.logprobs import completion_logprobs, logprobs_without_gradient
 from training.optimizer import apply_gradients
-from training.processes import sum_gradients, summed
+from training.processes import everyones, sum_gradients, summed
 from training.progress import progress
 from training.sharding import own_batches
 from training.shared_prefix import MicroBatch, own_tokens
@@ -44,8 +44,11 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     advantages = advantages.to(policy.device, rollouts.logprobs.dtype)  # (Q, G)
     passes, idle, trained_tokens = cut(setup, rollouts, advantages, chosen)
     run = passes + idle
-    objective, epochs = objective_of(args), []
-    with_entropy = args.entropy_bonus > 0
+    objective, epochs = objective_now(args, rollouts), []
+    with_entropy = objective.entropy_bonus > 0
+    if args.top_entropy < 1:
+        with setup.stopwatch("policy"):
+            run = on_most_uncertain(setup, run)
     for _ in range(args.num_inner_epochs):
         with setup.stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
@@ -72,12 +75,53 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
     means.setdefault("mismatch", 0.0)  # where nothing was trained on
     counts = summed(trained_counts(passes, always_trained(setup)), accelerator)
+    if args.entropy_target > 0:
+        means["entropy_bonus"] = objective.entropy_bonus
     return means | {name: int(count) for name, count in counts.items()}
 
 
 def objective_of(args):
     """The Objective that the flags name."""
     return Objective(**{field.name: getattr(args, field.name) for field in fields(Objective)})
+
+
+def objective_now(args, rollouts):
+    """The Objective of this step: with --entropy_target, the bonus depends on the entropy, here the
+    mean of -log-prob over the sampled tokens, an estimate without bias that costs nothing."""
+    objective = objective_of(args)
+    if args.entropy_target == 0:
+        return objective
+    entropy = (-rollouts.logprobs.sum() / rollouts.completion_mask.sum()).item()
+    bonus = entropy_weight(args.entropy_bonus, entropy, args.entropy_target)
+    return replace(objective, entropy_bonus=bonus)
+
+
+@torch.no_grad()
+def on_most_uncertain(setup, passes):
+    """The Passes whose Batch says which tokens act: of all the step's tokens that have an advantage
+    the --top_entropy of highest entropy.
+
+    Which these are is known only once all entropies are, and those of the policy that learns, not
+    the sampler's in bf16, are meant: so every pass goes forward once more, before the first.
+    """
+    args, entropies, counted = setup.args, [], []
+    for one in passes:
+        with setup.accelerator.autocast():
+            _, entropy = completion_logprobs(
+                setup.policy, one.read, one.ids, args.temperature, True
+            )
+        progress.tick(1, "passes", of=len(passes))
+        entropies.append(entropy)  # (R, C)
+        counted.append(entropy[(one.batch.weights != 0) & (one.batch.advantages != 0)[:, None]])
+    own = torch.cat(counted).cpu() if counted else torch.zeros(0, device="cpu")
+    of_step = torch.cat(everyones(own, setup.accelerator))  # (N,)
+    if not len(of_step):
+        return passes
+    least = most_uncertain(of_step, args.top_entropy).to(setup.policy.device)
+    return [
+        replace(one, batch=replace(one.batch, acting=entropy >= least))
+        for one, entropy in zip(passes, entropies)
+    ]
 
 
 def always_trained(setup):

@@ -49,7 +49,8 @@ def test_a_broken_reward_function_is_named_with_its_question_and_file(kind):
 
 
 def test_the_penalty_is_a_reward_of_its_own_and_off_by_default():
-    rewards = Rewards(["ok"], torch.tensor([[[1.0], [1.0]]]), torch.tensor([[2.0, 2.0]]))
+    rewards = Rewards(["ok"], torch.tensor([[[1.0], [1.0]]]), torch.tensor([[2.0, 2.0]]),
+                      torch.tensor([2.0]))  # fmt: skip
     mask = torch.arange(10) < torch.tensor([[[10], [7]]])
     rollouts = SimpleNamespace(completion_mask=mask)
     args = SimpleNamespace(overlong_buffer=0, max_completion_length=10)

@@ -72,11 +72,18 @@ def test_what_one_has_all_get_in_order():
 
 SETTINGS = {
     "grpo": {"kl_beta": 0.1},
-    "dapo, two epochs": {"aggregation": "dapo", "num_inner_epochs": 2, "micro_batch_tokens": 60},
+    "dapo, two epochs": {
+        "aggregation": "dapo",
+        "num_inner_epochs": 2,
+        "micro_batch_tokens": 60,
+        "top_entropy": 0.3,
+    },
     "dr_grpo, down-sampled": {"aggregation": "dr_grpo", "train_group_size": 2, "max_draws": 2},
     "fewer groups with signal than processes": {"kl_beta": 0.0, "only": 0},
 }
-UNEVEN = {"questions_per_step": 5, "sampling_batch_size": 6, "micro_batch_tokens": 60}
+UNEVEN = {
+    "questions_per_step": 5, "sampling_batch_size": 6, "micro_batch_tokens": 60, "top_entropy": 0.5,
+}  # fmt: skip
 
 
 def step_of(settings, accelerator, sharded=False):

@@ -358,6 +358,8 @@ UPDATES = [
     {"tis_cap": 1.1},
     {"entropy_bonus": 0.05},
     {"ratio": "sequence", "clip": "cispo", "tis_cap": 1.1, "entropy_bonus": 0.05},
+    {"clip": "sapo", "tis_cap": 1.5, "tis_form": "sequence_mask"},
+    {"clip": "gmpo", "tis_cap": 1.1, "tis_floor": 0.9, "tis_form": "token_mask"},
 ]
 
 
@@ -445,6 +447,63 @@ def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_sta
         moved += (second - first).abs().max().item()
     assert moved > 0
     assert metrics["tis_capped"] > 0
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+def test_the_advantage_acts_on_the_most_uncertain_tokens_of_the_whole_step(
+    kl_beta, off_policy, accelerator
+):
+    """Which these are depends on no cut, nor on whether flat groups take part for the KL's sake."""
+    model, rollouts = off_policy
+    reference = frozen_copy(toy(seed=2, initializer_range=0.1)) if kl_beta else None
+    settings = {"kl_beta": kl_beta, "reference": reference, "temperature": 0.8}
+    actual, _ = gradients(model, rollouts, accelerator, top_entropy=0.3, **settings)
+    mask = rollouts.completion_mask
+    logprobs, entropy = naive_logprobs_and_entropies(model, rollouts, 0.8)
+    counted = entropy[mask & (ADVANTAGES != 0)[..., None]]
+    acting = entropy >= counted.sort().values[-math.ceil(0.3 * len(counted))]
+    weights = token_weights(mask, "grpo").double()
+    loss = -(weights * (acting & mask) * ADVANTAGES[..., None] * logprobs).sum()  # at ratio 1
+    if kl_beta:
+        with torch.no_grad():
+            gap, _ = naive_logprobs_and_entropies(reference, rollouts, 0.8)
+        gap = gap - logprobs
+        loss = loss + (weights * kl_beta * (gap.exp() - 1 - gap)).sum()
+    assert distance(actual, torch.autograd.grad(loss, list(model.parameters()))) < 1e-5
+    parts, _ = gradients(
+        model, rollouts, accelerator, top_entropy=0.3, micro_batch_tokens=30, **settings
+    )
+    assert distance(parts, actual) < 1e-5
+    everywhere, _ = gradients(model, rollouts, accelerator, **settings)
+    assert distance(everywhere, actual) > 1e-2
+
+
+def naive_logprobs_and_entropies(model, rollouts, temperature):
+    """Both (Q, G, C), from one whole sequence at a time."""
+    rows = [
+        model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        for prompt, ids in zip(rollouts.prompt_ids, rollouts.completion_ids)
+        for row in ids
+    ]
+    logprobs = torch.stack(rows).log_softmax(-1)  # (B, C, V)
+    ids = rollouts.completion_ids.flatten(0, 1)[..., None]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    shape = rollouts.completion_ids.shape
+    return logprobs.gather(-1, ids).view(shape), entropy.detach().view(shape)
+
+
+def test_towards_a_target_the_bonus_has_the_weight_that_the_step_s_entropy_asks_for(accelerator):
+    model = toy(initializer_range=0.1)
+    rollouts = rollouts_from(model)
+    entropy = -(rollouts.logprobs.sum() / rollouts.completion_mask.sum()).item()
+    for share in (0.25, 1.5):  # of the target; above it there is no bonus
+        weight = 0.1 * max(0, 1 - share)
+        expected, _ = gradients(model, rollouts, accelerator, entropy_bonus=weight)
+        actual, metrics = gradients(
+            model, rollouts, accelerator, entropy_bonus=0.1, entropy_target=entropy / share
+        )
+        assert metrics["entropy_bonus"] == pytest.approx(weight)
+        assert distance(actual, expected) < 1e-5
 
 
 # --- what it trained on ------------------------------------------------------------------------
