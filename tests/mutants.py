@@ -458,7 +458,7 @@ MUTANTS = [
     # --- data, rewards' numbers and verifiers of other people ---
     Mutant("rounding is signal", "highest - lowest > ROUNDING * torch",
            "highest - lowest > 0 * torch", "test_signal.py"),
-    Mutant("rewards in fp32", "scores, dtype=torch.float64", "scores, dtype=torch.float32",
+    Mutant("rewards in fp32", "columns, dtype=torch.float64", "columns, dtype=torch.float32",
            "evaluation/test_reward_numbers.py"),
     Mutant("the penalty for length in fp32", "lengths.double()", "lengths", "test_signal.py"),
     Mutant("a huge int is a traceback", "    except OverflowError:\n        return None\n",
