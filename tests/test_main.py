@@ -315,7 +315,8 @@ def test_the_real_command_trains_the_embedded_model(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "main.py", "--preset", "cpu", "--questions_per_step", "2",
          "--group_size", "2", "--num_train_iters", "1", "--cold_start_steps", "1",
-         "--eval_problems", "4", "--max_completion_length", "6", "--output_dir", run],
+         "--eval_problems", "4", "--short_eval_iterations", "0", "--max_completion_length", "6",
+         "--output_dir", run],
         capture_output=True, text=True, env=environment(), timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
