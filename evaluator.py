@@ -327,7 +327,8 @@ def tag_count(completion, problem):
 
 def of_group(function):
     """Marks a reward (completions, problem), which gets all G completions of a question and returns
-    a number for each, in their order. It stands in REWARD_FUNCTIONS like any other."""
+    a number for each, in their order. It stands in REWARD_FUNCTIONS like any other. One that takes
+    a third, `referee`, may ask it: see evaluation/referee.py, and --referee."""
     function.sees_group = True
     return function
 
@@ -345,6 +346,33 @@ def shortest_right(completions, problem):
     shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
     room = max(1, longest - shortest)
     return [0.5 * (longest - lengths.get(text, longest)) / room for text in completions]
+
+
+@of_group
+def tournament(completions, problem, referee):
+    """The mean chance that the referee prefers a completion to another of its group."""
+    return referee.win_rates(problem, completions)
+
+
+@of_group
+def pivot(completions, problem, referee):
+    """The chance that the referee prefers a completion to one of its group, for all the same."""
+    return referee.win_rates(problem, completions, pivot=True)
+
+
+@of_group
+def rubric(completions, problem, referee):
+    """The mean chance to meet the task's criteria better than another of the group does, by their
+    weights; the referee is asked about each completion alone."""
+    rates = {
+        criterion: referee.win_rates(problem, completions, criterion, alone=True)
+        for _, criterion in referee.rubric
+    }
+    whole = sum(weight for weight, _ in referee.rubric)
+    return [
+        sum(weight * rates[criterion][g] for weight, criterion in referee.rubric) / whole
+        for g in range(len(completions))
+    ]
 
 
 REWARD_FUNCTIONS = [correctness, integer_format, strict_format, soft_format, tag_count]

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from evaluation.comparison import summarize
 from evaluation.held_out import an_eighth, evaluate_policy
+from evaluation.referees import with_referees
 from evaluation.scoring import (
     advantages_of,
     joined_rewards,
@@ -25,6 +26,7 @@ from evaluation.scoring import (
     with_overlong_penalty,
     without_thoughts,
 )
+from evaluation.win_rate import against_start
 from grpo import has_signal, max_variance_subset
 from launch.interrupts import only_process_in, print_error, stopped_line
 from launch.loading import begin
@@ -57,14 +59,15 @@ def train(args):
     optimizer, scheduler = make_optimizer(setup.policy, args, first)
     meter = WeightMeter(optimizer)
     # Last, for make_optimizer may round the weights.
-    setup = replace(setup, reference=kl_reference(setup.policy, args))
+    setup = with_referees(replace(setup, reference=kl_reference(setup.policy, args)), run.path)
     saver = Saver(setup, optimizer, data.facts, start)
 
     def evaluate_if_due(done):
         due = done == args.num_train_iters or is_due(done, args.eval_iterations)
         if done not in run.evaluations and (due or not run.evaluations):
             with phase("evaluation"):
-                summary, records = evaluate_policy(setup, data.test, done)
+                answered = evaluate_policy(setup, data.test, done)
+                summary, records = against_start(setup, run.first_records, *answered)
             run.log_evaluation(done, summary, records)
             if args.short_eval_iterations:
                 run.log_short_evaluation(done, summarize(an_eighth(records)))
@@ -139,7 +142,7 @@ def draw_groups(setup, train_problems, step, run):
             rollouts = joined_rollouts(parts)
             file = run.save_step(step, problems, rollouts)  # first, for what a reward may raise
             judged = without_thoughts(sampled, setup)
-            judged_ahead(judged, own, setup)
+            judged_ahead(judged, own, setup, task.reward_functions)
             earned = score(
                 judged, own, task.reward_functions, args.reward_weights, file, args.reward_timeout
             )

@@ -1,10 +1,12 @@
 """What rewards of_group reward: the golden completions of the lint, scored as one group.
 
 Whatever such a reward compares, the same completions in another order, copies among them, earn the
-same, and a wrong answer earns no more than the right one written alike.
+same, and a wrong answer earns no more than the right one written alike. (What a referee is asked
+about, referee_lint.py tries on the task's own golden pairs.)
 """
 
 from evaluator import sees_group
+from tasks import wants_referee
 from utils import TimedOut, as_number, time_limit
 
 TOLERANCE = 1e-9
@@ -13,7 +15,7 @@ TOLERANCE = 1e-9
 def group_findings(functions, golden, problem, timeout):
     """A line for everything that is wrong with those of the rewards that see a group. golden:
     {name: completion}, of which "right, FORM" and "wrong, FORM" differ in the answer alone."""
-    of_group = [function for function in functions if sees_group(function)]
+    of_group = [f for f in functions if sees_group(f) and not wants_referee(f)]
     return [line for function in of_group for line in _findings(function, golden, problem, timeout)]
 
 

@@ -10,6 +10,7 @@ import torch
 from evaluator import after_thoughts, sees_group
 from grpo import decoupled_advantages, group_advantages, overlong_penalty
 from llms import rendering_on
+from tasks import wants_referee
 from utils import TimedOut, UserError, as_number, time_limit
 
 LARGEST = 1e100  # of a reward in fp64, so that squares of weighted sums are finite
@@ -40,11 +41,15 @@ def without_thoughts(rollouts, setup):
     Where the task's system prompt asks for the tags itself, they are a part of the answer, and all
     of it is judged.
     """
-    if "<think>" in setup.task.system_prompt:
-        return rollouts
-    thinking = rendering_on(setup.tokenizer).opens_thinking
-    texts = [[after_thoughts(text, thinking) for text in texts] for texts in rollouts.texts]
+    texts = [[judged_text(text, setup) for text in texts] for texts in rollouts.texts]
     return replace(rollouts, texts=texts)
+
+
+def judged_text(text, setup):
+    """What of a completion is judged, see `without_thoughts`."""
+    if "<think>" in setup.task.system_prompt:
+        return text
+    return after_thoughts(text, rendering_on(setup.tokenizer).opens_thinking)
 
 
 def cut_off_thinking(text, answer, finished):
@@ -93,12 +98,16 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     return Rewards(names, per_function, (per_function * factors).sum(-1), factors)
 
 
-def judged_ahead(rollouts, problems, setup):
-    """With --reward_workers above 1, have the processes of the task's verifier, where it has one,
-    judge these Rollouts side by side. Rewards and verdicts, which ask one by one, find it judged;
-    what takes more than --reward_timeout is left for them, and so are errors.
+def judged_ahead(rollouts, problems, setup, functions=()):
+    """Have whoever the rewards ask about these Rollouts answer at once: the referee, if there is
+    one, in one batch, and with --reward_workers above 1 the processes of the task's verifier, where
+    it has one, side by side. Rewards and verdicts, which ask one by one, find it judged; what takes
+    more than --reward_timeout is left for them, and so are errors. functions: the rewards that are
+    going to be called on groups.
     """
     task, args = setup.task, setup.args
+    if asking := [function for function in functions if wants_referee(function)]:
+        setup.referees["referee"].ahead(asking, rollouts.texts, problems, args.reward_timeout)
     if task.judge is None or args.reward_workers == 1:
         return
     requests = []

@@ -12,17 +12,20 @@ import tempfile
 from importlib import metadata, util
 from operator import index
 from pathlib import Path
+from types import SimpleNamespace
 
 from launch.hub import hub_file
 from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS
 from launch.presets import LORA_TARGETS
 from rldatasets import BUILT_IN, GSM8K_HUB_NAME
-from tasks import has_own_evaluator, load_task
+from tasks import has_own_evaluator, load_task, wants_referee
 from utils import ADAPTER_CONFIG, EMBEDDED_MODEL, UserError, base_and_adapters, hub_token, named
 
 EMBEDDED_CONTEXT = 8192
 MODEL_TYPES = ("qwen2", "qwen3", "llama")
+START = "start"  # as --referee: the model that the run starts with
+OPENAI = "openai==3.57.0"  # needed for --referee_url alone; as in requirements-dev.txt
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
 # (flags, when they do nothing, in words); those of LoRA are an error, see check_lora.
 IDLE = (
@@ -60,6 +63,7 @@ def check_flags(args):
             raise UserError(f"--{flag} {getattr(args, flag)}: holds characters that are not text; "
                             "rename it")  # fmt: skip
     hub_token()
+    check_referee(args)
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
     check_lora(args)
@@ -107,6 +111,50 @@ def check_objective(args):
     if args.top_entropy < 1 and one_for_all:
         raise UserError(f"--top_entropy {args.top_entropy:g}: a ratio of the completion (--ratio "
                         "sequence, --clip gmpo) reaches all its tokens; leave one out")  # fmt: skip
+
+
+def check_referee(args):
+    """Raise UserError where the flags of the referees do not go together."""
+    if args.referee_url:
+        if args.referee:
+            raise UserError(f"--referee {args.referee}: --referee_url names one already; leave one "
+                            "of them out")  # fmt: skip
+        if not args.referee_url.startswith(("http://", "https://")):
+            raise UserError(f"--referee_url {args.referee_url}: no http:// or https://; expected "
+                            "such as http://127.0.0.1:8000/v1")  # fmt: skip
+        if not args.referee_model:
+            raise UserError(f"--referee_url {args.referee_url}: which of its models? Name it with "
+                            "--referee_model")  # fmt: skip
+        if not util.find_spec("openai"):
+            raise UserError(f"--referee_url {args.referee_url}: run pip install {OPENAI}")
+    elif args.referee_model:
+        raise UserError(f"--referee_model {args.referee_model}: goes with --referee_url; a model "
+                        "on this machine is --referee")  # fmt: skip
+    has_one = args.referee or args.referee_url
+    for flag, off in (("eval_referee", None), ("referee_pairs", 0), ("referee_anyway", False)):
+        if getattr(args, flag) != off and not has_one:
+            raise UserError(f"{named(args, flag)}: there is no referee; add --referee start")
+    if args.eval_referee and args.eval_referee == args.referee:
+        raise UserError(f"--eval_referee {args.eval_referee}: is the --referee, which cannot check "
+                        "itself; name another model")  # fmt: skip
+    for flag in ("referee", "eval_referee"):
+        if (model := getattr(args, flag)) not in (None, START):
+            lengths = {"max_prompt_length": 0, "max_completion_length": 0}
+            try:
+                check_model(SimpleNamespace(**{**vars(args), **lengths, "model_name": model}))
+            except UserError as error:
+                raise UserError(str(error).replace("--model_name", f"--{flag}")) from None
+
+
+def check_rewards(task, args):
+    """Raise UserError where a reward asks a referee and there is none."""
+    asking = [f.__name__ for f in task.reward_functions if wants_referee(f)]
+    if asking and not (args.referee or args.referee_url):
+        raise UserError(f"the reward {asking[0]} asks a referee, and there is none; add --referee "
+                        "start, or leave it out")  # fmt: skip
+    if "rubric" in asking and not task.rubric:
+        raise UserError("the reward rubric: there is no RUBRIC = [(weight, criterion), ...] beside "
+                        "it; add one")  # fmt: skip
 
 
 def idle_flags(args, default_of):

@@ -83,6 +83,21 @@ def add_flags(parser):
     flag("--allow_weak_verifier", action="store_true", help="take a variant of a task although its "
          "verifier pays for answers that say nothing of the problem")
 
+    flag = group("referee").add_argument
+    flag("--referee", metavar="WHO", help="whom rewards such as `tournament` ask which of two "
+         "texts is better: start (--model_name as its files are, before any training), or another "
+         "model's hub name or directory; None: nobody")
+    flag("--referee_url", metavar="URL", help="instead: a server with OpenAI's API, such as "
+         "http://127.0.0.1:8000/v1; its key, if it needs one, in the environment variable "
+         "REFEREE_API_KEY or OPENAI_API_KEY")
+    flag("--referee_model", metavar="NAME", help="the server's model")
+    flag("--eval_referee", metavar="WHO", help="a second referee that rewards nothing: with the "
+         "first it judges held-out answers against those of step 0; as --referee")
+    flag("--referee_pairs", type=COUNT, default=0, metavar="K", help="in a tournament a completion "
+         "meets the K that follow it on a ring, 2 K G asks for a group; 0: all others, G (G - 1)")
+    flag("--referee_anyway", action="store_true", help="train although the referee is right on "
+         "less than 60 %% of the task's golden pairs, or there are none")
+
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
          help="questions per step")

@@ -16,6 +16,7 @@ from launch.checks import (
     check_flags,
     check_model,
     check_output_dir,
+    check_rewards,
     check_trackers,
     idle_flags,
 )
@@ -28,7 +29,7 @@ from records.resuming import (
     run_to_resume,
     saved_flags,
 )
-from tasks import has_own_evaluator
+from tasks import has_own_evaluator, load_task
 from utils import UserError, one_line
 
 
@@ -157,6 +158,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
             return args
         if not args.plan:  # which reads no data
             check_dataset(args)
+            check_rewards(load_task(args), args)
         check_model(args)
         if not args.plan:  # which writes nothing
             check_output_dir(args)

@@ -16,6 +16,7 @@ ENTROPY = 0.01  # nats per token: 100 tokens have 1 nat, less than 3 completions
 KL = 1.0  # nats per token: the policy's tokens are e times likelier than under the reference
 DRIFT = 2.0  # factor between lengths; healthy runs stay within 1.3
 FLAT = 0.8  # of the groups; towards the end of a healthy run two thirds may be flat
+SLOT = 0.8  # of the verdicts; beyond it, or for the second as often, the place decides
 TRUNCATED = 0.5  # of the completions; what is cut off rarely has an answer to reward
 
 
@@ -112,6 +113,27 @@ def truncated(history, evaluations):
     return f"{share:.0%} of the completions were cut off; raise --max_completion_length"
 
 
+def first_slot(history, evaluations):
+    share = _share(history, "referee/first_slot")
+    if share is None or 1 - SLOT <= share <= SLOT:
+        return None
+    return (f"{share:.0%} of the referee's verdicts are for the text that it reads first: only the "
+            "difference between both orders says anything")  # fmt: skip
+
+
+def second_referee(history, evaluations):
+    """The referee that rewards sees answers better than those of step 0, the second one does not:
+    it may have been fooled."""
+    rows = [row for row in evaluations if "win_rate/eval_referee" in row]
+    if not rows or rows[-1].get("win_rate/referee_low", 0) <= 0.5:
+        return None
+    if rows[-1]["win_rate/eval_referee_low"] > 0.5:
+        return None
+    return (f"the referee prefers {rows[-1]['win_rate/referee']:.0%} of the answers to those of "
+            f"step 0, the second one {rows[-1]['win_rate/eval_referee']:.0%}: what is rewarded may "
+            "not be better")  # fmt: skip
+
+
 def skipped(history, evaluations):
     if not history[-1].get("skipped"):
         return None
@@ -127,6 +149,8 @@ RULES = {
     completion_length: "step",
     flat_groups: "step",
     truncated: "step",
+    first_slot: "step",
+    second_referee: "eval",
     skipped: "step",
 }
 

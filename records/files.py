@@ -42,11 +42,24 @@ LABELS = {
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "lenient_accuracy": "held-out accuracy, tags not needed (95 % interval)",
     "format_rate": "held-out format rate (95 % interval)",
+    "referee/first_slot": "verdicts for the text that the referee reads first",
+    "referee/consistent": "pairs with one verdict in both orders",
+    "referee/calls": "what the referee was asked (asks)",
+    "referee/cached": "what it had answered before (asks)",
+    "referee/unread": "referee's answers that cannot be read (asks)",
+    "eval_referee/first_slot": "verdicts for the text that the second referee reads first",
+    "eval_referee/consistent": "pairs with one verdict of the second referee in both orders",
+    "eval_referee/calls": "what the second referee was asked (asks)",
+    "eval_referee/cached": "what the second referee had answered before (asks)",
+    "eval_referee/unread": "second referee's answers that cannot be read (asks)",
+    "win_rate/referee": "held-out win rate over step 0 (95 % interval)",
+    "win_rate/eval_referee": "held-out win rate over step 0, second referee (95 % interval)",
 }
 SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
           "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
+SHARE_ENDS = ("/first_slot", "/consistent", "win_rate/referee", "win_rate/eval_referee")
 # How keys of eval.jsonl end that have no figure of their own.
-NO_FIGURE = ("problems", "mcnemar_p", "seconds/evaluation", "_low", "_high")
+NO_FIGURE = ("problems", "_p", "seconds/evaluation", "_low", "_high")
 
 
 COINCIDE = 0.02  # of a figure's height: curves no further apart are drawn as one
@@ -71,7 +84,7 @@ def unit(key):
 
 
 def is_share(key):
-    return key in SHARES or "pass@" in key
+    return key in SHARES or "pass@" in key or key.endswith(SHARE_ENDS)
 
 
 def coinciding(curves):

@@ -20,7 +20,8 @@ MAY_CHANGE = {
     "eval_iterations", "short_eval_iterations", "save_steps", "save_rollouts", "keep_checkpoints",
     "reward_timeout",
     "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
-    "track", "merge_lora", "allow_changed_rewards", "reward_workers",
+    "track", "merge_lora", "allow_changed_rewards", "reward_workers", "referee_url",
+    "referee_anyway",
 }  # fmt: skip
 
 

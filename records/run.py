@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.comparison import evaluation_table, p_against
+from evaluation.referees import referee_metrics
 from evaluation.scoring import truncated_thinking
 from grpo import has_signal
 from records.alarms import new_alarms
@@ -41,6 +42,7 @@ class Run:
     metrics.jsonl      one line per training step
     eval.jsonl         one line per evaluation
     short_eval.jsonl   the same of an eighth of the problems (--short_eval_iterations)
+    referee.jsonl      what a referee has answered (--referee), each question once
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
                        tokens_00012.jsonl: one group, token by token
     rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
@@ -130,10 +132,8 @@ class Run:
 
     def log_evaluation(self, step, summary, records):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
-        first = self.completions / "eval_00000.jsonl"
-        if self.writes and step > 0 and first.exists():
-            p = p_against([record for _, record in read_jsonl(first)], records)
-            summary = {**summary, "mcnemar_p": p}
+        if self.writes and step > 0 and (first := self.first_records()):
+            summary = {**summary, "mcnemar_p": p_against(first, records)}
         self._write(f"completions/eval_{step:05d}.jsonl", records)
         self.evaluations[step] = summary
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
@@ -149,6 +149,11 @@ class Run:
         self.short_evaluations.add(step)
         self._write("short_eval.jsonl", [{"step": step, **summary}], mode="a")
         log_row(self.trackers, {"step": step, "short_accuracy": summary["accuracy"]})
+
+    def first_records(self):
+        """The records of the evaluation at step 0; None where there are none."""
+        path = self.completions / "eval_00000.jsonl"
+        return [record for _, record in read_jsonl(path)] if path.exists() else None
 
     def _evaluation_rows(self):
         return [{"step": step, **summary} for step, summary in self.evaluations.items()]
@@ -250,6 +255,7 @@ def step_metrics(step, rollouts, rewards, update, setup):
         "flat_groups": 1 - has_signal(total).float().mean().item(),
         "tokens_per_second": tokens / seconds["sampling"],
         **sampled_counts(rollouts, total),
+        **referee_metrics(setup),
         **{f"seconds/{stage}": spent for stage, spent in seconds.items()},
         **({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}),
     }

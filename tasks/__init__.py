@@ -17,10 +17,15 @@ problems(split, seed)    the Problems of "train" or "test", two lists without a 
                          default: the lines of --dataset_path
 SYSTEM_PROMPT            default: rldatasets.SYSTEM_PROMPT
 REWARD_FUNCTIONS         functions (completion, problem) -> float, and with @evaluator.of_group
-                         (completions, problem) -> floats; default: those in evaluator.py
+                         (completions, problem) -> floats, or (completions, problem, referee);
+                         default: those in evaluator.py
 is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
 worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
+CRITERION                what a referee prefers a text for: "answers the question better"
+RUBRIC                   [(weight, criterion), ...], for the reward `rubric`
+GOLDEN                   [(question, better text, worse text), ...] that a referee is tried on, the
+                         fourth of each, if any, the one criterion that it is about
 JUDGE                    a verifier_process.Judge that rewards and is_correct ask, and ...
 judge_request            (completion, problem) -> what they will ask it, or None: --reward_workers
                          then judges a step's completions side by side
@@ -66,6 +71,9 @@ class Task:
     worked_answer: Callable
     judge: object = None  # a verifier_process.Judge, where judge_request says what it is asked
     judge_request: Callable | None = None
+    criterion: str = "answers the question better"  # these three are for a referee
+    rubric: tuple = ()
+    golden: tuple = ()
 
 
 def load_task(args):
@@ -96,6 +104,9 @@ def load_task(args):
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
         judge=task.get("JUDGE") if "judge_request" in task else None,
         judge_request=task.get("judge_request"),
+        criterion=task.get("CRITERION", Task.criterion),
+        rubric=tuple(task.get("RUBRIC", ())),
+        golden=tuple(task.get("GOLDEN", ())),
     )
     if variant and not getattr(args, "allow_weak_verifier", False):
         return replace(whole, problems=partial(_verifiable, whole, args.dataset_name))
@@ -210,7 +221,8 @@ def definitions(path, module_name):
             del sys.modules[module_name]
             raise
     found = vars(sys.modules[module_name])
-    names = ("problems", *DEFAULTS, "VARIANTS", "JUDGE", "judge_request")
+    names = ("problems", *DEFAULTS, "VARIANTS", "JUDGE", "judge_request",
+             "CRITERION", "RUBRIC", "GOLDEN")  # fmt: skip
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
     if "worked_answer" in chosen:
@@ -262,6 +274,30 @@ def _errors_of(path):
         raise UserError(f"{place}: {text[:80]}; mend this line") from None
 
 
+REFEREE_S = (
+    ("RUBRIC", "(weight above 0, criterion)", [(int | float, str)]),
+    ("GOLDEN", "(question, better text, worse text)", [(str,) * 3, (str,) * 4]),
+)
+
+
+def fits(row, kinds):
+    """Whether a row has the types of one of these kinds, and no number of 0 or less."""
+    return isinstance(row, tuple) and any(
+        len(row) == len(kind)
+        and all(isinstance(x, t) and (isinstance(x, str) or x > 0) for x, t in zip(row, kind))
+        for kind in kinds
+    )
+
+
+def wants_referee(function):
+    """Whether a reward is one of a group that asks a referee."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # written in C, and does not say what it takes
+        return False
+    return evaluator.sees_group(function) and "referee" in parameters
+
+
 def _check(found, path):
     """Raise UserError for definitions that are not of the kind that a task needs."""
 
@@ -273,8 +309,13 @@ def _check(found, path):
     for name in ("problems", "is_correct", "worked_answer", "judge_request"):
         if not callable(found.get(name, print)):
             wrong(name, "is no function; write it as def")
-    if not isinstance(found.get("SYSTEM_PROMPT", ""), str):
-        wrong("SYSTEM_PROMPT", "is no text; put it in quotes")
+    for name in ("SYSTEM_PROMPT", "CRITERION"):
+        if not isinstance(found.get(name, ""), str):
+            wrong(name, "is no text; put it in quotes")
+    for name, form, kinds in REFEREE_S:
+        rows = found.get(name, [])
+        if not isinstance(rows, list) or not all(fits(row, kinds) for row in rows):
+            wrong(name, f"is no list of {form}")
     if "REWARD_FUNCTIONS" not in found:
         if found.get("is_correct", evaluator.is_correct) is not evaluator.is_correct:
             wrong(
@@ -291,8 +332,9 @@ def _check(found, path):
         if names.count(name) > 1:
             wrong("REWARD_FUNCTIONS", f"holds {name} twice; rename one, metrics go by name")
         judged = "completions" if evaluator.sees_group(function) else "completion"
+        more = ("referee",) if wants_referee(function) else ()
         try:
-            inspect.signature(function).bind(judged, "problem")
+            inspect.signature(function).bind(judged, "problem", *more)
         except TypeError:
             wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take ({judged}, problem)")
         except ValueError:  # written in C, and does not say what it takes

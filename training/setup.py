@@ -16,3 +16,4 @@ class Setup:
     accelerator: object  # accelerate's: device, autocast, processes
     reference: object = None  # what the KL term compares with, if anything
     stopwatch: Stopwatch = field(default_factory=Stopwatch)  # seconds of a step, by stage
+    referees: dict = field(default_factory=dict)  # {"referee": whom rewards ask, "eval_referee": }

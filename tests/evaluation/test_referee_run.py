@@ -1,0 +1,217 @@
+"""A referee in a run: logged, kept, resumed bit for bit, refused where it cannot judge."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_args, make_model, make_setup, make_tokenizer
+from safetensors.torch import load_file
+from test_referee import ASKING, Stub, better
+from toys import record
+
+import main
+from evaluation import referees
+from evaluation.referee import Referee
+from evaluation.referees import start_model, try_out, with_referees
+from evaluation.win_rate import against_start, win_rate
+from launch.parser import parse_args
+from records.alarms import first_slot, second_referee
+from utils import UserError
+
+FILE = """
+from evaluator import correctness, of_group, tournament
+
+CRITERION = "is longer"
+SYSTEM_PROMPT = "Answer."
+GOLDEN = [(f"{n}?", "a longer text", "short") for n in range(6)]
+
+
+def is_correct(completion, problem):
+    return "a" in completion
+
+
+REWARD_FUNCTIONS = [correctness, tournament]
+"""
+
+
+@pytest.fixture
+def flags(saved_models, tmp_path):
+    (tmp_path / "rewards.py").write_text(FILE)
+    rows = [{"question": f"{n}?", "answer": str(n), "solution": str(n)} for n in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "--preset", "cpu", "--model_name", str(saved_models["qwen2"]), "--evaluator",
+        str(tmp_path / "rewards.py"), "--dataset_path", str(tmp_path / "data.jsonl"),
+        "--questions_per_step", "2", "--group_size", "3", "--max_completion_length", "6",
+        "--cold_start_steps", "1", "--eval_problems", "4", "--learning_rate", "1e-2",
+        "--cold_start_learning_rate", "1e-2", "--lr_schedule", "constant", "--warmup_percent", "0",
+        "--referee", "start",
+    ]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_is_judged_twice_resumed_bit_for_bit_and_asks_nothing_again(
+    flags, saved_models, tmp_path
+):
+    second = tmp_path / "second"
+    model, tokenizer = make_model(vocab_size=260, seed=9), make_tokenizer()
+    model.save_pretrained(second)
+    tokenizer.save_pretrained(second)
+    flags += ["--eval_referee", str(second), "--referee_anyway"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main.train(parse_args([*flags, "--output_dir", str(whole), "--num_train_iters", "3"]))
+    rows = lines(whole / "metrics.jsonl")
+    for row in rows:
+        assert row["rewards/tournament"] == pytest.approx(0.5)
+        assert row["referee/calls"] + row["referee/cached"] <= 2 * 3 * 2
+        assert 0 <= row["referee/first_slot"] <= 1 and 0 <= row["referee/consistent"] <= 1
+    before, after = lines(whole / "eval.jsonl")
+    assert not any(key.startswith("win_rate") for key in before)
+    for role in ("referee", "eval_referee"):
+        assert after[f"win_rate/{role}_low"] <= after[f"win_rate/{role}"] <= 1
+        assert after[f"{role}/unread"] == 0
+    wins = [row["wins"] for row in lines(whole / "completions/eval_00003.jsonl")]
+    assert win_rate([row["eval_referee"] for row in wins], "x")["win_rate/x"] == pytest.approx(
+        after["win_rate/eval_referee"]
+    )
+    assert {"win_rate_referee", "referee_first_slot"} <= {
+        path.stem.removeprefix("eval_") for path in (whole / "plots").iterdir()
+    }
+    main.train(parse_args([*flags, "--output_dir", str(parts), "--num_train_iters", "2"]))
+    with (parts / "referee.jsonl").open("a") as file:
+        file.write('{"referee": "cut')  # where the machine went down
+    main.train(parse_args(["--resume", "--output_dir", str(parts), "--num_train_iters", "3"]))
+    for ours, theirs in zip(rows, lines(parts / "metrics.jsonl")):
+        assert {k: v for k, v in ours.items() if "second" not in k} == {
+            k: v for k, v in theirs.items() if "second" not in k
+        }
+    ours, theirs = (load_file(run / "model/model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_that_cannot_judge_is_refused_before_step_1_in_a_line(flags, tmp_path, command):
+    status, _, err = command(*flags, "--output_dir", tmp_path / "run", "--num_train_iters", "1")
+    assert status == 2 and "of 6 golden pairs" in err and "--referee_anyway" in err
+    assert err.count("\n") <= 3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--eval_referee", "start"], "--eval_referee start: is the --referee"),
+        (["--referee_url", "http://x/v1"], "--referee start: --referee_url names one already"),
+        (["--referee_model", "x"], "--referee_model x: goes with --referee_url"),
+        (["--referee", "no/such dir"], "--referee no/such dir: no such directory"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_named(flags, more, said, command, tmp_path):
+    status, _, err = command(*flags, *more, "--output_dir", tmp_path / "run")
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "the reward tournament asks a referee, and there is none"),
+        (["--referee_pairs", "2"], "--referee_pairs 2: there is no referee"),
+        (["--referee_url", "x"], "--referee_url x: no http:// or https://"),
+        (["--referee_url", "http://x/v1"], "which of its models? Name it with --referee_model"),
+    ],
+)
+def test_a_reward_that_asks_needs_somebody_to_ask(flags, more, said, command, tmp_path):
+    status, _, err = command(*flags[:-2], *more, "--output_dir", tmp_path / "run")
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+# --- who the start model is --------------------------------------------------------------------
+
+
+def test_start_is_the_model_of_the_file_and_shared_where_the_reference_is_that(
+    saved_models, monkeypatch
+):
+    monkeypatch.setattr(referees, "rendering_of", lambda args: None)
+    moved, reference = make_model(seed=5), make_model(seed=6)
+    args = make_args(model_name=str(saved_models["qwen2"]), cold_start_steps=1)
+    setup = make_setup(moved, args, reference=reference)
+    found = start_model(setup)
+    saved = load_file(saved_models["qwen2"] / "model.safetensors")
+    assert torch.equal(found.state_dict()["model.norm.weight"], saved["model.norm.weight"])
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    args.cold_start_steps = 0
+    assert start_model(setup) is reference
+    args.update_ref_model = True
+    assert start_model(setup) is not reference
+
+
+def test_without_a_referee_nothing_changes():
+    setup = make_setup(make_model())
+    assert with_referees(setup) is setup
+    summary, records = {"accuracy": 1.0}, [record("1?", True)]
+    assert against_start(setup, lambda: 1 / 0, summary, records) == (summary, records)
+
+
+def tried(judge, role="referee", task=ASKING, **flags):
+    setup = make_setup(None, make_args(**flags), task=task)
+    referee = Referee(judge, task)
+    try_out(role, referee, setup)
+    return referee
+
+
+def test_golden_pairs_set_the_scale_and_none_is_a_reason_to_refuse(capsys):
+    referee = tried(Stub(better))
+    assert referee.scale(ASKING.criterion).tau == pytest.approx(2.0, abs=0.1)
+    assert referee.counts()["calls"] == 0
+    blind = replace(ASKING, golden=())
+    with pytest.raises(UserError, match="no GOLDEN"):
+        tried(Stub(better), task=blind)
+    tried(Stub(better), task=blind, referee_anyway=True)
+    # One that only measures is told, and the run goes on.
+    tried(Stub(lambda text: -better(text)), role="eval_referee")
+    assert capsys.readouterr().out.count("warning") == 2
+
+
+# --- the win rate ------------------------------------------------------------------------------
+
+
+def test_answers_meet_those_of_step_0_question_by_question():
+    before = [record(f"{n}?", True, "xx") for n in range(6)]
+    after = [record(f"{n}?", True, text) for n, text in enumerate("x xxx xxxx xx xxx xxxx".split())]
+    judge = Stub(lambda text: 5.0 * len(text), slot=7.0)
+    setup = make_setup(None, make_args(), task=ASKING)
+    setup = replace(
+        setup, tokenizer=SimpleNamespace(), referees={"referee": Referee(judge, ASKING)}
+    )
+    order = [3, 0, 5, 1, 2, 4]
+    summary, records = against_start(setup, lambda: before, {"n": 6}, [after[n] for n in order])
+    assert [row["question"] for row in records] == [f"{n}?" for n in order]
+    chances = {row["question"]: row["wins"]["referee"] for row in records}
+    assert chances["0?"] < 0.01 and chances["3?"] == 0.5 and chances["2?"] > 0.99
+    assert summary["win_rate/referee"] == pytest.approx(4.5 / 6)
+    assert summary["win_rate/referee_p"] == pytest.approx(2 * 6 / 32)  # 4 won, 1 lost
+    assert summary["referee/first_slot"] == pytest.approx(0.7, abs=0.31)
+    others = [record("another?", True)]
+    assert against_start(setup, lambda: others, {}, after) == ({}, after)
+
+
+# --- alarms ------------------------------------------------------------------------------------
+
+
+def test_an_alarm_where_the_place_decides_and_where_the_second_referee_does_not_follow():
+    rows = [{"step": n, "referee/first_slot": share} for n, share in enumerate([0.7] * 5)]
+    assert first_slot(rows, []) is None
+    assert "100%" in first_slot([{"step": 0, "referee/first_slot": 1.0}], [])
+    assert "10% of the referee's verdicts" in first_slot(
+        [{"step": n, "referee/first_slot": 0.1} for n in range(5)], []
+    )
+    hacked = {"win_rate/referee": 0.8, "win_rate/referee_low": 0.7, "win_rate/eval_referee": 0.5,
+              "win_rate/eval_referee_low": 0.4}  # fmt: skip
+    assert "prefers 80%" in second_referee(rows, [{"step": 5, **hacked}])
+    agreed = {**hacked, "win_rate/eval_referee_low": 0.55}
+    assert second_referee(rows, [{"step": 5, **agreed}]) is None
+    assert second_referee(rows, [{"step": 5, "accuracy": 0.5}]) is None
