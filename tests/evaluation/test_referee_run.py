@@ -25,7 +25,8 @@ from evaluator import correctness, of_group, tournament
 
 CRITERION = "is longer"
 SYSTEM_PROMPT = "Answer."
-GOLDEN = [(f"{n}?", "a longer text", "short") for n in range(6)]
+PAIRS = [("long", "short"), ("short", "long")]  # of which no referee is right on both
+GOLDEN = [(f"{n}?", *pair) for n in range(3) for pair in PAIRS]
 
 
 def is_correct(completion, problem):
