@@ -14,13 +14,21 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
 from training.lora import has_adapter, settle_in_bfloat16, with_adapter
 from training.sharding import is_sharded, whole_copy, whole_tensor
 from utils import EMBEDDED_MODEL, UserError, base_and_adapters
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # as config.json's layer_types say
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,11 @@ def load_model(model_name, device, token=None, rendering=None):
         if base == EMBEDDED_MODEL:
             model, tokenizer = _load_embedded()
         else:
+            refuse_family(AutoConfig.from_pretrained(base, token=token), flag)
             tokenizer = load_tokenizer(base, token)
             model, report = AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, attn_implementation="sdpa", token=token,
-                ignore_mismatched_sizes=True, output_loading_info=True,
+                base, dtype=torch.float32, token=token, ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )  # fmt: skip
             misfits = [*report["missing_keys"], *report["unexpected_keys"]]
             misfits += [name for name, *_ in report["mismatched_keys"]]
@@ -92,6 +101,19 @@ def load_model(model_name, device, token=None, rendering=None):
         raise UserError(f"{flag}: its tokenizer has {tokens} tokens, the model {known}; use the "
                         "tokenizer that it was trained with")  # fmt: skip
     return model.to(device).eval(), tokenizer
+
+
+def refuse_family(config, flag):
+    """Raise UserError for what is no causal language model of transformers', and for layers that
+    hand a state from token to token, by which the sequences of a packed pass would mix."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    what = f"{flag}: model type {config.model_type}"
+    if kind is None:
+        raise UserError(f"{what}: transformers has no causal language model of that type")
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    if layers or kind._is_stateful:
+        raise UserError(f"{what}: its layers ({', '.join(sorted(layers)) or 'with a state'}) would "
+                        "mix the sequences of a packed pass; not supported")  # fmt: skip
 
 
 @contextlib.contextmanager

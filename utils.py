@@ -298,3 +298,19 @@ def not_counted():
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, left, again)
+
+
+def context_of(config):
+    """How many tokens a model reads at once, of its config.json as a dict.
+
+    Rotary embeddings of type longrope have other frequencies once the longest text of a batch is
+    longer than what the model was first trained on, so that from there a row depends on others.
+    Raises KeyError, TypeError or AttributeError where the file is damaged.
+    """
+    context = config.get("n_positions") or config["max_position_embeddings"]
+    ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    for rope in ropes:
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            first = config.get("original_max_position_embeddings")
+            context = min(context, rope.get("original_max_position_embeddings") or first)
+    return context

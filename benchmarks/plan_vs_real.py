@@ -71,9 +71,7 @@ def work(model_name, what):
     matrix = torch.ones(512, 512)
     (matrix @ matrix).sum()  # what the libraries need to begin with is not the step's
     before = resident()
-    model = AutoModelForCausalLM.from_config(
-        config_of(model_name), dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    model = AutoModelForCausalLM.from_config(config_of(model_name), dtype=torch.float32).eval()
     tracker = Tracker() if what == "tensors" else None
     real_steps(model, args, Accelerator(cpu=True), tracker)
     if tracker is None:
@@ -97,6 +95,7 @@ def real_steps(model, args, accelerator, tracker=None):
     from launch.planned_step import worst_prompts
     from llms import kl_reference
     from sampling.groups import sample_rollouts
+    from training.lean_layers import recompute_layers
     from training.lora import add_adapter
     from training.optimizer import make_optimizer
     from training.setup import Setup
@@ -111,8 +110,7 @@ def real_steps(model, args, accelerator, tracker=None):
     on_gpu = accelerator.mixed_precision == "bf16"
     add_adapter(model, args, on_gpu)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        model.train()
+        recompute_layers(model)
     with tracker or nullcontext():
         if tracker:
             tracker.label(model.parameters(), "weights")

@@ -13,14 +13,15 @@ from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
 from evaluation.scoring import advantages_of, score, without_thoughts
-from llms import chat_prompt, load_model, rendering_of
+from llms import chat_prompt
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
+from sampling.probe import load_policy
 from tasks import check_weights, load_task
 from training.processes import make_accelerator
 from training.progress import phase
 from training.setup import Setup
-from utils import UserError, hub_token, one_line, printable
+from utils import UserError, one_line, printable
 
 NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
 NEEDS_ONE = "none given; correctness is 0 without one (--answer, or --question N)"
@@ -38,9 +39,7 @@ class Printer(TextStreamer):
 def load(args, task):
     """The Setup that a run with these flags would have."""
     accelerator = make_accelerator()
-    policy, tokenizer = load_model(
-        args.model_name, accelerator.device, hub_token(), rendering_of(args)
-    )
+    policy, tokenizer = load_policy(args, accelerator)
     return Setup(policy, tokenizer, task, args, accelerator)
 
 

@@ -17,7 +17,7 @@ from sampling.groups import sample_rollouts
 from training.processes import everyones, own_part
 from training.progress import progress
 from training.sharding import whole
-from utils import UserError, mixed_seed, named
+from utils import UserError, context_of, mixed_seed, named
 
 
 def evaluate(setup, problems, seed=0, tick=None):
@@ -123,7 +123,7 @@ def an_eighth(held_out):
 def check_room(policy, tokenizer, problems, args, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
     longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
-    context = policy.config.max_position_embeddings
+    context = context_of(policy.config.to_dict())
     if longest + args.max_completion_length > context:
         raise UserError(f"{named(args, 'max_completion_length')}: with the longest test prompt of "
                         f"{longest} tokens it exceeds the model's context of "

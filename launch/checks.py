@@ -20,10 +20,18 @@ from launch.known_models import KNOWN_MODELS
 from launch.presets import LORA_TARGETS
 from rldatasets import BUILT_IN, GSM8K_HUB_NAME
 from tasks import has_own_evaluator, load_task, wants_referee
-from utils import ADAPTER_CONFIG, EMBEDDED_MODEL, UserError, base_and_adapters, hub_token, named
+from utils import (
+    ADAPTER_CONFIG,
+    EMBEDDED_MODEL,
+    UserError,
+    base_and_adapters,
+    context_of,
+    hub_token,
+    named,
+)
 
 EMBEDDED_CONTEXT = 8192
-MODEL_TYPES = ("qwen2", "qwen3", "llama")
+LANGUAGE_MODEL = "(CausalLM|LMHeadModel|ConditionalGeneration)$"  # the end of such a class's name
 START = "start"  # as --referee: the model that the run starts with
 OPENAI = "openai==3.57.0"  # needed for --referee_url alone; as in requirements-dev.txt
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
@@ -214,7 +222,7 @@ def check_dataset(args):
 
 
 def check_model(args):
-    """Raise UserError where the model is unknown, of another family, or its context too short."""
+    """Raise UserError where the model is unknown, no language model, or its context too short."""
     name, adapters = base_and_adapters(args.model_name)
     flag = named(args, "model_name")
     if adapters:
@@ -245,22 +253,16 @@ def check_model(args):
                         f"{EMBEDDED_MODEL}")  # fmt: skip
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        family, context = config["model_type"], index(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kinds, context = config.get("architectures") or [], index(context_of(config))
+        other = [f"{kind}" for kind in kinds if not re.search(LANGUAGE_MODEL, kind)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{flag}: its config.json is damaged or not a language model's; fetch it again"
         ) from None
     if config.get("quantization_config"):
         raise UserError(quantised(flag, config["quantization_config"], adapters))
-    if family not in MODEL_TYPES:
-        raise UserError(f"{flag}: model type {family}; supported: {', '.join(MODEL_TYPES)}")
-    if config.get("use_sliding_window"):
-        raise UserError(f"{flag}: sliding-window attention is not supported")
-    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    ropes = [rope for rope in ropes if isinstance(rope, dict)]
-    if any("longrope" in (rope.get("rope_type"), rope.get("type")) for rope in ropes):
-        # Its frequencies go by the longest text of a batch, so that a row depends on the others.
-        raise UserError(f"{flag}: rotary embeddings of type longrope are not supported")
+    if other:
+        raise UserError(f"{flag}: is a {other[0]:.60}, no causal language model")
     check_context(args, context)
 
 

@@ -16,19 +16,21 @@ from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
 from evaluator import is_correct
-from llms import chat_prompt, load_model, rendering_of
+from llms import chat_prompt
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
 from records.trackers import start_trackers
 from rldatasets import Problems, fingerprint, repeats, some_of, without_overlap
+from sampling.probe import load_policy
 from tasks import check_weights, load_task
+from training.lean_layers import recompute_layers
 from training.lora import add_adapter
 from training.processes import from_main, make_accelerator, patient
 from training.progress import Stopwatch, phase, progress
 from training.setup import Setup
 from training.sharding import shard_if_configured
-from utils import UserError, hub_token, named
+from utils import UserError, named
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ def begin(args):
     facts = {**data.facts, **sources, "rewards_changed_at": changed_at}
     run.save_config(args, str(accelerator.device), saved, first, **facts)
     if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-        policy.train()  # checkpointing asks for it; nothing drops out, see shared_prefix.py
+        recompute_layers(policy)
     shard_if_configured(policy, args, accelerator)
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
     return Setup(policy, tokenizer, task, args, accelerator, None, stopwatch), run, data, start
@@ -96,9 +97,7 @@ def load(args, accelerator, task, start=None):
     check_data(args, train_problems, test_problems, accelerator.num_processes)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     tqdm.write(f"loading {args.model_name} ...")
-    policy, tokenizer = load_model(
-        args.model_name, accelerator.device, hub_token(), rendering_of(args)
-    )
+    policy, tokenizer = load_policy(args, accelerator)
     add_adapter(policy, args)
 
     def prompt_length(problem):
@@ -219,9 +218,7 @@ def evaluate_and_save(args):
     task = load_task(args)
     start_judge(task, args)
     problems = held_out_problems(args, task.problems("test"))
-    policy, tokenizer = load_model(
-        args.model_name, accelerator.device, hub_token(), rendering_of(args)
-    )
+    policy, tokenizer = load_policy(args, accelerator)
     check_room(policy, tokenizer, problems, args, task)
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}

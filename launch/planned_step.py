@@ -7,6 +7,7 @@ as --max_completion_length, and of the prompts' beginnings one token in common.
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
+import logging
 import math
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,10 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo import Batch, grpo_loss
 from launch.fake_memory import Tracker
 from launch.known_models import KNOWN_MODELS
-from llms import kl_reference, refusing
+from llms import kl_reference, refuse_family, refusing
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
+from sampling.fallback import OwnLayers, falls_back
 from sampling.groups import sample_tokens
+from training.lean_layers import recompute_layers
 from training.logprobs import completion_logprobs
 from training.lora import add_adapter, trained_parameters
 from training.optimizer import clip_gradients, make_optimizer
@@ -48,6 +51,7 @@ class Plan:
     phases: dict  # phase: {part: bytes} at that phase's peak
     work: dict  # phase: Work of one step, for `evaluation` that of one evaluation
     tokens: dict  # phase: tokens that go through the model
+    falls_back: bool = False  # whether the model's own layers sample
 
     @property
     def peaks(self):
@@ -68,15 +72,23 @@ def planned(args, on_gpu, machine=None, layers=None):
             f"--model_name {args.model_name}: cannot be planned, its config.json is damaged"
         ):
             config = config_of(args.model_name)
+            refuse_family(config, f"--model_name {args.model_name}")
             config.num_hidden_layers = layers or config.num_hidden_layers
             # Some kinds read positions, which fake tensors do not have; of all, the shapes agree.
-            rope_type = config.rope_parameters["rope_type"]
-            config.rope_parameters["rope_type"] = "default"
-            policy = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa"
-            )
-            policy.config.rope_parameters["rope_type"] = rope_type  # for recorder_for
-        return step_plan(policy.eval(), args, on_gpu, machine)
+            ropes = ropes_of(config)
+            kinds = [rope["rope_type"] for rope in ropes]
+            for rope in ropes:
+                rope["rope_type"] = "default"
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for rope, kind in zip(ropes_of(policy.config), kinds):  # for recorder_for
+                rope["rope_type"] = kind
+            for buffer in policy.buffers():  # without numbers, which small ones have and that
+                buffer.constant = None  # cannot be copied
+        if not falls_back(policy):
+            return step_plan(policy.eval(), args, on_gpu, machine)
+        kind = f"--model_name {args.model_name}: model type {config.model_type}"
+        with refusing(f"{kind}: its layers cannot be planned"):  # some read numbers
+            return step_plan(policy.eval(), args, on_gpu, machine)
 
 
 def config_of(model_name):
@@ -85,6 +97,13 @@ def config_of(model_name):
     if base in KNOWN_MODELS:
         return AutoConfig.for_model(**KNOWN_MODELS[base])
     return AutoConfig.from_pretrained(base, token=hub_token())
+
+
+def ropes_of(config):
+    """The model's kinds of rotary embeddings: one, one for each kind of layers, or none."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes] if "rope_type" in ropes else ropes.values()
+    return [rope for rope in ropes if isinstance(rope, dict)]
 
 
 @contextmanager
@@ -97,6 +116,8 @@ def as_if(on_gpu):
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # of what cannot be planned
+        stack.enter_context(mock.patch.object(log, "disabled", True))
         stack.enter_context(mock.patch("torch.backends.mkldnn.is_available", lambda: False))
         stack.enter_context(mock.patch.object(torch.nn.Linear, "to", converted))
         if on_gpu:
@@ -141,8 +162,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
     add_adapter(policy, args, on_gpu)
     trained = trained_parameters(policy)
     if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-        policy.train()
+        recompute_layers(policy)
     tracker = Tracker(machine, policy.config.vocab_size)
     autocast = torch.autocast("cpu", torch.bfloat16) if on_gpu else nullcontext()
     work, tokens = {}, {}
@@ -199,7 +219,7 @@ def step_plan(policy, args, on_gpu=False, machine=None):
         work["evaluation"] *= math.ceil(answers / rows)
         tokens["evaluation"] = tokens["evaluation"] // rows * answers
     counts = [sum(p.numel() for p in ps) for ps in (policy.parameters(), trained)]
-    return Plan(args, *counts, tracker.phases, work, tokens)
+    return Plan(args, *counts, tracker.phases, work, tokens, falls_back(policy))
 
 
 def fill_moments(optimizer):
@@ -226,19 +246,24 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
     rows, length = questions * group_size, args.max_completion_length
     before = tracker.work
     with tracker.part("sampling copy"):
-        if on_gpu and recorder_for(policy, "cuda"):
+        if falls_back(policy):
+            decoder = OwnLayers(policy, group_size, length, shares=False)
+        elif on_gpu and recorder_for(policy, "cuda"):
             decoder = GraphDecoder(policy, group_size, length, partial(PlannedGraph, tracker))
         else:
             decoder = Decoder(policy, group_size, length, shares=False)
     uniforms = torch.zeros((length, rows), dtype=torch.float64)
     logits, row = decoder.prefill(worst_prompts(questions, args))  # (R, V), (R,)
-    caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
-    tracker.label([tensor for part in caches for tensor in part], "KV cache")
+    if not falls_back(policy):
+        caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
+        tracker.label([tensor for part in caches for tensor in part], "KV cache")
     prompts = tracker.work - before
     of_a_token = {}  # by how much of the cache is read
     for place in (length - 1, length // 2):
         before = tracker.work
         decoder.written = place
+        if falls_back(policy):
+            tracker.label(filled(decoder, args.max_prompt_length + place), "KV cache")
         read = decoder.length_to_read()
         tokens, _ = sample_tokens(
             logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p, row
@@ -249,6 +274,21 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
         prompts + at_length(of_a_token, average_read(decoder, length)) * length,
         questions * args.max_prompt_length + rows * length,
     )
+
+
+def filled(decoder, length):
+    """The cache of OwnLayers, filled up to `length` tokens per row, or as many as layers keep."""
+    decoder.mask = decoder.mask.new_ones((len(decoder.mask), length))
+    tensors = []
+    for layer in decoder.cache.layers:
+        kept = length
+        if layer.is_sliding:
+            layer.cumulative_length, kept = length, min(length, layer.sliding_window - 1)
+        for name in ("keys", "values"):
+            rows, heads, _, size = getattr(layer, name).shape
+            tensors.append(getattr(layer, name).new_zeros((rows, heads, kept, size)))
+            setattr(layer, name, tensors[-1])
+    return tensors
 
 
 def average_read(decoder, length):

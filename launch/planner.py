@@ -195,6 +195,7 @@ def report(plan, on_gpu, machine):
         f"{args.model_name}, {plan.parameters:,} parameters"
         + (f", {plan.trained:,} of them trained" if args.lora_rank else ""),
         f"On {device} ({why}).",
+        *["Sampled from by the model's own layers (fallback sampler)."] * plan.falls_back,
         f"Worst case: all prompts have {args.max_prompt_length} tokens, all completions "
         f"{args.max_completion_length}.",
         "",

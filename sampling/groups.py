@@ -12,6 +12,7 @@ from llms import chat_prompt
 from sampling.compiled import static_decoder
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
+from sampling.fallback import OwnLayers, falls_back
 from sampling.paged import sample_rollouts_paged
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
 from training.progress import progress
@@ -172,7 +173,9 @@ def sample_rollouts(
     else:
         uniforms = torch.zeros((max_new_tokens, rows), dtype=torch.float64, device=device)
 
-    if compiled:
+    if falls_back(model):
+        decoder = OwnLayers(model, group_size, max_new_tokens, device.type in SHARING)
+    elif compiled:
         decoder = static_decoder(model, prompts, group_size, max_new_tokens)
     elif recorder := recorder_for(model, device.type):
         decoder = GraphDecoder(model, group_size, max_new_tokens, recorder)

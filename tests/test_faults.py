@@ -416,7 +416,7 @@ FAULTS = {
         r"out of memory \(cold start\): lower --micro_batch_tokens", 0,
     ),
     "memory is full in loading": (
-        at_call(loading, "load_model", 1, raising(MemoryError())), 2,
+        at_call(loading, "load_policy", 1, raising(MemoryError())), 2,
         r"out of memory \(loading\)", 0,
     ),
     "a reward raises": (reward(lambda c, p: {}[c]), 2, names("raised KeyError"), 2),

@@ -21,6 +21,7 @@ from launch.parser import parse_args
 from records.files import Series
 from records.rollout_file import load_rollouts
 from rldatasets import Problem, Problems, arithmetic_problems
+from training.lean_layers import checkpointed
 from utils import UserError
 
 
@@ -149,7 +150,7 @@ def test_a_sixth_reward_needs_its_function_and_one_list_entry(
 
 def test_the_checkpointing_flag_reaches_the_layers(saved_models, tmp_path, monkeypatch):
     def stop(setup, *_):
-        assert setup.policy.is_activation_checkpointing and setup.policy.training
+        assert all(layer.training for layer in checkpointed(setup.policy))
         raise InterruptedError
 
     monkeypatch.setattr(main, "cold_start", stop)

@@ -36,7 +36,7 @@ def slow(owner, name, only=1):
         return original(*args, **kwargs)
     setattr(owner, name, wrapper)
 
-for owner, name in ((loading, "load_model"), (loading, "warn"), (main, "cold_start"),
+for owner, name in ((loading, "load_policy"), (loading, "warn"), (main, "cold_start"),
                     (main, "score"), (held_out, "evaluate"), (main, "sample_groups"),
                     (update, "grpo_loss"), (checkpoints, "save_model"), (records.run, "plot_run")):
     slow(owner, name)

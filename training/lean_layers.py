@@ -2,6 +2,7 @@
 
 What autograd keeps of transformers' RMS norm and SwiGLU, written as they are in seven and two
 operations, is a quarter of a layer's activations and most of its time outside matrix products.
+Only those families have them so that copy LLaMA's code; the modules of others stay as they are.
 
 Letters: N tokens, D hidden size, I size inside the MLP.
 """
@@ -11,19 +12,49 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+SILU = type(ACT2FN["silu"])
 
 
 def make_lean(model):
-    """Replace `forward` of the norms and gated MLPs of this model's decoder, in place.
+    """Replace `forward` of the norms and gated MLPs of this model's decoder, in place, where they
+    compute what LLaMA's do.
 
     Values and gradients stay what they were, up to rounding. The model's modules, their parameters
     and their hooks stay as well. A second call changes nothing.
     """
     for module in model.get_decoder().modules():
-        if hasattr(module, "variance_epsilon"):
+        if _has_code_of(LlamaRMSNorm, module):
             module.forward = MethodType(_norm, module)
-        elif hasattr(module, "gate_proj") and module.config.hidden_act == "silu":
+        elif _has_code_of(LlamaMLP, module) and isinstance(module.act_fn, SILU):
             module.forward = MethodType(_gated_mlp, module)
+
+
+def _has_code_of(original, module):
+    """Whether the module's `forward` is a copy of this class's: transformers' families have them
+    line by line, and where one does anything else, however little, the code is another."""
+    ours, theirs = (kind.forward.__code__ for kind in (original, type(module)))
+    parts = ("co_code", "co_names", "co_consts")
+    return all(getattr(ours, part) == getattr(theirs, part) for part in parts)
+
+
+def recompute_layers(model):
+    """Activation checkpointing: the backward pass computes the layers' inside again.
+
+    Transformers asks for train mode, in which some families drop out. It is enough that the layers
+    themselves are in it, and not the modules in them.
+    """
+    model.activation_checkpointing_enable()
+    for layer in checkpointed(model):
+        layer.training = True
+
+
+def checkpointed(model):
+    """The layers that activation checkpointing goes by."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _norm(module, x):

@@ -6,6 +6,7 @@ these distinct, D hidden size, V vocabulary.
 
 import torch
 
+from training.head import capped_, head_of
 from training.progress import progress
 from training.sharding import gathering
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
@@ -33,15 +34,16 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_ids, with_entropy=False):
-        """hidden: (T, D), over the temperature. weight: (V, D). token_ids: (T,).
+    def forward(ctx, hidden, weight, token_ids, with_entropy=False, cap=None):
+        """hidden: (T, D), over the temperature, as `cap` is, which bounds the logits (see head.py;
+        arXiv 2408.00118, section 2). weight: (V, D). token_ids: (T,).
 
         Returns (log-probs (T,), entropies (T,) in nats or None).
         """
         logprobs, entropies, kept = [], [], None
         for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
             kept = None  # the last chunk's, before this one takes its own
-            kept = log_softmax_(h @ weight.T)  # (N, V)
+            kept = log_softmax_(capped_(h @ weight.T, cap))  # (N, V)
             logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
             if with_entropy:
                 entropies += [
@@ -49,7 +51,8 @@ class TokenLogprobs(torch.autograd.Function):
                 ]
         entropy = torch.cat(entropies) if with_entropy else None
         ctx.save_for_backward(hidden, weight, token_ids, entropy)
-        ctx.kept = kept if len(logprobs) == 1 else None
+        ctx.kept = kept if len(logprobs) == 1 and cap is None else None
+        ctx.cap = cap
         return torch.cat(logprobs), entropy
 
     @staticmethod
@@ -61,7 +64,9 @@ class TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + LOGPROB_CHUNK)
             logprobs, ctx.kept = ctx.kept, None
             if logprobs is None:
-                logprobs = log_softmax_(hidden[part] @ weight.T)
+                logits = capped_(hidden[part] @ weight.T, ctx.cap)
+                slope = None if ctx.cap is None else 1 - (logits / ctx.cap).square_()  # of the cap
+                logprobs = log_softmax_(logits)
             # d log p(token) / d logits = one-hot(token) - p,   d H / d logits = -p (log p + H)
             if entropy is None:
                 to_logits = logprobs.exp_().mul_(-gradient[part, None])  # (N, V)
@@ -72,11 +77,13 @@ class TokenLogprobs(torch.autograd.Function):
                     rows.add_(h).mul_(to_h).add_(to_logprob).mul_(probs).neg_()
                 to_logits = logprobs  # (N, V)
             to_logits.scatter_add_(-1, token_ids[part, None], gradient[part, None])
+            if ctx.cap is not None:
+                to_logits.mul_(slope)
             torch.mm(to_logits, weight, out=to_hidden[part])
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
             del logprobs, to_logits
-        return to_hidden, to_weight, None, None
+        return to_hidden, to_weight, None, None, None
 
 
 def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):
@@ -84,10 +91,11 @@ def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):
     finer. hidden: (T, D), token_ids: (T,). Returns (log-probs (T,), entropies (T,) of the
     distributions that they come from, None unless asked for).
     """
-    weight = model.get_output_embeddings().weight
+    head = head_of(model)
+    cap = None if head.cap is None else head.cap / temperature
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden = hidden.to(weight.dtype) / temperature
-        return TokenLogprobs.apply(hidden, weight, token_ids, with_entropy)
+        hidden = hidden.to(head.weight.dtype) / (temperature / head.scale)
+        return TokenLogprobs.apply(hidden, head.weight, token_ids, with_entropy, cap)
 
 
 @gathering

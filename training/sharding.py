@@ -121,9 +121,7 @@ def _mapped(function, tree):
 
 def whole_copy(policy):
     """An ordinary model with a sharded policy's weights."""
-    copy = AutoModelForCausalLM.from_config(
-        policy.config, attn_implementation="sdpa", dtype=policy.dtype
-    ).to(policy.device)
+    copy = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype).to(policy.device)
     parameters = dict(copy.named_parameters())
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

@@ -15,7 +15,7 @@ key-value heads, S head size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,9 +26,14 @@ from transformers.masking_utils import sdpa_mask
 
 from training.lean_layers import make_lean
 from training.tree import alone, first_of_each, prefix_numbers
-from utils import to_device
+from utils import UserError, to_device
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
+# What layers hand to an attention function besides, and what changes nothing here.
+IRRELEVANT = {
+    "dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "past_key_values",
+}  # fmt: skip
 
 # Times the budget of a pass without gradient: it keeps nothing for a backward pass, and the larger
 # it is, the fewer prompts are read again.
@@ -138,6 +143,33 @@ class Packing:
     distinct: torch.Tensor  # (U,), where that one first stands in completion_ids, flattened
     scored: torch.Tensor  # (T,), each scored token's place in completion_ids, flattened
     same: torch.Tensor  # (T,), which of the U it is
+    narrowed: dict = field(default_factory=dict)  # the two biases, by window
+
+    def biases(self, window):
+        """`prompt_bias` and `bias` for layers where a token sees `window` tokens, itself included;
+        None: all of them."""
+        if window is None or window >= self.keys.shape[1]:
+            return self.prompt_bias, self.bias
+        if window not in self.narrowed:
+            places = torch.arange(self.prompts.shape[1], device=self.prompts.device)  # (P,)
+            # A padded query has the first token's position, from which no key is too far back.
+            own, keys = (self.positions[0][x] for x in (self.own, self.keys))
+            self.narrowed[window] = (
+                narrowed(self.prompt_bias, places[:, None] - places, window),
+                narrowed(self.bias, (own[:, :, None] - keys[:, None])[:, None], window),
+            )
+        return self.narrowed[window]
+
+
+def narrowed(bias, distance, window):
+    """The bias, -inf also where a key is `window` tokens or more before the query.
+
+    bias: (..., H/K * O, L), distance: (..., O, L), the queries' positions less the keys'."""
+    heads_per_key = bias.shape[-2] // max(1, distance.shape[-2])
+    far = (distance >= window).repeat(*[1] * (distance.ndim - 2), heads_per_key, 1)
+    width = bias.shape[-1]
+    aligned = F.pad(bias, (0, -width % 8))  # a copy, laid out as `bias` is
+    return aligned[..., :width].masked_fill_(far, -torch.inf)
 
 
 def pack(batch, completion_ids, heads_per_key, dtype):
@@ -224,7 +256,8 @@ def hidden_before_completions(model, batch, completion_ids):
     dtype = model.get_input_embeddings().weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    share = config.num_attention_heads // config.num_key_value_heads
+    heads = config.num_attention_heads
+    share = heads // (getattr(config, "num_key_value_heads", None) or heads)
     packing = pack(batch, completion_ids, share, dtype)
     if config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
@@ -239,37 +272,58 @@ def hidden_before_completions(model, batch, completion_ids):
     return hidden.index_select(0, packing.before), packing
 
 
+def own_attention(model):
+    """Have the model attend as transformers would have it; the next packed pass takes it back."""
+    own = "sdpa" if model._supports_sdpa else "eager"
+    if model.config._attn_implementation != own:
+        model.set_attn_implementation(own)
+
+
 def shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs
 ):
     """Attention among packed tokens; without a packing, transformers' SDPA as it is.
 
-    query: (1, H, N, S), key and value: (1, K, N, S). Returns (1, N, H, S), and no weights. Dropout
-    does not act: it would make the ratio differ from 1.
+    query: (1, H, N, S), key: (1, K, N, S), value: (1, K, N, S'). Returns (1, N, H, S'), and no
+    weights. Dropout does not act: it would make the ratio differ from 1. Of what a family's layers
+    ask for besides, `sliding_window` and `softcap` are done; raises UserError for anything else.
     """
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    kv_heads, size = key.shape[1], key.shape[-1]
+    prompt_bias, bias = packing.biases(kwargs.pop("sliding_window", None))
+    softcap = kwargs.pop("softcap", None)
+    asked = {name for name, value in kwargs.items() if value is not None} - IRRELEVANT
+    if kwargs.pop("is_causal", getattr(module, "is_causal", True)) is False:
+        asked.add("no causal mask")
+    if asked - {"is_causal"}:
+        raise UserError(f"model type {module.config.model_type}: its attention asks for "
+                        f"{', '.join(sorted(asked))}, which training does not do")  # fmt: skip
+    kv_heads, size = key.shape[1], value.shape[-1]
     query, key, value = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))  # (N, ·S)
 
     def attend(queries, keys, bias):
         """Rows of queries to rows of keys. The heads that share a key-value head stand behind one
         another as if they were tokens, so that keys and values need no repetition."""
-        q = query.index_select(0, queries.flatten()).view(*queries.shape, kv_heads, -1, size)
         k, v = (
-            x.index_select(0, keys.flatten()).view(*keys.shape, kv_heads, size).transpose(1, 2)
+            x.index_select(0, keys.flatten()).view(*keys.shape, kv_heads, -1).transpose(1, 2)
             for x in (key, value)
         )  # (R, K, P + C, S)
+        q = query.index_select(0, queries.flatten())
+        q = q.view(*queries.shape, kv_heads, -1, k.shape[-1])
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, H/K * C, S)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+        else:  # arXiv 2408.00118, section 2
+            scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))
+            out = (scores + bias).softmax(-1).to(v.dtype) @ v
         out = out.unflatten(2, (-1, queries.shape[1])).permute(0, 3, 1, 2, 4)
         return out.reshape(queries.numel(), -1)  # (R * C, H * S)
 
     outputs = [
-        attend(packing.prompts, packing.prompts, packing.prompt_bias),
-        attend(packing.own, packing.keys, packing.bias),
+        attend(packing.prompts, packing.prompts, prompt_bias),
+        attend(packing.own, packing.keys, bias),
     ]
     out = torch.cat(outputs).index_select(0, packing.unpad)  # (N, H * S)
     return out.unflatten(-1, (-1, size))[None], None

@@ -180,10 +180,9 @@ def test_a_path_alone_means_files_under_every_preset(tmp_path):
         ("there", {"config.json": "{}"}, "no weights"),
         ("there", {"config.json": "{", "a.safetensors": ""}, "damaged"),
         ("there", {"config.json": "[]", "a.safetensors": ""}, "damaged"),
-        ("there", {"config.json": '{"model_type": "bert", "max_position_embeddings": 512}',
-                   "a.safetensors": ""}, "model type bert; supported: qwen2, qwen3, llama"),
-        ("there", {"config.json": '{"model_type": "qwen2", "max_position_embeddings": 512, '
-                   '"use_sliding_window": true}', "a.safetensors": ""}, "sliding-window"),
+        ("there", {"config.json": '{"architectures": ["BertForMaskedLM"], "model_type": "bert", '
+                   '"max_position_embeddings": 512}', "a.safetensors": ""},
+         "is a BertForMaskedLM, no causal language model"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_work_is_refused(capsys, tmp_path, name, files, reason):
@@ -194,6 +193,19 @@ def test_a_model_that_cannot_work_is_refused(capsys, tmp_path, name, files, reas
     message = refused(capsys, *CPU, "--model_name", name)
     assert f"--model_name {name}" in message
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 200},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 200}},
+    ],
+)
+def test_a_longrope_model_s_context_ends_where_a_row_depends_on_others(capsys, hub, config):
+    hub.update(config)
+    message = refused(capsys, *CPU, "--model_name", "some/model")
+    assert "above the model's context of 200 tokens" in message
 
 
 def test_prompt_and_completion_must_fit_the_model_s_context(capsys, hub):
