@@ -42,7 +42,7 @@ RECORDERS = {"cuda": CudaGraph}  # by device type; elsewhere the host is quick e
 def recorder_for(model, device_type):
     """How to record this model's steps there; None where the host takes them one by one, as it has
     to for rotary embeddings whose frequencies depend on how far a text has come."""
-    if model.config.rope_parameters["rope_type"] == "dynamic":
+    if model.config.get_text_config().rope_parameters["rope_type"] == "dynamic":
         return None
     return RECORDERS.get(device_type)
 

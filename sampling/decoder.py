@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from training.lora import whole_weight
+from training.pictures import first_place, positions_after, prompt_positions, shown
 from training.tree import first_of_each
 from utils import to_device
 
@@ -135,7 +136,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(self, model, group_size, max_new_tokens, shares=True):
-        decoder, config = model.get_decoder(), model.config
+        decoder, config = model.get_decoder(), model.config.get_text_config()
         self.decoder, self.shares = decoder, shares
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -148,24 +149,27 @@ class Decoder:
         self.head = self.joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
 
     @torch.inference_mode()
-    def prefill(self, prompts):
-        """Read the prompts (Q lists of ids). Logits (R, V) of every row's first token, and for each
-        of the Q·G completions its row, on the host."""
+    def prefill(self, prompts, pictures=None):
+        """Read the prompts (Q lists of ids) and their Pictures, if any show something. Logits
+        (R, V) of every row's first token, and for each of the Q·G completions its row, on the
+        host."""
         # A tensor per layer: one for all would seldom fit where the last batch's was freed.
         self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
         self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
         # Every prompt keeps a token of its own, whose logits are wanted.
         columns = zip(*(prompt[:-1] for prompt in prompts))
         common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        common = min(common, first_place(pictures))  # equal placeholders show what differs
         if common:
             self._read([prompts[0][:common]])
-        logits = self._read([prompt[common:] for prompt in prompts])  # (Q, V)
+        logits = self._read([prompt[common:] for prompt in prompts], pictures)  # (Q, V)
 
         bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys[0].dtype)
         self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
         rows = 1 if self.shares else self.group_size  # of each question
         self.question = np.arange(len(prompts)).repeat(rows)  # (R,), on the host
-        self.position = self.prompt_mask.sum(-1).repeat_interleave(rows)  # (R,)
+        after = positions_after(pictures, [len(prompt) for prompt in prompts])  # (Q,)
+        self.position = self._on_device(after).repeat_interleave(rows)  # (R,)
         self.written = 0
         self._make_room()
         row = np.arange(len(self.position)).repeat(self.group_size // rows)  # (Q·G,)
@@ -230,10 +234,12 @@ class Decoder:
             for cache in caches:
                 cache[to, :, :length] = cache[of, :, :length]
 
-    def _layers(self, ids, positions, attend):
-        """Run the model over ids (R, T), with this attention. Logits (R, V) after the last."""
+    def _layers(self, ids, positions, attend, shown=None):
+        """Run the model over ids (R, T), with this attention. Logits (R, V) after the last.
+        positions: (R, T) or, for multimodal rotary embeddings, (3, R, T)."""
         with torch.autocast(self.device.type, enabled=False):  # `self.dtype` says it all
             x = self.decoder.embed_tokens(ids)  # (R, T, D)
+            x = shown.put_into(x) if shown else x
             cos, sin = (part[:, :, None] for part in self.decoder.rotary_emb(x, positions))
             for layer, block in enumerate(self.blocks):
                 joint = block.query_key_value(block.attention_norm(x).to(self.dtype))
@@ -249,10 +255,12 @@ class Decoder:
                 x = block.output(attend(layer, q, k, v).flatten(2), plus=x)
                 gate, up = block.gate_up(block.mlp_norm(x).to(self.dtype)).chunk(2, dim=-1)
                 x = block.down(block.activation(gate).mul_(up), plus=x)
+                x = shown.deepen(x, layer) if shown else x
             return self.head(self.decoder.norm(x[:, -1]))
 
-    def _read(self, prompts):
-        """Append tokens to the prompts, Q lists or one for all. Logits (Q, V) after the last."""
+    def _read(self, prompts, pictures=None):
+        """Append tokens to the prompts, Q lists or one for all. Logits (Q, V) after the last.
+        pictures: those of the whole prompts; nothing is shown before these tokens."""
         ids, mask = left_padded(prompts, self.device)  # (Q, T)
         past = self.prompt_mask.expand(len(ids), -1)  # (Q, P)
         # Padding sees itself: a softmax over nothing would be 0/0.
@@ -277,7 +285,14 @@ class Decoder:
             return out.transpose(1, 2)
 
         positions = past.sum(-1, keepdim=True) + (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._layers(ids, positions, attend)
+        before, width = past.shape[1], ids.shape[1]
+        lengths = [before + len(prompt) for prompt in prompts]
+        if turned := prompt_positions(pictures, lengths):
+            padded = [np.pad(p[:, before:], ((0, 0), (width - p.shape[1] + before, 0)))
+                      for p in turned]  # fmt: skip
+            positions = self._on_device(np.stack(padded, axis=1))  # (3, Q, T)
+        starts = [(row + 1) * width - length for row, length in enumerate(lengths)]
+        logits = self._layers(ids, positions, attend, shown(pictures, starts, self.device))
         self.prompt_keys, self.prompt_values = keys, values
         self.prompt_mask = torch.cat([past, mask], dim=-1)
         return logits

@@ -146,6 +146,7 @@ def sample_rollouts(
     compiled=False,
     stop=(),
     watch=None,
+    pictures=None,
 ):
     """Sample `group_size` completions for every prompt, all of them in one batch.
 
@@ -158,7 +159,8 @@ def sample_rollouts(
     greedy and needs none. `compiled` runs the model's step through torch.compile (see
     compiled.py): the same tokens, up to rounding. A completion also ends with the token that
     completes one of the strings `stop`. `watch(tokens)` is called after every
-    token, with those of the rows that had not finished.
+    token, with those of the rows that had not finished. `pictures`: what each of the prompts shows,
+    a Picture or None; None where none shows anything.
     """
     device = model.get_input_embeddings().weight.device
     pad_id, stop_ids = padding_and_stops(model, tokenizer)
@@ -181,7 +183,7 @@ def sample_rollouts(
         decoder = GraphDecoder(model, group_size, max_new_tokens, recorder)
     else:
         decoder = Decoder(model, group_size, max_new_tokens, device.type in SHARING)
-    logits, row = decoder.prefill(prompts)  # (R, V), (N,) on the host
+    logits, row = decoder.prefill(prompts, pictures)  # (R, V), (N,) on the host
     row_there = to_device(torch.from_numpy(row), device)
     live = torch.arange(rows, device=device)  # the line of `ids` that each live completion writes
     look_every = 1 if watch or decoder.shares else LOOK_EVERY.get(device.type, 1)
@@ -223,7 +225,7 @@ def sample_rollouts(
         of_rows = torch.zeros_like(decoder.position).index_copy(0, row_there, tokens)  # (R,)
         logits = decoder.step(of_rows)
 
-    return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished)
+    return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, pictures)
 
 
 def parted(row, tokens):

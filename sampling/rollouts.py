@@ -22,6 +22,7 @@ class Rollouts:
     logprobs: torch.Tensor  # (Q, G, C) of the full distribution at the sampling temperature
     finished: torch.Tensor  # (Q, G), False where max_new_tokens cut the completion off
     texts: list  # Q lists of G strings, without special tokens
+    pictures: list | None = None  # what each of the Q prompts shows, see training/pictures.py
 
 
 def padding_and_stops(model, tokenizer):
@@ -47,7 +48,7 @@ def string_ends(tokenizer, stop, ids, mask, since):
     return ends
 
 
-def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
+def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, pictures=None):
     """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
     lengths = mask.sum(-1).tolist()
     texts = tokenizer.batch_decode(
@@ -61,6 +62,7 @@ def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished):
         logprobs=logprobs[:, : shape[-1]].view(shape),
         finished=finished.view(shape[:2]),
         texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
+        pictures=pictures,
     )
 
 
@@ -79,4 +81,5 @@ def joined_rollouts(parts):
         logprobs=joined("logprobs"),
         finished=torch.cat([part.finished for part in parts]),
         texts=[texts for part in parts for texts in part.texts],
+        pictures=parts[0].pictures and [one for part in parts for one in part.pictures],
     )

@@ -15,6 +15,7 @@ FLOORS = (
     ("evaluation",),
     ("sampling",),
     ("llms", "tasks"),
+    ("vision",),
     ("training",),
     ("evaluator", "rldatasets"),
     ("grpo",),
@@ -22,7 +23,7 @@ FLOORS = (
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 SCRIPTS = {"main", "grpo", "llms", "rldatasets", "evaluator", "utils", "plotter"}
-FOLDERS = {"sampling", "training", "evaluation", "records", "launch", "tasks"}
+FOLDERS = {"sampling", "training", "evaluation", "records", "launch", "tasks", "vision"}
 LONGEST = 400  # lines
 ALONE = {  # what these may import of the project, and of others
     "grpo": {"torch"},

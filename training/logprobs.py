@@ -121,16 +121,17 @@ def completion_logprobs(model, batch, completion_ids, temperature, with_entropy=
 
 
 @torch.no_grad()
-def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, args):
+def logprobs_without_gradient(model, prompt_ids, lengths, completion_ids, args, pictures=None):
     """Log-probs of any number of completions, in passes of as many tokens as memory allows.
 
     prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens. completion_ids: (Q·G, C).
     args: temperature, and micro_batch_tokens, those of a pass *with* gradient (see
-    shared_prefix.WITHOUT_GRADIENT). Returns (Q·G, C), 0 at padded places.
+    shared_prefix.WITHOUT_GRADIENT). pictures: what the prompts show, Q, or None. Returns (Q·G, C),
+    0 at padded places.
     """
     logprobs = completion_ids.new_zeros(completion_ids.shape, dtype=model.dtype)  # (Q·G, C)
     budget = WITHOUT_GRADIENT * args.micro_batch_tokens
-    batches = micro_batches(prompt_ids, lengths, budget, completion_ids)
+    batches = micro_batches(prompt_ids, lengths, budget, completion_ids, pictures)
     for batch in batches:
         ids = completion_ids[batch.rows]  # (R, C)
         logprobs[batch.rows], _ = completion_logprobs(model, batch, ids, args.temperature)

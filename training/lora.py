@@ -31,7 +31,7 @@ def add_adapter(policy, args, on_gpu=None):
     from peft import LoraConfig  # seconds, and not a requirement
 
     config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=list(args.lora_targets),
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=adapted(policy, args),
         lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     policy.add_adapter(config)
@@ -43,16 +43,42 @@ def add_adapter(policy, args, on_gpu=None):
                 module.to(torch.bfloat16)
 
 
+def adapted(policy, args):
+    """What peft is told of the layers that get an adapter: their names, for a model that sees a
+    pattern of whole names, since its tower has layers of these names too."""
+    if not has_tower(policy):
+        return list(args.lora_targets)
+    decoder = policy.get_decoder()
+    [name] = [name for name, module in policy.named_modules() if module is decoder]
+    return rf"{re.escape(name)}\..*\.({'|'.join(args.lora_targets)})"
+
+
 def has_adapter(model):
     return hasattr(model, "peft_config")
 
 
+def has_tower(model):
+    """Whether the model has, beside its decoder, a part that sees."""
+    return model.config.get_text_config() is not model.config
+
+
+def freeze_tower(model):
+    """Have all of a model that sees keep its weights but the decoder and the head, in place."""
+    if has_tower(model):
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_()
+
+
 def trained_parameters(model):
-    """What training may change: the adapter, of a model without one all parameters."""
+    """What training may change: the adapter; of a model without one its decoder and head, which of
+    a model that reads text alone are all there is."""
     named = list(model.named_parameters())
     if has_adapter(model):
-        named = [(name, parameter) for name, parameter in named if ".lora_" in name]
-    return [parameter for _, parameter in named]
+        return [parameter for name, parameter in named if ".lora_" in name]
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    ours = {id(parameter) for part in parts for parameter in part.parameters()}
+    return [parameter for _, parameter in named if id(parameter) in ours]
 
 
 def whole_weight(linear, dtype):

@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from training.pictures import Picture
 from utils import parameters_of
 
 # How long processes wait for one another: in the loop all are busy with the same, but the main one
@@ -70,6 +71,9 @@ def _on(device, rollouts):
     def moved(value):
         if isinstance(value, torch.Tensor):
             return value.to(device)
+        if isinstance(value, Picture):
+            deep = tuple(moved(part) for part in value.deep)
+            return replace(value, features=moved(value.features), deep=deep)
         return [moved(item) for item in value] if isinstance(value, list) else value
 
     return replace(rollouts, **{x.name: moved(getattr(rollouts, x.name)) for x in fields(rollouts)})

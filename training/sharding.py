@@ -12,8 +12,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from training.lora import has_tower
 from training.processes import everyones, own_groups
 from training.shared_prefix import micro_batches
 from utils import UserError
@@ -121,7 +122,8 @@ def _mapped(function, tree):
 
 def whole_copy(policy):
     """An ordinary model with a sharded policy's weights."""
-    copy = AutoModelForCausalLM.from_config(policy.config, dtype=policy.dtype).to(policy.device)
+    kind = AutoModelForImageTextToText if has_tower(policy) else AutoModelForCausalLM
+    copy = kind.from_config(policy.config, dtype=policy.dtype).to(policy.device)
     parameters = dict(copy.named_parameters())
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -135,10 +137,11 @@ def like(value, sharded):
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
-def own_batches(setup, prompt_ids, lengths, completion_ids):
+def own_batches(setup, prompt_ids, lengths, completion_ids, pictures=None):
     """What this process trains on: (own, lengths, batches, idle).
 
-    prompt_ids: Q tensors (P,), lengths: Q lists of numbers of tokens, completion_ids: (Q·G, C).
+    prompt_ids: Q tensors (P,), lengths: Q lists of numbers of tokens, completion_ids: (Q·G, C),
+    pictures: what the prompts show, Q, or None.
     `own` (Q,) says which groups are this process's; `lengths` are those, 0 in other groups, and
     `batches` their MicroBatches. `idle` are passes on top, over tokens of other groups, which must
     have no weight here.
@@ -146,7 +149,9 @@ def own_batches(setup, prompt_ids, lengths, completion_ids):
     policy, accelerator = setup.policy, setup.accelerator
     own = own_groups([sum(group) for group in lengths], accelerator)
     lengths = [[n * is_own for n in group] for group, is_own in zip(lengths, own)]
-    batches = micro_batches(prompt_ids, lengths, setup.args.micro_batch_tokens, completion_ids)
+    budget = setup.args.micro_batch_tokens
+    batches = micro_batches(prompt_ids, lengths, budget, completion_ids, pictures)
+    # What an idle pass reads does not matter: it shows nothing.
     idle = _idle_passes(policy, prompt_ids, lengths, own, batches, accelerator)
     return own, lengths, batches, idle
 

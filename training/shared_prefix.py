@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from training.lean_layers import make_lean
+from training.pictures import positions_after, prompt_positions, shown
 from training.tree import alone, first_of_each, prefix_numbers
 from utils import UserError, to_device
 
@@ -49,15 +50,17 @@ class MicroBatch:
     lengths: list  # R numbers of tokens
     prefixes: np.ndarray  # (R, C), the number of the prefix that ends at each token
     rows: torch.Tensor  # (R,), which of the step's Q·G completions they are
+    pictures: list | None = None  # what each prompt shows: a Picture, or None
 
 
-def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
+def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=None):
     """Cut the step's completions into passes of about `budget` distinct tokens each, prompts
     included.
 
     prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens; completions of none are
     left out. budget 0: everything in one pass. A completion that exceeds the budget by itself has a
     pass of its own. completion_ids: (Q·G, C), by which completions share; None: they do not.
+    pictures: Q, see training/pictures.py; None: no prompt shows anything.
 
     Attention, and what it keeps for the backward pass, is padded to the most own tokens of a
     completion in a pass. So long ones stand together, and a pass ends before padding takes as much
@@ -91,7 +94,7 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None):
             passes[-1].append(row)
             held.update(group[row])
             spent, asked = spent + cost, True
-    return [_micro_batch(rows, prompt_ids, lengths, prefixes) for rows in passes]
+    return [_micro_batch(rows, prompt_ids, lengths, prefixes, pictures) for rows in passes]
 
 
 def _prefixes(lengths, completion_ids):
@@ -103,7 +106,7 @@ def _prefixes(lengths, completion_ids):
     return prefix_numbers(completion_ids.cpu().numpy(), flat, question)
 
 
-def _micro_batch(rows, prompt_ids, lengths, prefixes):
+def _micro_batch(rows, prompt_ids, lengths, prefixes, pictures):
     group_size = len(lengths[0])
     asked = [row // group_size for row in rows]
     questions = sorted(set(asked))
@@ -114,6 +117,7 @@ def _micro_batch(rows, prompt_ids, lengths, prefixes):
         lengths=lengths,
         prefixes=prefixes[rows, : max(lengths)],
         rows=to_device(torch.tensor(rows, device="cpu"), prompt_ids[0].device),
+        pictures=pictures and [pictures[question] for question in questions],
     )
 
 
@@ -132,7 +136,8 @@ class Packing:
     """Where everything stands in the row of N tokens; padded places point at its first token."""
 
     ids: torch.Tensor  # (1, N), all prompts, then all completions' own tokens
-    positions: torch.Tensor  # (1, N), counted from the start of the prompt
+    positions: torch.Tensor  # (1, N), from the start of the prompt; (3, 1, N): see pictures.py
+    shown: object  # what prompts show and where in the row, a pictures.Shown or None
     prompts: torch.Tensor  # (Q, P)
     own: torch.Tensor  # (R', O), of the R' completions that have own tokens
     keys: torch.Tensor  # (R', P + C - 1), their prompt, then all their tokens but the last
@@ -200,8 +205,14 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     o = np.arange(in_own.shape[1])
     own = np.where(in_own, prompt_lengths.sum() + own_starts[:, None] + o, 0)  # (R', O)
     depth = (lengths - 1 - count)[rows, None] + o  # (R', O), in the completion
-    position = prompt_lengths[question[rows], None] + depth  # (R', O)
-    positions = np.concatenate([np.broadcast_to(p, in_prompt.shape)[in_prompt], position[in_own]])
+    after = positions_after(batch.pictures, prompt_lengths)  # (Q,)
+    position = (after[question[rows], None] + depth)[in_own]
+    if turned := prompt_positions(batch.pictures, prompt_lengths):
+        position = np.broadcast_to(position, (3, len(position)))
+        positions = np.concatenate([*turned, position], axis=1)[:, None]  # (3, 1, N)
+    else:
+        of_prompts = np.broadcast_to(p, in_prompt.shape)[in_prompt]
+        positions = np.concatenate([of_prompts, position])[None]  # (1, N)
     path, c = path[:, :-1], c[:-1]
     of_prompt = np.broadcast_to(in_prompt[question[rows], None], (*in_own.shape, len(p)))
     of_itself = c <= depth[:, :, None]  # (R', O, C - 1)
@@ -226,7 +237,8 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     flat_ids = completion_ids.flatten()
     return Packing(
         ids=torch.cat([*batch.prompts, flat_ids.index_select(0, on_device(places[is_own]))])[None],
-        positions=on_device(positions)[None],
+        positions=on_device(positions),
+        shown=shown(batch.pictures, starts, device),
         prompts=on_device(prompts),
         own=on_device(own),
         keys=on_device(np.concatenate([prompts[question[rows]], path[rows]], axis=1)),
@@ -252,7 +264,7 @@ def hidden_before_completions(model, batch, completion_ids):
     completion_ids: (R, C). Returns (U, D) for the U distinct real tokens, and the Packing, which
     says which these are and where the others find theirs.
     """
-    device, config = completion_ids.device.type, model.config
+    device, config = completion_ids.device.type, model.config.get_text_config()
     dtype = model.get_input_embeddings().weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -263,13 +275,26 @@ def hidden_before_completions(model, batch, completion_ids):
         model.set_attn_implementation(ATTENTION)
         make_lean(model)
     hidden = model.get_decoder()(
-        packing.ids,
+        **_read_by_the_layers(model, packing),
         position_ids=packing.positions,
         attention_mask=packing.bias,  # one of four dimensions keeps it from making its own
         use_cache=False,
         packing=packing,
     ).last_hidden_state[0]  # (N, D)
     return hidden.index_select(0, packing.before), packing
+
+
+def _read_by_the_layers(model, packing):
+    """The arguments of the decoder that say what it reads."""
+    shown = packing.shown
+    if shown is None:
+        return {"input_ids": packing.ids}
+    read = {"inputs_embeds": shown.put_into(model.get_input_embeddings()(packing.ids))}
+    if shown.deep:
+        seen = torch.zeros_like(packing.ids, dtype=torch.bool)  # (1, N)
+        seen[0].index_fill_(0, shown.places, True)
+        read |= {"visual_pos_masks": seen, "deepstack_visual_embeds": shown.deep}
+    return read
 
 
 def own_attention(model):

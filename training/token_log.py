@@ -23,11 +23,12 @@ def watch_tokens(setup, step, rollouts, advantages):
     q = int(advantages.abs().sum(-1).argmax())
 
     ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
+    pictures = rollouts.pictures and [rollouts.pictures[q]]
 
     def logprobs_of(model):
         with setup.stopwatch("token_log"), setup.accelerator.autocast():
             return logprobs_without_gradient(
-                model, [rollouts.prompt_ids[q]], [lengths], ids, setup.args
+                model, [rollouts.prompt_ids[q]], [lengths], ids, setup.args, pictures
             )  # (G, C)
 
     before = logprobs_of(setup.policy)

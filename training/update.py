@@ -146,7 +146,7 @@ def cut(setup, rollouts, advantages, chosen):
         mask = mask & (advantages != 0).any(-1)[:, None, None]
     ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     own, lengths, batches, idle = own_batches(
-        setup, rollouts.prompt_ids, mask.sum(-1).tolist(), ids
+        setup, rollouts.prompt_ids, mask.sum(-1).tolist(), ids, rollouts.pictures
     )
     # `own` groups are this process's; the others have weight 0 here.
     weights = weights * weights.new_tensor(own)[:, None, None]
@@ -154,7 +154,7 @@ def cut(setup, rollouts, advantages, chosen):
         sampled_logprobs=rollouts.logprobs.flatten(0, 1),
         advantages=advantages.flatten(),
         weights=weights.flatten(0, 1),
-        ref_logprobs=reference_logprobs(setup, rollouts.prompt_ids, lengths, ids),
+        ref_logprobs=reference_logprobs(setup, rollouts, lengths, ids),
     )
     passes, idle = (
         [Pass(read, ids[read.rows], step.rows(read.rows)) for read in part]
@@ -163,13 +163,14 @@ def cut(setup, rollouts, advantages, chosen):
     return passes, idle, mask.sum().clamp(min=1)
 
 
-def reference_logprobs(setup, prompt_ids, lengths, ids):
-    """What the reference thinks of the completions, (B, C); None where there is none."""
+def reference_logprobs(setup, rollouts, lengths, ids):
+    """What the reference thinks of the Rollouts' completions, whose ids are (B, C), as (B, C); None
+    where there is none."""
     if setup.reference is None:
         return None
     with setup.stopwatch("reference"), setup.accelerator.autocast():
         logprobs = logprobs_without_gradient(
-            setup.reference, prompt_ids, lengths, ids, setup.args
+            setup.reference, rollouts.prompt_ids, lengths, ids, setup.args, rollouts.pictures
         )  # (B, C)
     release_freed_memory(setup.policy.device)
     return logprobs

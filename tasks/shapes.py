@@ -1,0 +1,93 @@
+"""Shapes: what is to be seen in a drawn picture of up to six of them.
+
+A scene is a grid of three columns and two rows whose cells are empty or hold a shape of one kind
+and colour; sizes, places inside the cells, shades and the background vary from picture to picture.
+One of each variant:
+
+    --dataset_name shapes/count      How many stars are there?                                   2
+    --dataset_name shapes/colour     Which colour is the circle?                               red
+    --dataset_name shapes/position   Which kind of shape is right of the blue square?       circle
+
+Scenes, not pictures, are split: no scene of the test occurs in training, however it is drawn. The
+answers to one kind of question are about equally frequent, so that one who does not look is right
+in a third of the cases at most. The worked solution reads the scene row by row.
+"""
+
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+VARIANTS = ("count", "colour", "position")
+SIZES = {"train": 4096, "test": 1024}
+SIDE, COLUMNS, ROWS = 128, 3, 2  # pixels, cells
+KINDS = ("circle", "square", "triangle", "star")
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
+           "yellow": (235, 205, 50)}  # fmt: skip
+FEWEST = 3  # shapes; the most is a full grid
+MOST_COUNTED = 4
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+# A star's points, and those between them, on two circles around its middle.
+STAR = [((0.45 if i % 2 else 1.0), i) for i in range(10)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows, and the seed of all that does not matter: calling it draws the picture.
+
+    cells: row by row, (colour, kind) or None.
+    """
+
+    cells: tuple
+    seed: int
+    size = (SIDE, SIDE)
+
+    def __call__(self):
+        rng = random.Random(self.seed)
+        background = tuple(rng.randint(225, 255) for _ in range(3))
+        image = Image.new("RGB", (SIDE, SIDE), background)
+        pen, width, height = ImageDraw.Draw(image), SIDE / COLUMNS, SIDE / ROWS
+        for number, cell in enumerate(self.cells):
+            if cell is None:
+                continue
+            colour, kind = cell
+            radius = rng.uniform(0.3, 0.44) * width
+            x = width * (number % COLUMNS + 0.5) + rng.uniform(-0.06, 0.06) * width
+            y = height * (number // COLUMNS + 0.5) + rng.uniform(-0.12, 0.12) * height
+            shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLOURS[colour])
+            _draw(pen, kind, x, y, radius, shade)
+        return image
+
+    def rows(self):
+        """The shapes as they are read: ROWS lists of (colour, kind)."""
+        rows = (self.cells[row * COLUMNS : (row + 1) * COLUMNS] for row in range(ROWS))
+        return [[cell for cell in row if cell] for row in rows]
+
+
+def _draw(pen, kind, x, y, r, fill):
+    if kind == "circle":
+        pen.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+    elif kind == "square":
+        r *= 0.88
+        pen.rectangle([x - r, y - r, x + r, y + r], fill=fill)
+    elif kind == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=fill)
+    else:
+        turn = complex(0, 1) ** 0.4  # a tenth of a circle
+        points = [reach * r * complex(0, -1) * turn**i for reach, i in STAR]
+        pen.polygon([(x + point.real, y + point.imag) for point in points], fill=fill)
+
+
+def random_scene(rng):
+    """A scene of FEWEST shapes or more."""
+    count = rng.randint(FEWEST, ROWS * COLUMNS)
+    filled = set(rng.sample(range(ROWS * COLUMNS), count))
+    shapes = ((rng.choice(list(COLOURS)), rng.choice(KINDS)) for _ in filled)
+    cells = tuple(next(shapes) if cell in filled else None for cell in range(ROWS * COLUMNS))
+    return Scene(cells, rng.getrandbits(32))
+
+
+def in_words(scene, with_colours=True):
+    """The scene, a line for each row: "red circle, blue square"."""
+    names = ([f"{c} {k}" if with_colours else k for c, k in row] for row in scene.rows())
+    return "\n".join(", ".join(row) or "nothing" for row in names)
