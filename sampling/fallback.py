@@ -17,14 +17,15 @@ from sampling.decoder import left_padded
 from training.head import head_of
 from training.lean_layers import checkpointed
 from training.shared_prefix import own_attention
-from utils import to_device
+from utils import UserError, to_device
 
 # Families that decoder.py computes as transformers does; tests/sampling/test_families.py.
-WRITTEN_OUT = {"qwen2", "qwen3", "llama", "mistral"}
+WRITTEN_OUT = {"qwen2", "qwen3", "llama", "mistral", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 
 def is_written_out(config):
     """Whether decoder.py does what such a model does: one of these families, without a window."""
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return config.model_type in WRITTEN_OUT and window is None
 
@@ -46,7 +47,10 @@ class OwnLayers:
         self.layers = [layer for layer in checkpointed(model) if layer.training]
 
     @torch.no_grad()
-    def prefill(self, prompts):
+    def prefill(self, prompts, pictures=None):
+        if any(pictures or ()):
+            raise UserError(f"model type {self.model.config.model_type}: its own layers sample, "
+                            "and no picture reaches them; take another model")  # fmt: skip
         ids, self.mask = left_padded(prompts, self.device)  # (Q, P)
         self.cache = DynamicCache(config=self.model.config)
         logits = self._read(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))  # (Q, V)
