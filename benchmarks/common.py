@@ -48,10 +48,10 @@ def training_flags(parser):
 class Worker:
     """A process that does a round when it is asked to, and waits otherwise."""
 
-    def __init__(self, script, flags, name):
+    def __init__(self, script, flags, name, python=sys.executable):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, script, *map(str, flags), "--worker", name],
+            [python, script, *map(str, flags), "--worker", name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -82,15 +82,14 @@ def only_answer(script, flags, name):
     return answer
 
 
-def take_turns(script, flags, names, args, show):
-    """Start a worker for every name and have them do round after round in turn.
+def take_turns(workers, args, show):
+    """Have Workers do round after round in turn.
 
     Returns {name: replies of the rounds that count}; `show` puts a reply into a line.
     """
-    workers = [Worker(script, flags, name) for name in names]
     for worker in workers:
         print(f"{worker.name}: {worker.answer()}", flush=True)
-    replies = {name: [] for name in names}
+    replies = {worker.name: [] for worker in workers}
     for number in range(args.warm_up + args.rounds):
         for worker in workers:
             reply = worker.ask(number)
@@ -232,6 +231,15 @@ def work_ours(args, lora_rank=0):
             "update": step - seconds["sampling"] - seconds["rewards"], "step": step,
             "peak_gib": peak_gib(),
         })  # fmt: skip
+
+
+def save_model(name, folder):
+    """The model's fp32 weights and tokenizer as files that both sides load."""
+    from llms import load_model
+
+    model, tokenizer = load_model(name, "cpu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def peak_gib():

@@ -14,6 +14,7 @@ import json
 import sys
 
 from common import (
+    Worker,
     median,
     ratios,
     span,
@@ -34,7 +35,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return work_ours(args, args.lora_rank if args.worker == "lora" else 0)
-    replies = take_turns(__file__, argv, ("full", "lora"), args, show)
+    workers = [Worker(__file__, argv, name) for name in ("full", "lora")]
+    replies = take_turns(workers, args, show)
     print(json.dumps(summary(args, replies)))
 
 

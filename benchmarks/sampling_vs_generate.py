@@ -15,7 +15,15 @@ import json
 import sys
 import time
 
-from common import load_questions, median, ratios, reply_channel, take_turns, workload_parser
+from common import (
+    Worker,
+    load_questions,
+    median,
+    ratios,
+    reply_channel,
+    take_turns,
+    workload_parser,
+)
 
 
 def main():
@@ -29,7 +37,8 @@ def main():
         tokens, seconds = reply
         return f"{tokens:6} tokens {seconds:7.1f} s {tokens / seconds:7.1f} tokens/s"
 
-    replies = take_turns(__file__, sys.argv[1:], ("ours", "generate"), args, show)
+    workers = [Worker(__file__, sys.argv[1:], name) for name in ("ours", "generate")]
+    replies = take_turns(workers, args, show)
     rates = {name: [tokens / seconds for tokens, seconds in of] for name, of in replies.items()}
     print(json.dumps({
         "rows": args.questions * args.group_size,

@@ -30,12 +30,14 @@ from dataclasses import asdict
 from statistics import fmean
 
 from common import (
+    Worker,
     load_questions,
     median,
     only_answer,
     peak_gib,
     ratios,
     reply_channel,
+    save_model,
     set_up,
     span,
     table,
@@ -72,7 +74,8 @@ def main(argv=None):
                      f"of the gradient {gradient_error:.1e}")  # fmt: skip
         print(f"same loss {loss:.6f}, relative difference {loss_error:.1e}, of the gradient "
               f"{gradient_error:.1e}", flush=True)  # fmt: skip
-        replies = take_turns(__file__, flags, ("ours", "trl"), args, show)
+        workers = [Worker(__file__, flags, name) for name in ("ours", "trl")]
+        replies = take_turns(workers, args, show)
     print(json.dumps(summary(args, replies)))
 
 
@@ -113,15 +116,6 @@ def summary(args, replies):
         row("peak memory, GiB", "peak_gib", result["memory_ratio"]),
     ]))  # fmt: skip
     return result
-
-
-def save_model(name, folder):
-    """The model's fp32 weights and tokenizer as files that both sides load."""
-    from llms import load_model
-
-    model, tokenizer = load_model(name, "cpu")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # --- the same loss -----------------------------------------------------------------------------

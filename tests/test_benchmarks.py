@@ -15,7 +15,9 @@ import limit
 import lora_vs_full
 import memory
 import replay
+import vs_commit
 import vs_trl
+import vs_vllm
 
 TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
 
@@ -56,6 +58,42 @@ def test_trl_has_the_same_loss_and_a_step_of_both_is_compared(saved_models, capf
     assert result["memory_ratio"] == pytest.approx(
         result["ours_peak_gib"] / result["trl_peak_gib"], abs=0.05
     )
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the commits come from git")
+def test_a_commit_against_itself_writes_the_same_in_every_stage(saved_models, capfd):
+    flags = ["--questions", "2", "--warm_up", "0", "--eval_problems", "3"]
+    result = ran(vs_commit, saved_models["qwen2"], capfd, "HEAD", *flags)
+    assert result["equal_completions"] == "7 of 7"
+    for stage in ("sampling", "reference", "policy", "evaluation", "step"):
+        low, middle, high = (result[f"{stage}_ratio{end}"] for end in ("_min", "", "_max"))
+        assert low <= middle <= high
+        assert result[f"this_{stage}_seconds"] > 0 and result[f"commit_{stage}_seconds"] > 0
+
+
+def test_a_commit_that_git_does_not_know_is_answered_in_one_line(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        vs_commit.main(["no-such-commit"])
+    assert stopped.value.code == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("vs_commit.py: error: no-such-commit: ") and len(line) <= 200
+
+
+def test_vllm_and_ours_are_compared_precision_by_precision(capfd):
+    class Args:
+        questions, group_size, rounds, precision = 4, 8, 2, ["fp32", "bf16"]
+
+    replies = {
+        "ours-fp32": [(100, 1), (100, 2)],
+        "vllm-fp32": [(50, 1), (50, 1)],
+        "ours-bf16": [(90, 1), (90, 1)],
+        "vllm-bf16": [(30, 1), (45, 1)],
+    }
+    result = vs_vllm.summary(Args, replies)
+    assert (result["fp32_ratio_min"], result["fp32_ratio"], result["fp32_ratio_max"]) == (1, 1.5, 2)
+    assert (result["bf16_ratio"], result["vllm-bf16_tokens_per_second"]) == (2.5, 37.5)
+    assert capfd.readouterr().out.splitlines()[2].startswith("| fp32 | 75.0 | 50.0 | 1.5 (1.0")
 
 
 @pytest.mark.benchmark
