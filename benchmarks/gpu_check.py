@@ -18,6 +18,7 @@ MODEL = ["--model_name", "Qwen/Qwen2.5-1.5B-Instruct"]
 SMALL_MODEL = ["--model_name", "Qwen/Qwen2.5-0.5B-Instruct"]
 STEP = ["--group_size", "16", "--max_completion_length", "786"]  # as the preset h100
 BENCHMARKS = {
+    "decode_step": [],  # needs no hub
     "sampling_vs_generate": [*MODEL, "--questions", "4", *STEP],
     "vs_trl": [*SMALL_MODEL, "--questions", "4", "--trl_batch_size", "8", *STEP],
     "lora_vs_full": [*SMALL_MODEL, "--questions", "4", *STEP],

@@ -88,8 +88,6 @@ def check_flags(args):
         raise UserError(f"--overlong_buffer {args.overlong_buffer}: above --max_completion_length "
                         f"{args.max_completion_length}")  # fmt: skip
     if args.sampler == "paged":
-        if args.compile_sampler:
-            raise UserError("--compile_sampler: compiles --sampler shared_prefix, not paged")
         if args.stop:
             raise UserError("--stop: --sampler paged knows stop tokens alone; use --sampler "
                             "shared_prefix")  # fmt: skip
@@ -98,6 +96,9 @@ def check_flags(args):
                 raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
                                 "use --sampler shared_prefix")  # fmt: skip
     check_objective(args)
+    if args.sampler == "fused" and not util.find_spec("triton"):
+        raise UserError("--sampler fused: needs triton, which torch for CUDA brings along; use "
+                        "--sampler shared_prefix")  # fmt: skip
     if args.dataset_name == "arithmetic" and args.dataset_path is not None:
         raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
     if args.kl_beta > 0 and args.kl_estimator == "k1":

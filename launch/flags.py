@@ -118,13 +118,11 @@ def add_flags(parser):
          "completion as its stop tokens do; for base models")
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
          "whole groups, for memory; the result is the same; 0: all those of a step")
-    flag("--sampler", choices=("shared_prefix", "paged"), default="shared_prefix",
-         help="engine of the training samples. shared_prefix: sampling/groups.py; paged: "
+    flag("--sampler", choices=("shared_prefix", "fused", "paged"), default="shared_prefix",
+         help="engine of the training samples. shared_prefix: sampling/groups.py; "
+         "fused: the same, on a GPU in fewer and larger kernels (sampling/fused.py); paged: "
          "transformers' continuous batching on a copy of the model, without filters, half as fast "
          "on a CPU. A seed gives the same samples with either, but other ones")
-    flag("--compile_sampler", action="store_true", help="torch.compile the steps of the "
-         "training samples: fewer and larger kernels, for minutes of compiling, memory that stays "
-         "taken (weights and cache), and finished rows not dropped")
 
     flag = group("objective").add_argument
     flag("--advantage_scale", choices=("std", "batch_std", "max_rl", "gdpo", "none"),

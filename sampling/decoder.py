@@ -88,7 +88,7 @@ def attended(q, keys, values, bias=None):
     Scores stay in the keys' precision. Under autocast that is fp32, as the rotary embedding is:
     Qwen2's biases make scores so large that bf16 would round them visibly.
     """
-    if q.is_cpu and q.dtype == values.dtype and not torch.compiler.is_compiling():
+    if q.is_cpu and q.dtype == values.dtype:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, log_total = kernel(q, keys, values, attn_mask=bias)
         return out, log_total[..., None]
@@ -108,7 +108,7 @@ def root_mean_square_norm(module):
 class Block:
     """One layer of the model, ready to decode with."""
 
-    def __init__(self, layer, dtype, joined):
+    def __init__(self, layer, dtype):
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm = root_mean_square_norm(layer.input_layernorm)
         self.mlp_norm = root_mean_square_norm(layer.post_attention_layernorm)
@@ -132,8 +132,6 @@ class Decoder:
     by question.
     """
 
-    joined = staticmethod(joined)  # how the layers hold their weights; compiled.py differs
-
     @torch.inference_mode()
     def __init__(self, model, group_size, max_new_tokens, shares=True):
         decoder, config = model.get_decoder(), model.config.get_text_config()
@@ -144,9 +142,9 @@ class Decoder:
         self.dtype = decoder.embed_tokens.weight.dtype
         if torch.is_autocast_enabled(self.device.type):
             self.dtype = torch.get_autocast_dtype(self.device.type)
-        self.blocks = [Block(layer, self.dtype, self.joined) for layer in decoder.layers]
+        self.blocks = [Block(layer, self.dtype) for layer in decoder.layers]
         head = model.get_output_embeddings()
-        self.head = self.joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
+        self.head = joined([head], head.weight.dtype)  # not in bf16, see llms.TokenLogprobs
 
     @torch.inference_mode()
     def prefill(self, prompts, pictures=None):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from llms import chat_prompt
-from sampling.compiled import static_decoder
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
 from sampling.fallback import OwnLayers, falls_back
@@ -40,8 +39,6 @@ def sample_groups(setup, problems, seeds):
         chat_prompt(tokenizer, setup.task.system_prompt, problem.question) for problem in problems
     ]
     at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
-    if args.compile_sampler:  # batches of one size, for another would be compiled anew
-        at_once = max(n for n in range(1, at_once + 1) if len(prompts) % n == 0)
     parts = []
     with setup.accelerator.autocast(), whole(setup.policy):
         for start in range(0, len(prompts), at_once):
@@ -54,7 +51,8 @@ def sample_groups(setup, problems, seeds):
                 parts.append(sample_rollouts_paged(*common))
             else:
                 filters = (args.top_k, args.top_p, args.min_p)
-                parts.append(sample_rollouts(*common, *filters, args.compile_sampler, args.stop))
+                fused = args.sampler == "fused"
+                parts.append(sample_rollouts(*common, *filters, fused, args.stop))
     release_freed_memory(setup.accelerator.device)
     return joined_rollouts(parts)
 
@@ -143,7 +141,7 @@ def sample_rollouts(
     top_k=0,
     top_p=1.0,
     min_p=0.0,
-    compiled=False,
+    fused=False,
     stop=(),
     watch=None,
     pictures=None,
@@ -156,11 +154,11 @@ def sample_rollouts(
 
     seeds: a number per prompt, which fixes every draw for that prompt's group. So a completion does
     not depend on which prompts share its batch, nor on when its neighbours finish. Temperature 0 is
-    greedy and needs none. `compiled` runs the model's step through torch.compile (see
-    compiled.py): the same tokens, up to rounding. A completion also ends with the token that
-    completes one of the strings `stop`. `watch(tokens)` is called after every
-    token, with those of the rows that had not finished. `pictures`: what each of the prompts shows,
-    a Picture or None; None where none shows anything.
+    greedy and needs none. `fused`: what is recorded on a GPU in fewer kernels (see fused.py), the
+    same tokens, up to rounding. A completion also ends with the token that completes one of the
+    strings `stop`. `watch(tokens)` is called after every token, with those of the rows that had not
+    finished. `pictures`: what each of the prompts shows, a Picture or None; None where none shows
+    anything.
     """
     device = model.get_input_embeddings().weight.device
     pad_id, stop_ids = padding_and_stops(model, tokenizer)
@@ -177,10 +175,9 @@ def sample_rollouts(
 
     if falls_back(model):
         decoder = OwnLayers(model, group_size, max_new_tokens, device.type in SHARING)
-    elif compiled:
-        decoder = static_decoder(model, prompts, group_size, max_new_tokens)
     elif recorder := recorder_for(model, device.type):
-        decoder = GraphDecoder(model, group_size, max_new_tokens, recorder)
+        kind = fused_decoder() if fused else GraphDecoder
+        decoder = kind(model, group_size, max_new_tokens, recorder)
     else:
         decoder = Decoder(model, group_size, max_new_tokens, device.type in SHARING)
     logits, row = decoder.prefill(prompts, pictures)  # (R, V), (N,) on the host
@@ -226,6 +223,13 @@ def sample_rollouts(
         logits = decoder.step(of_rows)
 
     return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, pictures)
+
+
+def fused_decoder():
+    """fused.FusedDecoder, imported where it is asked for: torch for CPUs comes without triton."""
+    from sampling.fused import FusedDecoder
+
+    return FusedDecoder
 
 
 def parted(row, tokens):

@@ -39,8 +39,7 @@ def load_policy(args, accelerator):
     if falls_back(policy):
         kind = policy.config.model_type
         for asked, name in (
-            (args.compile_sampler, "--compile_sampler"),
-            (args.sampler == "paged", "--sampler paged"),
+            (args.sampler != "shared_prefix", f"--sampler {args.sampler}"),
             (accelerator.is_fsdp2, "FSDP2"),  # it would gather every layer at every token
         ):
             if asked:

@@ -9,6 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+# Read by triton as it is imported, by some of what follows: without a GPU it interprets kernels.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -131,7 +135,6 @@ def make_args(**overrides):
         "group_size": 4,
         "sampling_batch_size": 0,
         "sampler": "shared_prefix",
-        "compile_sampler": False,
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,

@@ -10,6 +10,7 @@ from conftest import ROOT, make_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
+import decode_step
 import gpu_check
 import limit
 import lora_vs_full
@@ -18,6 +19,8 @@ import replay
 import vs_commit
 import vs_trl
 import vs_vllm
+
+from launch.known_models import KNOWN_MODELS
 
 TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
 
@@ -70,6 +73,37 @@ def test_a_commit_against_itself_writes_the_same_in_every_stage(saved_models, ca
         low, middle, high = (result[f"{stage}_ratio{end}"] for end in ("_min", "", "_max"))
         assert low <= middle <= high
         assert result[f"this_{stage}_seconds"] > 0 and result[f"commit_{stage}_seconds"] > 0
+
+
+@pytest.mark.benchmark
+def test_a_step_is_timed_as_recorded_and_as_fused(monkeypatch, capfd):
+    pytest.importorskip("triton", reason="torch for CPUs comes without triton")
+    shape = {
+        "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 1000,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    }  # fmt: skip
+    monkeypatch.setitem(KNOWN_MODELS, "toy", shape)
+    monkeypatch.setattr("sampling.cuda_graph.RECORDERS", {"cpu": Direct})
+    monkeypatch.setattr(decode_step, "WINDOW", 2)
+    flags = ["--questions", "1", "--warm_up", "0", "--lengths", "1", "2"]
+    result = ran(decode_step, "toy", capfd, *flags)
+    assert result["rows"] == 2 and result["largest_gap_of_logits"] < 1e-4
+    for length in (1, 2):
+        assert result[f"recorded_ms_at_{length}"] > 0 and result[f"fused_ms_at_{length}"] > 0
+
+
+class Direct:
+    """In the place of a CUDA graph: calls the function again."""
+
+    def __init__(self, function):
+        self.replay = function
+
+
+def test_without_a_gpu_no_step_is_timed(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        decode_step.main([])
+    assert stopped.value.code == 2
+    assert capfd.readouterr().err == "decode_step.py: no CUDA device here\n"
 
 
 def test_a_commit_that_git_does_not_know_is_answered_in_one_line(capfd):

@@ -28,9 +28,6 @@ def shard_if_configured(policy, args, accelerator):
     if accelerator.is_fsdp2:
         if args.lora_rank:
             raise UserError("--lora_rank: adapters are not cut up; use 8x80gb_ddp.yaml")
-        if args.compile_sampler:
-            raise UserError("--compile_sampler: its graphs need weights that stay where they are, "
-                            "which FSDP2 moves; leave it out")  # fmt: skip
         if args.sampler == "paged":
             raise UserError("--sampler paged: copies the model, which FSDP2 cannot; leave it out")
         shard(policy)

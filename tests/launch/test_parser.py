@@ -141,7 +141,6 @@ def test_abbreviations_and_typos_are_refused_with_a_suggestion(capsys):
         (["--sampling_batch_size", "7"], ["--sampling_batch_size 7", "--group_size 8"]),
         (["--train_group_size", "1"], ["--train_group_size 1", "--group_size 8"]),
         (["--train_group_size", "9"], ["--train_group_size 9", "--group_size 8"]),
-        (["--sampler", "paged", "--compile_sampler"], ["--sampler", "--compile_sampler"]),
         (["--sampler", "paged", "--top_k", "5"], ["--sampler paged", "--top_k"]),
         (["--sampler", "paged", "--top_p", "0.9"], ["--sampler paged", "--top_p"]),
         (["--sampler", "paged", "--min_p", "0.1"], ["--sampler paged", "--min_p"]),
@@ -152,11 +151,13 @@ def test_flags_that_do_not_fit_the_machine_or_each_other(capsys, argv, parts):
     assert all(part in message for part in parts)
 
 
-def test_the_other_engine_and_the_compiled_step_are_off_unless_asked_for():
-    args = parse_args(CPU)
-    assert (args.sampler, args.compile_sampler) == ("shared_prefix", False)
-    assert parse_args([*CPU, "--compile_sampler", "--top_k", "5"]).compile_sampler
+def test_the_other_engines_are_off_unless_asked_for(capsys, monkeypatch):
+    assert parse_args(CPU).sampler == "shared_prefix"
     assert parse_args([*CPU, "--sampler", "paged"]).sampler == "paged"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "triton")
+    assert "triton" in refused(capsys, *CPU, "--sampler", "fused")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert parse_args([*CPU, "--sampler", "fused", "--top_k", "5"]).sampler == "fused"
 
 
 def test_generated_data_takes_no_path(capsys):

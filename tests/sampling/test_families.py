@@ -195,13 +195,13 @@ def test_rounding_is_far_from_what_the_probe_refuses(seed):
 
 
 def test_what_needs_the_decoder_is_refused_where_own_layers_sample(monkeypatch):
-    args = SimpleNamespace(model_name="it", compile_sampler=False, sampler="shared_prefix")
+    args = SimpleNamespace(model_name="it", sampler="shared_prefix")
     accelerator = SimpleNamespace(device="cpu", is_fsdp2=False)
     monkeypatch.setattr(probing, "rendering_of", lambda args: None)
     monkeypatch.setattr(probing, "load_model", lambda *_: (make_family("OLMo-2"), None))
     assert falls_back(load_policy(args, accelerator)[0])
     for holder, name, value, flag in (
-        (args, "compile_sampler", True, "--compile_sampler"),
+        (args, "sampler", "fused", "--sampler fused"),
         (args, "sampler", "paged", "--sampler paged"),
         (accelerator, "is_fsdp2", True, "FSDP2"),
     ):

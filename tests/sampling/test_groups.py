@@ -301,17 +301,3 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     assert rollouts.completion_mask.shape[:2] == (5, 4)
     args.sampling_batch_size = 0
     assert sample_groups(setup, problems, range(5)).texts == rollouts.texts
-
-
-def test_what_is_compiled_serves_all_batches_of_a_step(accelerator, monkeypatch):
-    """torch.compile starts anew for a batch of another size."""
-    asked = []
-    monkeypatch.setattr(groups, "sample_rollouts", lambda *inputs: asked.append(len(inputs[2])))
-    monkeypatch.setattr(groups, "joined_rollouts", len)
-    args = make_args(sampling_batch_size=9, compile_sampler=True)
-    setup = make_setup(None, args, accelerator, make_tokenizer())
-    for questions, sizes in ((5, [1] * 5), (4, [2] * 2), (2, [2])):
-        drawn = [Problem("1 + 1?", "2", "")] * questions
-        sample_groups(setup, drawn, range(questions))
-        assert asked == sizes
-        asked.clear()

@@ -127,12 +127,9 @@ def test_under_autocast_the_engine_keeps_its_positions_exact():
 @pytest.mark.parametrize(
     ("flags", "engine", "filters"),
     [
-        ({"sampler": "paged", "compile_sampler": False}, "sample_rollouts_paged", ()),
-        (
-            {"sampler": "shared_prefix", "compile_sampler": True, "stop": ["#"]},
-            "sample_rollouts",
-            (5, 1, 0, True, ["#"]),
-        ),
+        ({"sampler": "paged"}, "sample_rollouts_paged", ()),
+        ({"sampler": "fused", "stop": ["#"]}, "sample_rollouts", (5, 1, 0, True, ["#"])),
+        ({"sampler": "shared_prefix"}, "sample_rollouts", (5, 1, 0, False, [])),
     ],
 )
 def test_the_flags_choose_the_engine_of_a_training_step(

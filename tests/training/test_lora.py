@@ -37,7 +37,6 @@ from launch.parser import parse_args
 from llms import kl_reference, load_model, worked_ids
 from records.checkpoints import checkpoint_to_resume
 from rldatasets import Problem, Problems
-from sampling.compiled import StaticLinear
 from sampling.decoder import Decoder
 from sampling.groups import sample_groups, sample_rollouts
 from sampling.paged import engine_model
@@ -146,20 +145,6 @@ def test_folded_into_bf16_an_adapter_too_small_for_it_keeps_its_mean():
     assert torch.equal(settled.model.layers[0].mlp.gate_proj.weight, whole.float())
     weight = settled.model.layers[1].mlp.up_proj.weight
     assert torch.equal(weight, weight.bfloat16().float())
-
-
-def test_the_static_decoder_renews_its_copy_when_the_adapter_has_learnt():
-    model = adapted()
-    attention = model.model.layers[0].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    x = torch.randn(5, 32, dtype=torch.float64, generator=generator())
-    copy = StaticLinear(layers, torch.float64)
-    for _ in range(2):
-        with torch.no_grad():
-            copy.copy_weights()
-            assert (copy(x) - torch.cat([layer(x) for layer in layers], -1)).abs().max() < 1e-13
-            for parameter in trained_parameters(model):
-                parameter.mul_(1.5)
 
 
 def test_the_other_engine_has_a_model_of_its_own_with_the_same_adapter():

@@ -265,7 +265,6 @@ class Configured:
         (DistributedType.FSDP, False, {}, "asks for FSDP, which is not supported"),
         (DistributedType.DEEPSPEED, False, {}, "asks for DEEPSPEED, which is not supported"),
         (DistributedType.FSDP, True, {"lora_rank": 8}, "--lora_rank: adapters are not cut up"),
-        (DistributedType.FSDP, True, {"compile_sampler": True}, "--compile_sampler: its graphs"),
         (DistributedType.FSDP, True, {"sampler": "paged"}, "--sampler paged: copies the model"),
     ],
 )
