@@ -18,11 +18,14 @@ import random
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, mixed_seed, read_jsonl
+from reading.columns import Fields, columns_of, description, parts_of
+from reading.files import arrow_splits, file_splits, is_saved, read_rows, saved_splits
+from utils import UserError, is_number, mixed_seed
 
 SYSTEM_PROMPT = """Respond in the following format:
 <reasoning>
@@ -54,8 +57,9 @@ class Problem:
 class Problems:
     """A fixed list of problems and the endless, shuffled stream of batches drawn from it."""
 
-    def __init__(self, problems, seed):
-        self.problems, self.seed = list(problems), seed
+    def __init__(self, problems, seed, taken=""):
+        """taken: a line on what they were taken from, where that was not plain to see."""
+        self.problems, self.seed, self.taken = list(problems), seed, taken
 
     def __len__(self):
         return len(self.problems)
@@ -90,41 +94,86 @@ def worked_answer(problem):
     return f"<reasoning>\n{problem.solution}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>\n"
 
 
-def load_problems(dataset_name, dataset_path, split, seed, difficulty=1):
-    """The problems of one split, "train" or "test".
+def load_problems(dataset_name, dataset_path, split, seed, difficulty=1, fields=None):
+    """The Problems of one split, "train" or "test".
 
-    dataset_name "gsm8k": from the hub, or from `dataset_path`, a directory with the official
-    train.jsonl and test.jsonl. "arithmetic": generated, nothing to download. `dataset_path` may
-    also be one .jsonl file of your own with `question` (or `problem`) and `answer` on every line
-    (and, optionally, `solution`; further fields reach the rewards as `problem.extra`); one question
-    in five is held out as its test split, by the hash of its first writing: all writings of one
-    question (see `normal`) are in one split. Of an answer with `#### 72`, the gold one is what
-    stands on that line. A number keeps the digits that the file gives it.
+    dataset_name "arithmetic": generated, nothing to download. Else the rows of `dataset_path`, a
+    file or a folder (see reading/files.py), or without one those of the hub's dataset: "gsm8k",
+    or OWNER/NAME[/CONFIGURATION]. Which columns they are taken from, and of which splits, `fields`
+    says, a reading.columns.Fields, or else what they are called.
+
+    Of one file, or where both splits have one name, one question in five is held out for testing,
+    by the hash of its first writing: all writings of one question (see `normal`) are in one split.
+    Of an answer with `#### 72`, the gold one is what stands on that line. A number keeps the digits
+    that the file gives it. What a row has besides reaches the rewards as `problem.extra`.
 
     Raises UserError, for a malformed row as `file:line: reason`.
     """
     if dataset_name == "arithmetic":
         return Problems(arithmetic_problems(split, seed, difficulty), seed)
-    if dataset_path is None:
-        from datasets import load_dataset  # takes seconds to import and only the hub needs it
-
-        try:
-            rows = load_dataset(GSM8K_HUB_NAME, "main", split=split)
-        except Exception as error:  # a library of many layers, each with errors of its own
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"--dataset_name gsm8k: the hub did not deliver: {reason}") from None
-        problems = [_problem_from_row(row, f"{GSM8K_HUB_NAME}:{i}") for i, row in enumerate(rows)]
-    elif Path(dataset_path).is_dir():
-        problems = _problems_from_file(Path(dataset_path) / f"{split}.jsonl")
-    else:
+    fields = fields or Fields()
+    read, held_out, where = _source(dataset_name, dataset_path, split, fields)
+    rows = read()
+    flag = f"--dataset_path {dataset_path}" if dataset_path else f"--dataset_name {dataset_name}"
+    nothing = UserError(f"{flag}: no problems in its {split} split; add lines (of one file, one in "
+                        "five is held out)")  # fmt: skip
+    if not rows:
+        raise nothing
+    columns = columns_of(rows, where, fields)
+    if columns.choices is None and any(is_number(row, columns.answer) for _, row in rows):
+        rows = read(as_written=(columns.answer,))
+    problems = [Problem(*parts_of(row, place, columns)) for place, row in rows]
+    taken = "" if columns.plain() else description(columns, where, problems[0])
+    if held_out:
         wanted, first = split == "test", {}
-        problems = _problems_from_file(Path(dataset_path))
         firsts = [first.setdefault(normal(p.question), p.question) for p in problems]
         problems = [p for p, key in zip(problems, firsts) if is_held_out(key) == wanted]
     if not problems:
-        raise UserError(f"--dataset_path {dataset_path}: no problems in its {split} split; add "
-                        "lines (of one file, one in five is held out)")  # fmt: skip
-    return Problems(problems, seed)
+        raise nothing
+    return Problems(problems, seed, taken)
+
+
+def _source(dataset_name, dataset_path, split, fields):
+    """(a function that makes the [(place, row)] of a split, whether the test split is one in five
+    of them, what a message calls them)."""
+    if dataset_path is not None and not Path(dataset_path).is_dir():
+        return partial(read_rows, dataset_path), True, dataset_path
+    if dataset_path is None:
+        where, splits = f"--dataset_name {dataset_name}", _hub_splits(dataset_name)
+    elif is_saved(dataset_path):
+        where, splits = f"--dataset_path {dataset_path}", saved_splits(dataset_path)
+    else:
+        where, splits = f"--dataset_path {dataset_path}", file_splits(dataset_path)
+    if None in splits:
+        return splits[None], True, where
+    names = {"train": fields.train_split, "test": fields.test_split}
+    if names[split] not in splits:
+        others = ", ".join(splits)
+        mend = f"there are {others:.60}: name one by --{split}_split"
+        if split == "test" and names["train"] in splits:
+            mend += f"; --test_split {names['train']} holds out one in five"
+        raise UserError(f"{where}: no split `{names[split]}`; {mend}")
+    return splits[names[split]], names["train"] == names["test"], f"{where}, {names[split]}"
+
+
+def _hub_splits(name):
+    """{split: a function that makes its rows} of a dataset on the hub, or in its cache."""
+    from datasets import load_dataset  # takes seconds to import and only the hub needs it
+
+    path, config = hub_dataset(name)
+    try:
+        return arrow_splits(load_dataset(path, config), name)
+    except Exception as error:  # a library of many layers, each with errors of its own
+        reason = " ".join(str(error).split())
+        raise UserError(f"--dataset_name {name}: the hub did not deliver: {reason:.100}") from None
+
+
+def hub_dataset(name):
+    """(OWNER/NAME, configuration or None) of a dataset on the hub, None where the name is none."""
+    if name == "gsm8k":
+        return GSM8K_HUB_NAME, "main"
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", name)
+    return match and (match[1], match[2])
 
 
 def is_held_out(key):
@@ -162,50 +211,6 @@ def some_of(problems, count, in_order=False):
         return problems[:count]
     order = np.random.default_rng(mixed_seed("test")).permutation(len(problems))
     return [problems[index] for index in sorted(order[:count])]
-
-
-# Files that people have, and what reads them in pandas.
-OTHER_FORMS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_table",
-               ".arrow": "read_feather", ".xlsx": "read_excel"}  # fmt: skip
-
-
-def _problems_from_file(path):
-    suffix = Path(path).suffix.lower()
-    if suffix in OTHER_FORMS:
-        raise UserError(f"{path}: is {suffix[1:]}; make it .jsonl by pandas.{OTHER_FORMS[suffix]}"
-                        "(FILE).to_json(NEW, orient='records', lines=True)")  # fmt: skip
-    rows = read_jsonl(path, as_written=("answer",))
-    return [_problem_from_row(row, f"{path}:{line}") for line, row in rows]
-
-
-def _problem_from_row(row, where):
-    name = "problem" if "problem" in row and "question" not in row else "question"
-    question, whole = _field(row, name, where), _field(row, "answer", where)
-    if not question or not whole:
-        missing = "answer" if question else "question"
-        others = ", ".join(f"`{key:.20}`" for key in row if key not in ("question", "answer"))
-        there = f" (there are {others:.60}: rename it)" if missing not in row and others else ""
-        raise UserError(f"{where}: `{missing}` is missing or empty; every line needs one{there}")
-    solution, mark, answer = whole.rpartition("####")
-    answer = answer.strip().partition("\n")[0] if mark else answer
-    if mark and not answer:
-        raise UserError(f"{where}: nothing after #### in `answer`; the answer belongs there")
-    # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
-    solution = re.sub(r"<<[^<>]*>>", "", _field(row, "solution", where) or solution)
-    extra = {key: row[key] for key in row if key not in (name, "answer", "solution")}
-    return Problem(question, answer.strip(), solution.strip(), extra)
-
-
-def _field(row, name, where):
-    """A field's text, "" where it is missing; numbers of an answer have become text by now."""
-    value = row.get(name)
-    if not isinstance(value, str | None):
-        raise UserError(f"{where}: `{name}` is {str(value)[:40]}; expected text"
-                        + (" or a finite number" if name == "answer" else ""))  # fmt: skip
-    text = (value or "").strip()
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: `{name}` holds half a character (\\ud800 to \\udfff); remove it")
-    return text
 
 
 # --- arithmetic: generated word problems -------------------------------------------------------

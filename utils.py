@@ -153,12 +153,12 @@ def read_jsonl(path, torn_end=False, as_written=()):
                     continue
                 try:
                     text = line.decode("utf-8-sig")  # Windows likes to start with a mark
-                    row = json.loads(text, object_pairs_hook=_without_repeats)
-                    numbers = [name for name in as_written if _is_number(row, name)]
+                    row = json.loads(text, object_pairs_hook=without_repeats)
+                    numbers = [name for name in as_written if is_number(row, name)]
                     if numbers:
                         written = json.loads(text, parse_float=str, parse_int=str)
                         row |= {name: written[name] for name in numbers}
-                except _RepeatedKey as error:
+                except RepeatedKey as error:
                     raise UserError(f"{path}:{number}: `{error}` is given twice; leave one of them "
                                     "out") from None  # fmt: skip
                 except (ValueError, RecursionError) as error:
@@ -179,21 +179,22 @@ def read_jsonl(path, torn_end=False, as_written=()):
     return rows
 
 
-class _RepeatedKey(Exception):
+class RepeatedKey(ValueError):
     pass
 
 
-def _without_repeats(pairs):
+def without_repeats(pairs):
     """The dict of a JSON object's pairs. Of a key given twice json would silently keep the last."""
     row = {}
     for key, value in pairs:
         if key in row:
-            raise _RepeatedKey(key[:40])
+            raise RepeatedKey(key[:40])
         row[key] = value
     return row
 
 
-def _is_number(row, name):
+def is_number(row, name):
+    """Whether a row's field is a finite number (true is none)."""
     value = row.get(name) if isinstance(row, dict) else None
     return type(value) is int or (type(value) is float and math.isfinite(value))
 

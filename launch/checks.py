@@ -18,8 +18,9 @@ from launch.hub import hub_file
 from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS
 from launch.presets import LORA_TARGETS
-from rldatasets import BUILT_IN, GSM8K_HUB_NAME
-from tasks import has_own_evaluator, load_task, wants_referee
+from reading.files import ELSEWHERE, file_splits, is_saved
+from rldatasets import BUILT_IN, hub_dataset
+from tasks import has_own_evaluator, is_on_hub, load_task, wants_referee
 from utils import (
     ADAPTER_CONFIG,
     EMBEDDED_MODEL,
@@ -55,6 +56,12 @@ IDLE = (
     (("tis_floor", "tis_form"), lambda args: args.tis_cap == 0, "at --tis_cap 0"),
     (("entropy_target",), lambda args: args.entropy_bonus == 0, "at --entropy_bonus 0"),
     (("baseline",), lambda args: args.advantage_scale == "gdpo", "with --advantage_scale gdpo"),
+    (("question_field", "answer_field", "solution_field", "train_split", "test_split"),
+     lambda args: args.dataset_path is None and args.dataset_name != "gsm8k"
+     and not is_on_hub(args.dataset_name), "on problems that are made"),
+    (("train_split", "test_split"),
+     lambda args: args.dataset_path is not None and os.path.isfile(args.dataset_path),
+     "on one file"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
     (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,
@@ -99,8 +106,12 @@ def check_flags(args):
     if args.sampler == "fused" and not util.find_spec("triton"):
         raise UserError("--sampler fused: needs triton, which torch for CUDA brings along; use "
                         "--sampler shared_prefix")  # fmt: skip
-    if args.dataset_name == "arithmetic" and args.dataset_path is not None:
-        raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
+    if args.dataset_path is not None:
+        if args.dataset_name == "arithmetic":
+            raise UserError("--dataset_path: arithmetic is generated; use --dataset_name gsm8k")
+        if is_on_hub(args.dataset_name):
+            raise UserError(f"--dataset_path: --dataset_name {args.dataset_name} is on the hub; "
+                            "leave one out")  # fmt: skip
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
@@ -211,15 +222,23 @@ def check_dataset(args):
     if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
         load_task(args)
     if args.dataset_path is None:
-        if args.dataset_name == "gsm8k":
-            hub_file(GSM8K_HUB_NAME, "README.md", "dataset", named(args, "dataset_name"))
+        if args.dataset_name == "gsm8k" or is_on_hub(args.dataset_name):
+            repository, _ = hub_dataset(args.dataset_name)
+            hub_file(repository, "README.md", "dataset", named(args, "dataset_name"), needed=False)
         return
     path = Path(args.dataset_path)
-    files = [path / "train.jsonl", path / "test.jsonl"] if os.path.isdir(path) else [path]
-    for file in files:
-        if not os.path.isfile(file):
-            raise UserError(f"--dataset_path {path}: no file {file}; expected a directory with "
-                            "train.jsonl and test.jsonl, or a .jsonl file")  # fmt: skip
+    if os.path.isdir(path):
+        wanted = {args.train_split, args.test_split}
+        if not is_saved(path) and not wanted & {*file_splits(path)}:
+            raise UserError(f"--dataset_path {path}: no file {args.train_split}.jsonl there (or "
+                            ".json, .csv, .parquet); expected a directory with train and test, or "
+                            "what save_to_disk leaves")  # fmt: skip
+    elif not os.path.isfile(path):
+        raise UserError(f"--dataset_path {path}: no file {path}; expected a directory with "
+                        "train.jsonl and test.jsonl, or a file of rows")  # fmt: skip
+    elif path.suffix.lower() in ELSEWHERE:
+        raise UserError(f"--dataset_path {path}: {path.suffix} is not read; "
+                        f"{ELSEWHERE[path.suffix.lower()]}")  # fmt: skip
 
 
 def check_model(args):

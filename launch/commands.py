@@ -40,18 +40,21 @@ COMMANDS = {
 }
 # The flags of a run that an evaluation depends on, and one question's answers.
 PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop")
+DATA_FLAGS = (
+    "seed", "dataset_name", "dataset_path", "question_field", "answer_field", "solution_field",
+    "train_split", "test_split", "difficulty",
+)  # fmt: skip
 EVALUATION_FLAGS = (
-    *PROMPT_FLAGS, "preset", "output_dir", "seed", "dataset_name", "dataset_path", "difficulty",
+    *PROMPT_FLAGS, *DATA_FLAGS, "preset", "output_dir",
     "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
     "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier",
 )  # fmt: skip
 CHAT_FLAGS = (
-    *PROMPT_FLAGS, "preset", "seed", "dataset_name", "dataset_path", "difficulty", "evaluator",
+    *PROMPT_FLAGS, *DATA_FLAGS, "preset", "evaluator",
     "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
 )  # fmt: skip
 LINT_FLAGS = (
-    "reward_weights", "evaluator", "dataset_name", "dataset_path", "difficulty", "seed",
-    "reward_timeout",
+    "reward_weights", "evaluator", *DATA_FLAGS, "reward_timeout",
 )  # fmt: skip
 GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",

@@ -66,9 +66,18 @@ def add_flags(parser):
 
     flag = group("data and rewards").add_argument
     flag("--dataset_name", type=known_dataset, metavar="NAME", help="gsm8k, arithmetic (generated "
-         "word problems), or the name of a file in tasks/, such as countdown")
-    flag("--dataset_path", metavar="PATH", help="instead of the hub: a directory with train.jsonl "
-         "and test.jsonl, or one FILE.jsonl with `question` and `answer` on every line")
+         "word problems), the name of a file in tasks/, such as countdown, or OWNER/NAME[/CONFIG] "
+         "of a dataset on the hub")
+    flag("--dataset_path", metavar="PATH", help="instead of the hub: one FILE (JSON lines, a JSON "
+         "array, CSV, Parquet), a directory with one for train and one for test, or what "
+         "save_to_disk left")
+    flag("--question_field", metavar="COLUMN", help="column of the question; None: the one that "
+         "is called like one, see docs/data.md")
+    flag("--answer_field", metavar="COLUMN", help="column of the gold answer, a.b for field b in a")
+    flag("--solution_field", metavar="COLUMN", help="column of worked solutions, for a cold start")
+    flag("--train_split", metavar="SPLIT", default="train", help="split to train on")
+    flag("--test_split", metavar="SPLIT", default="test", help="split to evaluate on; the same as "
+         "--train_split: one question in five is held out of it")
     flag("--difficulty", type=number(int, 1, 5), default=1, help="of the arithmetic problems, 1-5")
     flag("--evaluator", metavar="FILE.py", help="a file with REWARD_FUNCTIONS of your own, and an "
          "is_correct and a SYSTEM_PROMPT if you like (see tasks/__init__.py); None, or gsm8k: the "

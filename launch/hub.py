@@ -7,8 +7,9 @@ from utils import UserError, hub_token
 HUB_SECONDS = 3  # how long to wait for the hub before saying that it cannot be reached
 
 
-def hub_file(repo_id, filename, repo_type, flag):
-    """Fetch a small file from the Hugging Face hub, or find it in the local cache.
+def hub_file(repo_id, filename, repo_type, flag, needed=True):
+    """Fetch a small file from the Hugging Face hub, or find it in the local cache. None where the
+    repository is there, has no such file, and it is not `needed`.
 
     It runs in a thread, because a name server that never answers heeds no time-out. Raises
     UserError, naming `flag`, within HUB_SECONDS.
@@ -47,6 +48,8 @@ def hub_file(repo_id, filename, repo_type, flag):
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(
         error, errors.LocalEntryNotFoundError
     ):
+        if not needed:
+            return None
         raise UserError(f"{flag}: has no {filename} on the hub")
     cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
     if isinstance(cached, str):

@@ -15,7 +15,7 @@ from evaluation.comparison import evaluation_table
 from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
-from evaluator import is_correct
+from evaluator import is_correct, parse_number
 from llms import chat_prompt
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
@@ -129,6 +129,11 @@ def remarks(task, problems):
     """What is worth knowing of how a run is judged and its rewards are checked, a line each."""
     if reason := why_not_golden(task, problems):
         yield f"rewards are not linted: {reason}, unlike the lint's golden completions"
+    latex = [p.answer for p in problems if "\\" in p.answer and parse_number(p.answer) is None]
+    if latex and task.is_correct is is_correct:
+        yield (f"{len(latex)} of {len(problems)} gold answers are LaTeX, such as {latex[0]:.40}, "
+               "compared as text; --dataset_name math (for data on the hub, --evaluator "
+               "tasks/math.py) judges what they mean")  # fmt: skip
     own = not any(function.__module__ == "evaluator" for function in task.reward_functions)
     if own and task.is_correct is is_correct:
         yield ("accuracy counts what stands in <answer> tags and equals the gold answer, whatever "
@@ -164,6 +169,8 @@ def read_problems(args, task, start=None):
     Raises UserError where nothing is left to train on.
     """
     train, test = (task.problems(split) for split in ("train", "test"))
+    if train.taken:
+        tqdm.write(train.taken)
     kept = without_overlap(train, test)
     overlap = len(train) - len(kept)
     if not kept:
@@ -217,7 +224,10 @@ def evaluate_and_save(args):
     accelerator = make_accelerator()
     task = load_task(args)
     start_judge(task, args)
-    problems = held_out_problems(args, task.problems("test"))
+    test = task.problems("test")
+    if test.taken:
+        tqdm.write(test.taken)
+    problems = held_out_problems(args, test)
     policy, tokenizer = load_policy(args, accelerator)
     check_room(policy, tokenizer, problems, args, task)
     run = Run(args.output_dir)

@@ -29,7 +29,7 @@ from records.resuming import (
     run_to_resume,
     saved_flags,
 )
-from tasks import has_own_evaluator, load_task
+from tasks import has_own_evaluator, is_on_hub, load_task
 from utils import UserError, one_line
 
 
@@ -69,6 +69,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     add_flags(parser)
     task = (dataset_name or "").partition("/")[0]
+    if dataset_name and is_on_hub(dataset_name):
+        task = "gsm8k"  # whose answers are as long as any
     defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
     parser.set_defaults(**defaults)

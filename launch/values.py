@@ -8,7 +8,7 @@ import math
 import re
 from datetime import date
 
-from tasks import dataset_names
+from tasks import dataset_names, is_on_hub
 from utils import hint
 
 # What --chat_template_kwargs may not hold: what transformers takes beside a template's arguments.
@@ -88,6 +88,6 @@ def template_arguments(text):
 def known_dataset(text):
     names = dataset_names()
     name = text.partition("/")[0]
-    if name not in names:
+    if name not in names and not is_on_hub(text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown; {hint(name[:40], names)}")
     return text

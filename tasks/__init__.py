@@ -41,13 +41,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import evaluator
 import rldatasets
-from rldatasets import BUILT_IN, Problem, Problems, load_problems
+from reading.columns import Fields
+from rldatasets import BUILT_IN, Problem, Problems, hub_dataset, load_problems
 from utils import UserError, hint
 
 TASKS = Path(__file__).parent
@@ -58,6 +59,12 @@ def dataset_names():
     """What --dataset_name may be, variants aside: the built-in datasets and the tasks."""
     found = (path.stem for path in TASKS.glob("*.py"))
     return [*BUILT_IN, *sorted(name for name in found if name not in NO_TASKS)]
+
+
+def is_on_hub(dataset_name):
+    """Whether this --dataset_name is OWNER/NAME[/CONFIGURATION] of a dataset on the hub."""
+    known = dataset_name.partition("/")[0] in dataset_names()
+    return not known and hub_dataset(dataset_name) is not None
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,10 @@ def load_task(args):
     of the task and of --evaluator, and for a flag that does not fit the task.
     """
     name, _, variant = args.dataset_name.partition("/")
-    task = {} if name in BUILT_IN else definitions(TASKS / f"{name}.py", f"tasks.{name}")
+    if is_on_hub(args.dataset_name):
+        name, variant = args.dataset_name, ""
+    of_file = name in dataset_names() and name not in BUILT_IN
+    task = definitions(TASKS / f"{name}.py", f"tasks.{name}") if of_file else {}
     _check_variant(name, variant, task.get("VARIANTS"))
     if "problems" in task:
         if args.dataset_path is not None:
@@ -91,9 +101,9 @@ def load_task(args):
         more = (variant,) if variant else ()
         problems = partial(_made, task["problems"], TASKS / f"{name}.py", args.seed, *more)
     else:
-        if args.dataset_path is None and name not in BUILT_IN:
+        if args.dataset_path is None and of_file:
             raise UserError(f"--dataset_name {name}: reads files; name them by --dataset_path")
-        problems = partial(_read, args.dataset_name, args.dataset_path, args.seed, args.difficulty)
+        problems = partial(_read, args)
     if has_own_evaluator(args):
         task = {**task, **own_evaluator(args.evaluator)}
     whole = Task(
@@ -145,8 +155,11 @@ def own_evaluator(path):
     return found
 
 
-def _read(name, path, seed, difficulty, split):
-    return load_problems(name, path, split, seed, difficulty)
+def _read(args, split):
+    said = {field.name: getattr(args, field.name, field.default) for field in fields(Fields)}
+    return load_problems(
+        args.dataset_name, args.dataset_path, split, args.seed, args.difficulty, Fields(**said)
+    )
 
 
 def _made(make, path, seed, *rest):

@@ -25,7 +25,7 @@ GSM8K = os.environ.get("GSM8K_DIR", str(ROOT.parent / "shared" / "gsm8k"))
 LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "transformers.generation",
              "transformers.models.qwen2.modeling_qwen2", "accelerate", "datasets", "hypothesis",
              "matplotlib.figure")  # fmt: skip
-FOLDERS = ("sampling", "training", "evaluation", "records", "launch", "tasks")
+FOLDERS = ("sampling", "training", "evaluation", "records", "launch", "tasks", "reading")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ ANSWERS, MATH, VERDICTS = (
 )  # fmt: skip
 SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 ADVANTAGES, SURROGATES = "test_advantages.py", "test_surrogates.py"
+SHAPES, MALFORMED = "reading/test_shapes.py", "reading/test_malformed.py"
 
 MUTANTS = [
     # --- advantages
@@ -544,6 +545,29 @@ MUTANTS = [
            "entropy / target", SURROGATES),
     Mutant("each process has a threshold of its own",
            "torch.cat(everyones(own, setup.accelerator))", "own", PROCESSES),
+    # --- reading data
+    Mutant("csv is split at every line", 'io.StringIO(text, newline="")',
+           "text.splitlines()", SHAPES),
+    Mutant("an array's numbers lose their digits", "written[name] for name in as_written",
+           "row[name] for name in as_written", SHAPES),
+    Mutant("NaN is an answer", "type(value) is float and math.isfinite(value)\n\n\ndef _last",
+           "type(value) is float\n\n\ndef _last", MALFORMED),
+    Mutant("the first box is the answer", "if start > found[0]:", "if found[0] < 0 < start:",
+           SHAPES),
+    Mutant("an answer is counted from 1", "labels[index]  # counted",
+           "labels[index - 1]  # counted", SHAPES),
+    Mutant("choices stay out of the prompt", 'return "\\n".join([question, *lines]), label',
+           "return question, label", SHAPES),
+    Mutant("the worked solution is the question's", "_last(value, turn, where, name)",
+           '_last(value, "user", where, name)', SHAPES),
+    Mutant("two columns that may be the answer: the first", "if len(there) > 1:",
+           "if len(there) > 9:", MALFORMED),
+    Mutant("a saved table in the order of its file", 'dataset.with_format("arrow")[:].to_pylist()',
+           "dataset.data.table.to_pylist()", SHAPES),
+    Mutant("shards are a set", "for file in sorted(place.iterdir()) if",
+           "for file in sorted(place.iterdir(), reverse=True) if", SHAPES),
+    Mutant("--test_split reads the training split", "return splits[names[split]], names",
+           'return splits[names["train"]], names', SHAPES),
 ]  # fmt: skip
 
 

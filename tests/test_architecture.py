@@ -18,12 +18,14 @@ FLOORS = (
     ("vision",),
     ("training",),
     ("evaluator", "rldatasets"),
-    ("grpo",),
+    ("grpo", "reading"),
     ("utils",),
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 SCRIPTS = {"main", "grpo", "llms", "rldatasets", "evaluator", "utils", "plotter"}
-FOLDERS = {"sampling", "training", "evaluation", "records", "launch", "tasks", "vision"}
+FOLDERS = {
+    "sampling", "training", "evaluation", "records", "launch", "tasks", "vision", "reading",
+}  # fmt: skip
 LONGEST = 400  # lines
 ALONE = {  # what these may import of the project, and of others
     "grpo": {"torch"},

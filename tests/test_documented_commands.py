@@ -78,6 +78,8 @@ NOT_RUN = {
     "python main.py evaluate MODEL": "the hub: GSM8K",
     "python main.py lint --dataset_name": "tests/evaluation/test_verdicts.py",
     "python main.py --model_name path/or/hub-name": "the hub: GSM8K, or as with --evaluator",
+    "python main.py --dataset_name": "the hub; tests/reading/test_shapes.py",
+    "python main.py --dataset_path": "a GPU; tests/reading/",
     "python main.py --lora_rank": "a GPU and the hub; tests/training/test_lora.py",
     "python main.py --preset cpu --seed": "minutes each; tests/test_main.py, tests/launch/test_*",
     "python main.py --preset cpu --dataset_name gsm8k": "an hour, and the hub",
@@ -132,7 +134,9 @@ def places(tmp_path, monkeypatch):
         (tmp_path / run).mkdir(exist_ok=True)
         (tmp_path / run / "config.json").write_text('{"flags": {"seed": 7111994}}')
     user_files(tmp_path)
-    monkeypatch.setattr(checks, "hub_file", lambda *_: str(tmp_path / "MODEL" / "config.json"))
+    monkeypatch.setattr(
+        checks, "hub_file", lambda *_, **__: str(tmp_path / "MODEL" / "config.json")
+    )
     monkeypatch.setattr(checks, "check_output_dir", lambda args: None)
     for module in (commands, sys.modules["launch.parser"]):
         monkeypatch.setattr(module, "check_output_dir", lambda args: None)
@@ -145,6 +149,8 @@ def user_files(folder):
     (folder / "GSM8K_DIRECTORY").mkdir()
     for name in ("GSM8K_DIRECTORY/train.jsonl", "GSM8K_DIRECTORY/test.jsonl", "mine.jsonl"):
         (folder / name).write_text(text)
+    (folder / "mine.csv").write_text("question,answer\nWhat is 1 and 1?,2\n")
+    (folder / "tasks").symlink_to(ROOT / "tasks")
     [brevity] = re.findall(r"^def brevity.*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)
     rewards = (
         "from evaluator import correctness\n\n\n%s\nREWARD_FUNCTIONS = [correctness, brevity]\n"

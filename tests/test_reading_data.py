@@ -144,29 +144,3 @@ def test_a_file_without_such_writings_is_split_as_it_always_was(tmp_path):
     assert [p.question for p in test] == [
         row["question"] for row in rows if is_held_out(row["question"])
     ]
-
-
-# --- files that people have --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "parts"),
-    [
-        ("a.parquet", "PAR1", ["is parquet; make it .jsonl by pandas.read_parquet(FILE)"]),
-        ("a.csv", "question,answer\n1,2\n", ["is csv; make it .jsonl by pandas.read_csv(FILE)"]),
-        ("a.json", '[{"question": "q", "answer": 1}]', [":1: expected an object", "not one array"]),
-        ("a.json", '[\n{"question": "q"}]', [":1: not JSON", "an object like {...} per line"]),
-        ("a.jsonl", '{"prompt": "q", "answer": 1}', ["`question` is missing", "`prompt`: rename"]),
-        ("a.jsonl", '{"messages": []}', ["`question` is missing", "`messages`: rename it"]),
-        ("a.jsonl", '{"question": "q", "ground_truth": "1"}', ["`answer` is missing", "`ground"]),
-        ("a.jsonl", '{"Question": "q", "Answer": 1}', ["`Question`, `Answer`: re"]),
-        ("a.jsonl", '{"question": "q", "answer": ""}', ["`answer` is missing or empty; every"]),
-    ],
-)  # fmt: skip
-def test_a_file_of_another_form_is_told_what_to_do(tmp_path, name, text, parts):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError) as error:
-        load_problems("gsm8k", tmp_path / name, "train", 0)
-    message = str(error.value).replace(str(tmp_path), "")
-    assert all(part in message for part in parts), message
-    assert len(message) < 200

@@ -28,7 +28,7 @@ def hub(monkeypatch):
     """A hub that has whatever is asked for; the value returned is the config.json it serves."""
     config = {"model_type": "qwen2", "max_position_embeddings": 32768}
 
-    def serve(repo_id, filename, repo_type, flag):
+    def serve(repo_id, filename, repo_type, flag, needed=True):
         with open("served.json", "w") as file:
             json.dump(config, file)
         return "served.json"

@@ -421,7 +421,7 @@ def test_a_task_s_rewards_serve_other_data(own):
 
 def test_further_fields_are_part_of_a_problem_and_of_the_data_s_fingerprint(tmp_path):
     rows = [{"problem": "2?", "answer": 2, "level": 3, "tags": ["a"]},
-            {"question": "q", "answer": 1}]  # fmt: skip
+            {"problem": "q", "answer": 1}]  # fmt: skip
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ours, plain = Problem("2?", "2", "", {"level": 3, "tags": ["a"]}), Problem("q", "1", "")
