@@ -25,6 +25,7 @@ from launch.parser import (
 from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, load_task, own_evaluator
+from training.progress import progress
 from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
 
 COMMANDS = {
@@ -311,6 +312,8 @@ def _group(args):
 
 
 def _plan(args):
+    print("One step on tensors that have no memory, in a fraction of a minute ...\n", flush=True)
+    progress.__enter__()  # torch takes seconds to import
     with _importing():
         from launch.planner import plan
 

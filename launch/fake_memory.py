@@ -61,17 +61,22 @@ class Work:
 
 
 class Tracker(TorchDispatchMode):
-    """Bytes alive, by part, the most there were in a phase, and work; inside `with tracker:`."""
+    """Bytes alive, by part, the most there were in a phase, and work; inside `with tracker:`.
+
+    A phase is told stretch by stretch as well: embedding, layers, head, and so on. One begins where
+    an operation reads a layer's weight after one outside of the layers, or the other way round, and
+    where `begin` says so. See planned_step.extended.
+    """
 
     def __init__(self, machine=None, vocab_size=None):
         super().__init__()
         self.machine, self.vocab_size = machine, vocab_size
         self.live = Counter()  # part: bytes
-        self.peak = Counter()  # what `live` was when its sum was highest
+        self.peaks = [Counter()]  # of each stretch, what `live` was when its sum was highest
         self.work = Work()
-        self.phases = {}  # name: `peak` of that phase
-        self._held = {}  # storage: [bytes, part]
-        self._part = None
+        self.stretches = {}  # name: `peaks` of that phase
+        self._held = {}  # storage: [bytes, part, is a layer's weight; None: no weight]
+        self._part = self._in_layers = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,16 +85,23 @@ class Tracker(TorchDispatchMode):
         if is_composite(func):  # inference mode leaves these whole
             with self:
                 return func.decompose(*args, **kwargs)
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self._follow(func, read)
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         new = [self._see(tensor) for tensor in results]
         if self.machine and (any(new) or func._schema.is_mutable):  # else it is a view, no work
-            self.work += self._work_of(func, args, kwargs, out, results)
+            self.work += self._work_of(func, args, kwargs, out, read, results)
         return out
+
+    @property
+    def phases(self):
+        """{name: what was alive, by part, when that phase held most}."""
+        return {name: max(peaks, key=Counter.total) for name, peaks in self.stretches.items()}
 
     @contextmanager
     def part(self, name):
-        """What is made inside belongs to the part `name`."""
+        """What is made inside belongs to the part `name`, and is a weight if it is made of one."""
         before, self._part = self._part, name
         try:
             yield
@@ -98,10 +110,10 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name):
-        """`phases[name]` becomes the peak inside."""
-        self.peak = self.live.copy()
+        """`stretches[name]` become the peaks inside, `phases[name]` the highest."""
+        self.peaks, self._in_layers = [self.live.copy()], None
         yield
-        self.phases[name] = self.peak
+        self.stretches[name] = self.peaks
 
     @contextmanager
     def graph(self):
@@ -110,14 +122,30 @@ class Tracker(TorchDispatchMode):
         yield
         self.work = replace(self.work, operations=before + 1)
 
-    def label(self, tensors, part):
-        """These tensors belong to the part `part`, from now on."""
+    def label(self, tensors, part, of_layers=None):
+        """These tensors belong to the part `part`, from now on. of_layers: of weights, whether they
+        are the layers'."""
         for tensor in tensors:
             self._see(tensor)
             held = self._held[_storage(tensor)[1]]
             self.live[held[1]] -= held[0]
             self.live[part] += held[0]
-            held[1] = part
+            held[1:] = part, of_layers
+
+    def begin(self):
+        """Begin a stretch."""
+        self.peaks.append(self.live.copy())
+
+    def _follow(self, func, read):
+        """Begin a stretch where the first weight among what is read is in the layers and the last
+        one read was not, or the other way round."""
+        kinds = (self._held.get(_storage(tensor)[1], [None])[-1] for tensor in read)
+        of_layers = next((kind for kind in kinds if kind is not None), self._in_layers)
+        if func.overloadpacket is aten.embedding_dense_backward:  # which does not read the weight
+            of_layers = False
+        if of_layers != self._in_layers:
+            self._in_layers = of_layers
+            self.begin()
 
     def _see(self, tensor):
         """Count a tensor's storage until it is freed. Returns whether it had not been counted."""
@@ -125,24 +153,23 @@ class Tracker(TorchDispatchMode):
         if key in self._held:
             return False
         part = self._part or ("logits" if self._are_logits(tensor) else "activations")
-        self._held[key] = [size, part]
+        self._held[key] = [size, part, self._in_layers if self._part else None]
         self.live[part] += size
         weakref.finalize(holder, self._free, key).atexit = False
-        if self.live.total() > self.peak.total():
-            self.peak = self.live.copy()
+        if self.live.total() > self.peaks[-1].total():
+            self.peaks[-1] = self.live.copy()
         return True
 
     def _are_logits(self, tensor):
         return tensor.ndim > 0 and tensor.shape[-1] == self.vocab_size
 
     def _free(self, key):
-        size, part = self._held.pop(key)
+        size, part, _ = self._held.pop(key)
         self.live[part] -= size
 
-    def _work_of(self, func, args, kwargs, out, results):
+    def _work_of(self, func, args, kwargs, out, read, results):
         """An operation takes as long as its arithmetic or its bytes do, whichever is longer, and as
         long as the device needs for anything."""
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if func.overloadpacket is aten.index_copy_:
             read = results = read[-1:]
         elif func.overloadpacket in LOOK_UPS:

@@ -4,17 +4,18 @@ It is carried out by the functions that train: nothing of the model's arithmetic
 The plan is of the worst case: every prompt as long as --max_prompt_length, every completion as long
 as --max_completion_length, and of the prompts' beginnings one token in common.
 
+It is carried out with two layers and with three, which tell what it takes with all, see `extended`.
+
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
 import logging
 import math
 import warnings
+from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from unittest import mock
-from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo import Batch, grpo_loss
 from launch.fake_memory import Tracker
 from launch.known_models import KNOWN_MODELS
+from launch.planned_sampling import sample, worst_prompts
 from llms import kl_reference, refuse_family, refusing
-from sampling.cuda_graph import GraphDecoder, recorder_for
-from sampling.decoder import Decoder
-from sampling.fallback import OwnLayers, falls_back
-from sampling.groups import sample_tokens
-from training.lean_layers import recompute_layers
+from sampling.fallback import falls_back, is_written_out
+from training.lean_layers import checkpointed, recompute_layers
 from training.logprobs import completion_logprobs
 from training.lora import add_adapter, trained_parameters
 from training.optimizer import clip_gradients, make_optimizer
+from training.progress import progress
 from training.shared_prefix import WITHOUT_GRADIENT, micro_batches
 from training.update import objective_of
 from utils import base_and_adapters, hub_token, parameters_of
 
 GSM8K_TEST = 1319  # problems in its official test split
+PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
+# Numbers of layers that are carried out. The least: a single layer is the first and the last.
+FEW, MORE = 2, 3
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,15 @@ class Plan:
     args: object
     parameters: int
     trained: int  # of these
-    phases: dict  # phase: {part: bytes} at that phase's peak
+    stretches: dict  # phase: [{part: bytes} at a stretch's peak], see fake_memory.Tracker
     work: dict  # phase: Work of one step, for `evaluation` that of one evaluation
     tokens: dict  # phase: tokens that go through the model
     falls_back: bool = False  # whether the model's own layers sample
+
+    @property
+    def phases(self):
+        """{phase: {part: bytes} at that phase's peak}."""
+        return {phase: max(peaks, key=Counter.total) for phase, peaks in self.stretches.items()}
 
     @property
     def peaks(self):
@@ -62,18 +70,64 @@ class Plan:
         return max(self.peaks.values())
 
 
-def planned(args, on_gpu, machine=None, layers=None):
+def planned(args, on_gpu, machine=None, layers=None, phases=PHASES):
     """The Plan of a run with these flags, from one step on fake tensors.
 
     machine: for the work, else there is none. layers: of the model, if not as many as it has.
+    phases: those to plan; the optimizer's comes with the policy's.
     """
+    with damaged(args):
+        config = config_of(args.model_name)
+        refuse_family(config, f"--model_name {args.model_name}")
+        layers = layers or config.num_hidden_layers
+    if layers <= MORE or not is_written_out(config):  # others have layers of several kinds
+        return planned_in_full(args, on_gpu, machine, layers, phases)
+    few, more = (planned_in_full(args, on_gpu, machine, depth, phases) for depth in (FEW, MORE))
+    return extended(few, more, layers - FEW)
+
+
+def damaged(args):
+    """What a model's configuration raises becomes a UserError."""
+    name = f"--model_name {args.model_name}"
+    return refusing(f"{name}: cannot be planned, its config.json is damaged")
+
+
+def extended(few, more, times):
+    """The Plan with `times` layers more than `few` has, from it and from `more`, with one more.
+
+    Layers are alike, so that each adds the same to the work, and to what is alive at any moment
+    before or after them. From layer to layer what is alive grows or falls by the same: forward by
+    what one keeps, backward by its gradients less what it kept. So the peak of a stretch is in the
+    first layer or in the last, in the same of the two whatever their number, on which it depends in
+    a straight line. That of a phase does not: with more layers another of its stretches may be the
+    one that takes most.
+    """
+
+    def on_line(low, high):
+        return low + (high - low) * times
+
+    def peak_on_line(low, high):
+        return Counter({part: on_line(low[part], high[part]) for part in {*low, *high}})
+
+    return Plan(
+        few.args,
+        on_line(few.parameters, more.parameters),
+        on_line(few.trained, more.trained),
+        {
+            phase: [peak_on_line(*pair) for pair in zip(peaks, more.stretches[phase], strict=True)]
+            for phase, peaks in few.stretches.items()
+        },
+        {phase: on_line(work, more.work[phase]) for phase, work in few.work.items()},
+        few.tokens,
+    )
+
+
+def planned_in_full(args, on_gpu, machine, layers, phases=PHASES):
+    """The Plan of a model with so many layers, all of which are carried out."""
     with as_if(on_gpu):
-        with refusing(
-            f"--model_name {args.model_name}: cannot be planned, its config.json is damaged"
-        ):
+        with damaged(args):
             config = config_of(args.model_name)
-            refuse_family(config, f"--model_name {args.model_name}")
-            config.num_hidden_layers = layers or config.num_hidden_layers
+            config.num_hidden_layers = layers
             # Some kinds read positions, which fake tensors do not have; of all, the shapes agree.
             ropes = ropes_of(config)
             kinds = [rope["rope_type"] for rope in ropes]
@@ -84,11 +138,12 @@ def planned(args, on_gpu, machine=None, layers=None):
                 rope["rope_type"] = kind
             for buffer in policy.buffers():  # without numbers, which small ones have and that
                 buffer.constant = None  # cannot be copied
+        progress.tick(1, "steps")
         if not falls_back(policy):
-            return step_plan(policy.eval(), args, on_gpu, machine)
+            return step_plan(policy.eval(), args, on_gpu, machine, phases)
         kind = f"--model_name {args.model_name}: model type {config.model_type}"
         with refusing(f"{kind}: its layers cannot be planned"):  # some read numbers
-            return step_plan(policy.eval(), args, on_gpu, machine)
+            return step_plan(policy.eval(), args, on_gpu, machine, phases)
 
 
 def config_of(model_name):
@@ -154,7 +209,7 @@ class CudaAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def step_plan(policy, args, on_gpu=False, machine=None):
+def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
     """The Plan, from one step of this policy, whose tensors may be real or fake.
 
     The order is that of the loop from its second step on: Adam's moments are there throughout.
@@ -167,7 +222,9 @@ def step_plan(policy, args, on_gpu=False, machine=None):
     autocast = torch.autocast("cpu", torch.bfloat16) if on_gpu else nullcontext()
     work, tokens = {}, {}
     with tracker:
-        tracker.label(policy.parameters(), "weights")
+        tracker.label(policy.parameters(), "weights", of_layers=False)
+        for layer in checkpointed(policy):
+            tracker.label(layer.parameters(), "weights", of_layers=True)
         with tracker.part("reference"):
             reference = kl_reference(policy, args, on_gpu)
         optimizer, _ = make_optimizer(policy, args)
@@ -178,48 +235,51 @@ def step_plan(policy, args, on_gpu=False, machine=None):
                 lambda parameter: tracker.label([parameter.grad], "gradients")
             )
 
-        with tracker.phase("sampling"), autocast:
+        if "sampling" in phases:
             at_once = args.sampling_batch_size // args.group_size or args.questions_per_step
             at_once = min(at_once, args.questions_per_step)
-            work["sampling"], tokens["sampling"] = sample(
-                policy, at_once, args.group_size, args.temperature, args, tracker, on_gpu
-            )
-        batches = args.questions_per_step / at_once * args.max_draws
-        work["sampling"] *= batches
-        tokens["sampling"] = round(tokens["sampling"] * batches)
-        step = Step(policy, args, autocast)
-        if reference is not None:
+            with tracker.phase("sampling"), autocast:
+                work["sampling"], tokens["sampling"] = sample(
+                    policy, at_once, args.group_size, args.temperature, args, tracker, on_gpu
+                )
+            batches = args.questions_per_step / at_once * args.max_draws
+            work["sampling"] *= batches
+            tokens["sampling"] = round(tokens["sampling"] * batches)
+        step = Step(policy, args, autocast, tracker)
+        if "reference" in phases and reference is not None:
             largest, tokens["reference"], passes = step.cut(WITHOUT_GRADIENT)
             with tracker.phase("reference"), torch.no_grad():
                 before = tracker.work
                 for batch in largest:
                     step.logprobs(reference, batch)
             work["reference"] = (tracker.work - before) * passes
-        largest, read, passes = step.cut(1)
-        with tracker.phase("policy"):
-            before = tracker.work
-            for batch in largest:
-                step.backward(batch)
-        work["policy"] = (tracker.work - before) * (passes * args.num_inner_epochs)
-        tokens["policy"] = read * args.num_inner_epochs
-        with tracker.phase("optimizer"):
-            before = tracker.work
-            clip_gradients(trained, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        work["optimizer"] = (tracker.work - before) * args.num_inner_epochs
+        if "policy" in phases:
+            largest, read, passes = step.cut(1)
+            with tracker.phase("policy"):
+                before = tracker.work
+                for batch in largest:
+                    step.backward(batch)
+            work["policy"] = (tracker.work - before) * (passes * args.num_inner_epochs)
+            tokens["policy"] = read * args.num_inner_epochs
+            with tracker.phase("optimizer"):
+                before = tracker.work
+                clip_gradients(trained, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            work["optimizer"] = (tracker.work - before) * args.num_inner_epochs
         del step
-        with tracker.phase("evaluation"), autocast:
+        if "evaluation" in phases:
             problems = args.eval_problems or GSM8K_TEST
             rows = max(min(args.eval_batch_size, problems), args.eval_samples)
             answers = problems * (1 + args.eval_samples)
-            work["evaluation"], tokens["evaluation"] = sample(
-                policy, rows, 1, 0, args, tracker, on_gpu
-            )
-        work["evaluation"] *= math.ceil(answers / rows)
-        tokens["evaluation"] = tokens["evaluation"] // rows * answers
+            with tracker.phase("evaluation"), autocast:
+                work["evaluation"], tokens["evaluation"] = sample(
+                    policy, rows, 1, 0, args, tracker, on_gpu
+                )
+            work["evaluation"] *= math.ceil(answers / rows)
+            tokens["evaluation"] = tokens["evaluation"] // rows * answers
     counts = [sum(p.numel() for p in ps) for ps in (policy.parameters(), trained)]
-    return Plan(args, *counts, tracker.phases, work, tokens, falls_back(policy))
+    return Plan(args, *counts, tracker.stretches, work, tokens, falls_back(policy))
 
 
 def fill_moments(optimizer):
@@ -228,93 +288,6 @@ def fill_moments(optimizer):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def worst_prompts(questions, args):
-    """Q prompts of the greatest length, as lists of ids, that have but their first tokens in common
-    (a chat template begins all prompts alike)."""
-    rest = [0] * max(0, args.max_prompt_length - 2)
-    prompts = ([0, question % 2, *rest] for question in range(questions))
-    return [prompt[: args.max_prompt_length] for prompt in prompts]
-
-
-@torch.no_grad()
-def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
-    """What sample_rollouts does, its loop cut short to two tokens: the last, for memory,
-    and one half-way. Their work gives that of a token on average, which goes by how much of the
-    cache is read. Returns work and tokens of all; to record CUDA graphs is left out of both."""
-    rows, length = questions * group_size, args.max_completion_length
-    before = tracker.work
-    with tracker.part("sampling copy"):
-        if falls_back(policy):
-            decoder = OwnLayers(policy, group_size, length, shares=False)
-        elif on_gpu and recorder_for(policy, "cuda"):
-            decoder = GraphDecoder(policy, group_size, length, partial(PlannedGraph, tracker))
-        else:
-            decoder = Decoder(policy, group_size, length, shares=False)
-    uniforms = torch.zeros((length, rows), dtype=torch.float64)
-    logits, row = decoder.prefill(worst_prompts(questions, args))  # (R, V), (R,)
-    if not falls_back(policy):
-        caches = (decoder.prompt_keys, decoder.prompt_values, decoder.keys, decoder.values)
-        tracker.label([tensor for part in caches for tensor in part], "KV cache")
-    prompts = tracker.work - before
-    of_a_token = {}  # by how much of the cache is read
-    for place in (length - 1, length // 2):
-        before = tracker.work
-        decoder.written = place
-        if falls_back(policy):
-            tracker.label(filled(decoder, args.max_prompt_length + place), "KV cache")
-        read = decoder.length_to_read()
-        tokens, _ = sample_tokens(
-            logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p, row
-        )
-        logits = decoder.step(tokens)
-        of_a_token[read] = tracker.work - before
-    return (
-        prompts + at_length(of_a_token, average_read(decoder, length)) * length,
-        questions * args.max_prompt_length + rows * length,
-    )
-
-
-def filled(decoder, length):
-    """The cache of OwnLayers, filled up to `length` tokens per row, or as many as layers keep."""
-    decoder.mask = decoder.mask.new_ones((len(decoder.mask), length))
-    tensors = []
-    for layer in decoder.cache.layers:
-        kept = length
-        if layer.is_sliding:
-            layer.cumulative_length, kept = length, min(length, layer.sliding_window - 1)
-        for name in ("keys", "values"):
-            rows, heads, _, size = getattr(layer, name).shape
-            tensors.append(getattr(layer, name).new_zeros((rows, heads, kept, size)))
-            setattr(layer, name, tensors[-1])
-    return tensors
-
-
-def average_read(decoder, length):
-    """Tokens of the completions' cache that a step reads."""
-    total = 0
-    for decoder.written in range(length):
-        total += decoder.length_to_read()
-    return total / length
-
-
-def at_length(works, length):
-    """Work there, on the line through those of {length: work}, one or two."""
-    (low, less), (high, more) = min(works.items()), max(works.items())
-    return less + (more - less) * ((length - low) / max(high - low, 1))
-
-
-class PlannedGraph:
-    """In place of a CUDA graph, what it would do."""
-
-    def __init__(self, tracker, function):
-        self.tracker = tracker
-        self.function = WeakMethod(function)  # of the decoder, which refers to this
-
-    def replay(self):
-        with self.tracker.graph():
-            return self.function()()
 
 
 def tokens_read(batch):
@@ -326,8 +299,8 @@ class Step:
     """The update's forward and backward passes, as in training/update.py, over completions that are
     all of the greatest length."""
 
-    def __init__(self, policy, args, autocast):
-        self.policy, self.args, self.autocast = policy, args, autocast
+    def __init__(self, policy, args, autocast, tracker):
+        self.policy, self.args, self.autocast, self.tracker = policy, args, autocast, tracker
         length, trained = args.max_completion_length, args.train_group_size or args.group_size
         rows = args.questions_per_step * args.group_size
         self.prompts = [torch.tensor(ids) for ids in worst_prompts(args.questions_per_step, args)]
@@ -346,8 +319,11 @@ class Step:
         """The step in passes of `factor` budgets each: (those that need most memory, the tokens of
         all that the model reads, how many times those of the former this is)."""
         batches = micro_batches(self.prompts, self.lengths, factor * self.args.micro_batch_tokens)
-        # Only the first finds no gradients from passes before it.
+        # Only the first finds no gradients from passes before it; where there are none at all, what
+        # is read counts alone.
         largest = [batches[0], *sorted(batches[1:], key=tokens_read)[-1:]]
+        if factor == WITHOUT_GRADIENT and len({*map(tokens_read, largest)}) == 1:
+            largest = largest[:1]
         read = sum(map(tokens_read, batches))
         return largest, read, read / sum(map(tokens_read, largest))
 
@@ -360,4 +336,5 @@ class Step:
         logprobs, entropy = self.logprobs(self.policy, batch, self.args.entropy_bonus > 0)
         seen = self.batch.rows(batch.rows)
         loss, _ = grpo_loss(logprobs, seen, objective_of(self.args), entropy)
+        self.tracker.begin()  # autocast's copies of the layers' weights are gone
         loss.backward()

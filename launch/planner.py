@@ -12,14 +12,15 @@ from importlib import util
 import torch
 
 from launch.fake_memory import Machine
-from launch.planned_step import GSM8K_TEST, config_of, planned
+from launch.planned_step import GSM8K_TEST, PHASES, planned
+from training.progress import progress
 
 GB = 1e9
 PARTS = (
     "weights", "Adam", "reference", "gradients", "sampling copy", "KV cache", "logits",
     "activations",
 )  # fmt: skip
-PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
+UPDATE = ("reference", "policy")  # phases that --micro_batch_tokens is for
 CARDS = (24, 40, 80)  # GB
 # How far a plan goes to make a run fit.
 SMALLEST_MICRO_BATCH, SMALLEST_EVAL_BATCH, LORA_RANK = 2048, 16, 16
@@ -44,9 +45,10 @@ H100 = Machine(
 def plan(args):
     """Print the plan of a run with these flags."""
     on_gpu = plans_for_gpu(args)
-    print("One step on tensors that have no memory, for a minute or two ...\n", flush=True)
-    machine = H100 if on_gpu else this_machine()
-    print(report(planned(args, on_gpu, machine), on_gpu, machine))
+    with progress, progress.shown("planning"):
+        machine = H100 if on_gpu else this_machine()
+        text = report(planned(args, on_gpu, machine), on_gpu, machine)
+    print(text)
 
 
 def plans_for_gpu(args):
@@ -84,38 +86,42 @@ def seconds_of(function, spent=0.2):
 
 
 def fitting(first, on_gpu):
-    """{card: (changed flags, peak with allowance)}, None for the flags where none are enough.
+    """{card: (changed flags, peak with allowance)}; None for the flags, and a bound from below,
+    where none are enough.
 
     Flags are changed one after the other, always for the phase that takes most. Where that is not
     enough, all over again with LoRA, and only then, without it, the KL term is given up: that
     changes the objective.
     """
-    found, ends = {}, []
+    found, least = {}, []
 
-    def change_from(changed):
-        while missing := [card for card in CARDS if card not in found]:
+    def change_from(changed, peaks):
+        """Returns the flags changed at the end."""
+        whatever = needed({"optimizer": peaks.get("optimizer", 0)}, on_gpu)  # no flag makes it less
+        too_high = set()  # phases that were planned with flags of before, with which they took more
+        while True:
             args = with_flags(first.args, changed)
-            peaks = quick_peaks(args, on_gpu) if changed else first.peaks
-            if changed and needed(peaks, on_gpu) <= missing[-1] * GB:
-                peaks = planned(args, on_gpu).peaks  # the quick ones may be too low
+            while (phase := max(peaks, key=peaks.get)) in too_high:
+                peaks = {**peaks, **planned(args, on_gpu, phases=(phase,)).peaks}
+                too_high.remove(phase)
             total = needed(peaks, on_gpu)
-            found.update({card: (changed, total) for card in missing if total <= card * GB})
-            change = next_change(args, max(peaks, key=peaks.get))
-            if not change:
-                ends.append(changed)
-                return
+            fits = [card for card in CARDS if card not in found and total <= card * GB]
+            found.update(dict.fromkeys(fits, (changed, total)))
+            missing = [card for card in CARDS if card not in found]
+            change = next_change(args, phase)
+            if not missing or not change or whatever > missing[-1] * GB:
+                least.append(whatever if change else total)
+                return changed
             changed = {**changed, **change}
+            too_high |= {"reference", "policy"} & {*peaks} if phase in UPDATE else {phase}
 
-    change_from({})
-    if can_use_lora(first.args):
-        change_from({"lora_rank": LORA_RANK})
-    if ends and can_drop_kl(first.args):
-        change_from({**ends[0], "kl_beta": 0.0})
-    if missing := [card for card in CARDS if card not in found]:
-        in_full = (planned(with_flags(first.args, end), on_gpu).peaks for end in ends[1:] or ends)
-        least = min(needed(peaks, on_gpu) for peaks in in_full)
-        found.update(dict.fromkeys(missing, (None, least)))
-    return {card: found[card] for card in CARDS}
+    changed = change_from({}, first.peaks)
+    others = [{"lora_rank": LORA_RANK}] if can_use_lora(first.args) else []
+    others += [{**changed, "kl_beta": 0.0}] if can_drop_kl(first.args) else []
+    for other in others:
+        if len(found) < len(CARDS):
+            change_from(other, planned(with_flags(first.args, other), on_gpu).peaks)
+    return {card: found.get(card) or (None, min(least)) for card in CARDS}
 
 
 def with_flags(args, changed):
@@ -145,22 +151,13 @@ def next_change(args, phase):
     at_once = min(args.sampling_batch_size or rows, rows)
     if phase == "sampling" and at_once > args.group_size:
         return {"sampling_batch_size": max(at_once // 2, args.group_size)}
-    if phase in ("reference", "policy"):
+    if phase in UPDATE:
         if tokens > SMALLEST_MICRO_BATCH:
             halved = 2 ** math.ceil(math.log2(tokens) - 1)  # to the next power of two
             return {"micro_batch_tokens": max(halved, SMALLEST_MICRO_BATCH)}
         if not args.gradient_checkpointing:
             return {"gradient_checkpointing": True}
     return {}
-
-
-def quick_peaks(args, on_gpu):
-    """Each phase's peak or less, in a tenth of the time: as it goes on from two to three layers.
-    All layers take the same, but with more of them another moment may be the one that takes most.
-    """
-    two, three = (planned(args, on_gpu, layers=layers).peaks for layers in (2, 3))
-    more = config_of(args.model_name).num_hidden_layers - 2
-    return {phase: two[phase] + more * (three[phase] - two[phase]) for phase in two}
 
 
 def needed(peaks, on_gpu):
@@ -214,7 +211,7 @@ def report(plan, on_gpu, machine):
     ]
     for card, (changed, total) in fitting(plan, on_gpu).items():
         if changed is None:
-            verdict = f"does not fit; with all the flags that save memory {total / GB:.1f} GB"
+            verdict = f"does not fit, whatever flags save memory: {total / GB:.1f} GB or more"
         elif changed:
             verdict = f"fits with {as_flags(changed)}: {total / GB:.1f} GB"
         else:

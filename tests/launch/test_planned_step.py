@@ -9,13 +9,15 @@ from conftest import FOUR_LAYERS, ROOT, make_model
 from toys import PARAMETERS, SMALL, planning
 from transformers import AutoModelForCausalLM
 
-from launch import planned_step
+from launch import planned_sampling, planned_step
 from launch.fake_memory import Machine, Tracker, Work
 from launch.known_models import KNOWN_MODELS
 from launch.planned_step import as_if, config_of, planned
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps
+
+ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0, 0.0, False)
 
 # --- memory ------------------------------------------------------------------------------------
 
@@ -51,6 +53,26 @@ def assert_real(args, mixed_precision, layers=4):
     for phase, peak in real.items():
         predicted = update if phase == "update" else plan[phase]
         assert predicted == pytest.approx(peak, rel=0.1), phase
+
+
+@pytest.mark.parametrize(
+    "on_gpu, extra",
+    [
+        (True, ["--kl_beta", "0.04", "--gradient_checkpointing"]),
+        (False, ["--lora_rank", "4", "--max_completion_length", "40"]),
+    ],
+)
+def test_a_few_layers_tell_what_all_take_to_the_byte(on_gpu, extra, tmp_path):
+    """Of every stretch: at full depth another one may be a phase's highest."""
+    make_model(**{**FOUR_LAYERS, "num_hidden_layers": 6}).config.save_pretrained(tmp_path)
+    args = planning("--model_name", str(tmp_path), *SMALL, *extra)
+    told, full = planned(args, on_gpu, ONE), planned_step.planned_in_full(args, on_gpu, ONE, 6)
+    assert told.stretches == full.stretches and told.peaks == full.peaks
+    assert (told.parameters, told.trained, told.tokens) == (
+        full.parameters, full.trained, full.tokens,
+    )  # fmt: skip
+    for phase, work in full.work.items():
+        assert vars(told.work[phase]) == pytest.approx(vars(work), rel=1e-9), phase
 
 
 def test_smaller_micro_batches_and_checkpointing_plan_less_memory(four_layers):
@@ -109,9 +131,6 @@ def test_base_models_are_known_with_their_instruct_models():
         assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
 
 
-ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0, 0.0, False)
-
-
 def test_work_is_that_of_the_formulas(four_layers):
     """2 per weight of a matrix and token read, the head where a token is predicted, thrice that
     with the backward pass, and attention on top, which is little here."""
@@ -141,14 +160,14 @@ def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
 def test_a_token_on_average_reads_as_much_of_the_cache_as_it_does(four_layers):
     """Work is linear in that: here an average of steps at three lengths of the cache."""
     works = {128: Work(1.0, 10.0, 2), 300: Work(3.0, 30.0, 2)}
-    assert planned_step.at_length(works, 214) == Work(2.0, 20.0, 2)
-    assert planned_step.at_length({128: Work(1.0, 10.0, 2)}, 128) == Work(1.0, 10.0, 2)
+    assert planned_sampling.at_length(works, 214) == Work(2.0, 20.0, 2)
+    assert planned_sampling.at_length({128: Work(1.0, 10.0, 2)}, 128) == Work(1.0, 10.0, 2)
     policy, _ = four_layers
     decoders = [
-        planned_step.Decoder(policy, 2, 300),
-        planned_step.GraphDecoder(policy, 2, 300, None),
+        planned_sampling.Decoder(policy, 2, 300),
+        planned_sampling.GraphDecoder(policy, 2, 300, None),
     ]
-    reads = [planned_step.average_read(decoder, 300) for decoder in decoders]
+    reads = [planned_sampling.average_read(decoder, 300) for decoder in decoders]
     assert reads == [150.5, pytest.approx((128 * 128 + 128 * 256 + 44 * 300) / 300)]
 
 

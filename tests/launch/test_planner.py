@@ -14,20 +14,16 @@ from transformers import AutoModelForCausalLM
 from launch import planner
 from launch.known_models import KNOWN_MODELS
 from launch.planned_step import Plan, planned
-from launch.planner import quick_peaks
-
-
-def test_peaks_at_full_depth_follow_from_two_and_three_layers(four_layers):
-    _, folder = four_layers
-    args = planning("--model_name", folder, *SMALL, "--gradient_checkpointing", "--kl_beta", "0.1")
-    assert quick_peaks(args, True) == pytest.approx(planned(args, True).peaks, rel=0.02)
 
 
 class MadeUp(Plan):
-    """A plan by a rule of what phases take."""
+    """A plan by a rule of what the phases in `stretches` take."""
 
     @property
     def peaks(self):
+        return {phase: peak for phase, peak in self.all_peaks().items() if phase in self.stretches}
+
+    def all_peaks(self):
         args = self.args
         fixed = 8e9 * (args.kl_beta > 0 and not args.lora_rank) + (4e9 if args.lora_rank else 20e9)
         policy = 2e6 * args.micro_batch_tokens * (0.5 if args.gradient_checkpointing else 1)
@@ -36,17 +32,13 @@ class MadeUp(Plan):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """What `fitting` finds by that rule; quick peaks are `too_low` times those in full."""
+    """What `fitting` finds by that rule."""
 
-    def found(*argv, cards=(24, 40, 80), too_low=1.0):
-        def plans(args, on_gpu):
-            return MadeUp(args, 0, 0, {}, {}, {})
-
-        def quick(args, on_gpu):
-            return {phase: too_low * peak for phase, peak in plans(args, on_gpu).peaks.items()}
+    def found(*argv, cards=(24, 40, 80)):
+        def plans(args, on_gpu, phases=("policy", "evaluation")):
+            return MadeUp(args, 0, 0, dict.fromkeys(phases), {}, {})
 
         monkeypatch.setattr(planner, "planned", plans)
-        monkeypatch.setattr(planner, "quick_peaks", quick)
         monkeypatch.setattr(planner, "needed", lambda peaks, on_gpu: max(peaks.values()))
         monkeypatch.setattr(planner, "CARDS", cards)
         return planner.fitting(plans(planning(*argv, preset="h100"), True), True)
@@ -92,16 +84,35 @@ def test_where_nothing_is_enough_the_least_is_told(made_up):
     assert with_kl == (None, pytest.approx(29.6e9, rel=0.02))
 
 
-def test_what_is_said_to_fit_was_planned_in_full(made_up):
-    for card, (changed, total) in made_up(too_low=0.8).items():
+def test_what_is_said_to_fit_takes_what_is_said(made_up):
+    """Although each change plans but the phase that it is for."""
+    for card, (changed, total) in made_up().items():
         args = planning(*planner.as_flags(changed).split(), preset="h100")
-        assert total == max(MadeUp(args, 0, 0, {}, {}, {}).peaks.values()) <= card * 1e9
+        peaks = MadeUp(args, 0, 0, {}, {}, {}).all_peaks()
+        assert total == max(peaks.values()) <= card * 1e9
+
+
+def test_where_weights_alone_are_too_much_no_flag_is_tried(monkeypatch):
+    """Of a GPU of 24 GB, full fine-tuning of 1.5B parameters asks 28 for them and Adam alone."""
+    tried = []
+
+    def plans(args, on_gpu, phases=()):
+        tried.append(bool(args.lora_rank))
+        return MadeUp(args, 0, 0, {"policy": []}, {}, {})
+
+    monkeypatch.setattr(planner, "planned", plans)
+    first = MadeUp(planning(preset="h100"), 0, 0, dict.fromkeys(("policy", "optimizer")), {}, {})
+    monkeypatch.setattr(MadeUp, "all_peaks", lambda self: {
+        "policy": 10e9 if self.args.lora_rank else 36e9, "optimizer": 28e9,
+    })  # fmt: skip
+    found = planner.fitting(first, True)
+    assert found[40][0] == {} and found[24][0] == {"lora_rank": 16} and tried == [True]
 
 
 def test_the_default_fits_80_gb():
     """Qwen2.5-1.5B with the flags of the preset."""
     args = planning(preset="h100")
-    peaks = quick_peaks(args, True)
+    peaks = planned(args, True).peaks
     held = 4 * PARAMETERS[args.model_name] * 4  # weights, gradients and Adam in fp32
     assert held < peaks["optimizer"] < peaks["policy"]
     assert planner.needed(peaks, True) < 80e9
