@@ -568,6 +568,14 @@ MUTANTS = [
            "for file in sorted(place.iterdir(), reverse=True) if", SHAPES),
     Mutant("--test_split reads the training split", "return splits[names[split]], names",
            'return splits[names["train"]], names', SHAPES),
+    # Plans and precision.
+    Mutant("a plan from a single layer, the first and the last", "FEW, MORE = 2, 3",
+           "FEW, MORE = 1, 2", "launch/test_planned_step.py"),
+    Mutant("a plan that takes caches and the head before them for one",
+           "decoder._make_room = lambda: (tracker.begin(), make_room()())  # caches of all layers "
+           "come", "pass", "launch/test_planned_step.py"),
+    Mutant("a change of flags planned for the wrong phase", 'if phase in UPDATE else {phase}',
+           'if phase in UPDATE else set()', "launch/test_planner.py"),
 ]  # fmt: skip
 
 
