@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-lora demo-2proc train test test-faults test-benchmarks gpu-check lint clean
+.PHONY: demo demo-lora demo-2proc demo-judge train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -20,6 +20,11 @@ demo-lora: $(READY)  ## the same, training adapters of rank 16 instead of all we
 	@if [ -e runs/demo-lora ]; then mv runs/demo-lora runs/demo-lora-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) main.py --preset cpu --lora_rank 16 --learning_rate 1.5e-4 \
 	  --cold_start_learning_rate 5e-4 --output_dir runs/demo-lora $(ARGS)
+
+demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence, judged by itself as it was
+	@if [ -e runs/demo-judge ]; then mv runs/demo-judge runs/demo-judge-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --dataset_name tell --referee start --referee_pairs 2 \
+	  --output_dir runs/demo-judge $(ARGS)
 
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)

@@ -109,11 +109,11 @@ def scale_of(margins):
     return Scale(median(map(abs, margins)) or Scale.tau, max(next(noise, 0.0), Scale.tie))
 
 
-def lines_of(name, found):
-    """Cards as a table of text."""
+def lines_of(role, found):
+    """Cards as a table of text, under the name of the referee's flag."""
     share = "{:.0%}".format
     rows = [
-        (f"referee {name}", *(f"{'alone: ' if c.alone else ''}{c.criterion:.40}" for c in found)),
+        (f"the {role}", *(f"{'alone: ' if c.alone else ''}{c.criterion:.40}" for c in found)),
         ("right", *(f"{c.right:.0%} [{c.low:.0%}, {c.high:.0%}] of {c.pairs}" for c in found)),
         ("picks the first text", *(share(c.first_slot) if not c.alone else "" for c in found)),
         ("same in both orders", *(share(c.consistent) if not c.alone else "" for c in found)),

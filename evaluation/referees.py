@@ -11,10 +11,12 @@ from evaluation.referee_lint import cards, complaint, lines_of
 from evaluation.referee_local import LocalReferee
 from llms import frozen_copy, load_model, rendering_of
 from training.lora import has_adapter
-from training.processes import summed
+from training.processes import make_accelerator, summed
 from training.progress import phase
+from training.setup import Setup
 from utils import UserError, hub_token
 
+START = "start"  # as the name of a referee: the model that the run starts with
 ROLES = ("referee", "eval_referee")  # whom the rewards ask, and who only measures
 
 
@@ -50,9 +52,8 @@ def judge_of(setup, role):
         return UrlReferee(args.referee_url, args.referee_model)
     if name is None:
         return None
-    tokenizer = setup.tokenizer
-    if name == "start":
-        model = start_model(setup)
+    if name == START:
+        model, tokenizer = start_model(setup)
     else:
         model, tokenizer = load_model(name, device, hub_token(), rendering_of(args))
         model = frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None)
@@ -60,7 +61,8 @@ def judge_of(setup, role):
 
 
 def start_model(setup):
-    """--model_name as its files are, before any cold start: that a resumed run has too.
+    """(--model_name as its files are, before any cold start: that a resumed run has too; its
+    tokenizer).
 
     The weights that an adapter leaves alone, and a KL reference that is the same, are shared.
     """
@@ -68,12 +70,25 @@ def start_model(setup):
     if has_adapter(policy):
         model = frozen_copy(policy)
         model.disable_adapters()
-        return model
+        return model, setup.tokenizer
     if setup.reference is not None and args.cold_start_steps == 0 and not args.update_ref_model:
-        return setup.reference
+        return setup.reference, setup.tokenizer
     device = setup.accelerator.device
-    model, _ = load_model(args.model_name, device, hub_token(), rendering_of(args))
-    return frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None)
+    model, tokenizer = load_model(args.model_name, device, hub_token(), rendering_of(args))
+    return frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None), tokenizer
+
+
+def report(args, task):
+    """What the golden pairs say of the referees that the flags name: the text, and how many of them
+    cannot judge."""
+    setup, lines, refused = Setup(None, None, task, args, make_accelerator()), [], 0
+    for role in ROLES:
+        if judge := judge_of(setup, role):
+            found = cards(Referee(judge, task), task.reward_functions)
+            wrong = complaint(found)
+            lines += [*lines_of(role, found), *([f"- {wrong}"] if wrong else []), ""]
+            refused += bool(wrong)
+    return "\n".join(lines).rstrip(), refused
 
 
 def try_out(role, referee, setup):
@@ -83,7 +98,7 @@ def try_out(role, referee, setup):
         found = cards(referee, setup.task.reward_functions)
         wrong = complaint(found)
         referee.scales = {(card.criterion, card.alone): card.scale for card in found}
-        for line in lines_of(f"({role})" if role != "referee" else "", found):
+        for line in lines_of(role, found):
             tqdm.write(line)
     except UserError as error:  # no golden pairs
         wrong = str(error)

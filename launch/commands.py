@@ -13,7 +13,14 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
-from launch.checks import check_dataset, check_flags, check_model, check_output_dir
+from launch.checks import (
+    START,
+    check_dataset,
+    check_flags,
+    check_model,
+    check_output_dir,
+    check_referee,
+)
 from launch.parser import (
     Help,
     Parser,
@@ -56,7 +63,8 @@ CHAT_FLAGS = (
     "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
 )  # fmt: skip
 LINT_FLAGS = (
-    "reward_weights", "evaluator", *DATA_FLAGS, "reward_timeout",
+    "reward_weights", "evaluator", *DATA_FLAGS, "reward_timeout", "preset", "model_name", "referee",
+    "referee_url", "referee_model", "eval_referee",
 )  # fmt: skip
 GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",
@@ -82,9 +90,8 @@ def build_command_parser(name, argv=()):
     add = parser.add_argument
     # fmt: off
     if name == "lint":
-        for flag in LINT_FLAGS:
-            parser._add_action(build_parser("h100")._option_string_actions[f"--{flag}"])
-        parser.set_defaults(dataset_name=None)
+        add_flags_of_a_run(parser, argv, LINT_FLAGS)
+        parser.set_defaults(dataset_name=None, max_prompt_length=0, max_completion_length=0)
     elif name == "compare":
         add("runs", nargs=2, metavar="RUN", help="a run's directory, or RUN@STEP; without a step, "
             "its last evaluation")
@@ -123,16 +130,21 @@ def add_model(parser, argv, names):
     """
     parser.add_argument("model_name", metavar="MODEL", help="Hugging Face hub name, local "
                         f"directory such as RUN/model, or {EMBEDDED_MODEL}")  # fmt: skip
+    add_flags_of_a_run(parser, argv, names)
+    # No question is left out for its length, and no group sampled in parts.
+    parser.set_defaults(max_prompt_length=0, sampling_batch_size=0)
+    parser.set_defaults(**dict.fromkeys(PROMPT_FLAGS))  # see ask_as_its_run_did
+
+
+def add_flags_of_a_run(parser, argv, names):
+    """Those of a run's flags that are named; the others cannot be given and have their defaults."""
     full = build_parser(*preset_and_dataset(argv, parser.prog))
     for action in full._actions:
         if action.dest in names:
             parser._add_action(action)
     defaults = {action.dest: full.get_default(action.dest) for action in full._actions}
-    hidden = ("help", "model_name", "max_prompt_length", "sampling_batch_size")
+    hidden = ("help", *(() if "model_name" in names else ("model_name",)))
     parser.set_defaults(**{name: value for name, value in defaults.items() if name not in hidden})
-    # No question is left out for its length, and no group sampled in parts.
-    parser.set_defaults(max_prompt_length=0, sampling_batch_size=0)
-    parser.set_defaults(**dict.fromkeys(PROMPT_FLAGS))  # see ask_as_its_run_did
 
 
 def ask_as_its_run_did(args):
@@ -177,6 +189,10 @@ def parse_command(argv):
             _check_evaluate(args)
         elif name in ("chat", "group"):
             _check_question_and_model(args)
+        elif name == "lint":
+            check_referee(args)
+            if args.referee == START:
+                check_model(args)
         elif name == "plot":
             args.runs += [args.log_dir] if args.log_dir else []
             if not args.runs:
@@ -281,6 +297,14 @@ def _lint(args):
     if task:
         text, complaints = report_of_problems(task, problems, weights, args.reward_timeout)
         lines, found = [*lines, text], found + complaints
+    if args.referee or args.referee_url:
+        with _importing():
+            from evaluation import referees
+
+        args.dataset_name = args.dataset_name or "gsm8k"  # whose problems nobody reads
+        args.prompt_date = args.prompt_date or date.today().isoformat()
+        text, refused = referees.report(args, task or load_task(args))
+        lines, found = [*lines, text], found + refused
     print("\n\n".join(lines), flush=True)
     return 1 if found else 0
 

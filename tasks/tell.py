@@ -81,6 +81,11 @@ def is_correct(completion, problem):
     )
 
 
+def worked_answer(problem):
+    """Not taught, there is no cold start; but what the checks of a task's verdict try on it."""
+    return f"Most people have seen or heard of {problem.answer}."
+
+
 def named_by(subject):
     """The words that name a subject: itself, and where it is a plural also one of it."""
     ends = {"ves": ("f", "fe"), "ies": ("y",), "oes": ("o",), "es": ("", "e"), "s": ("",)}

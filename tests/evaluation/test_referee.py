@@ -183,7 +183,7 @@ def test_the_lint_passes_one_that_can_judge_and_says_what_it_likes():
     assert (found.long, found.openers, found.injected) == (1, 1, 1)
     assert complaint([found]) is None
     assert found.scale.tau == pytest.approx(2.0, abs=0.1)
-    text = "\n".join(lines_of("x", [found]))
+    text = "\n".join(lines_of("referee", [found]))
     assert "100% [84%, 100%] of 20" in text and "picks the first text" in text
 
 

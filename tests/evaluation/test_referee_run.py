@@ -130,6 +130,15 @@ def test_a_reward_that_asks_needs_somebody_to_ask(flags, more, said, command, tm
     assert status == 2 and said in err and err.count("\n") == 1
 
 
+def test_the_lint_prints_the_card_and_fails_where_it_cannot_judge(flags, command):
+    kept = [*flags[2:8], "--referee", "start", "--preset", "cpu"]
+    status, out, err = command("lint", *kept)
+    assert (status, err.count("error")) == (1, 0)
+    assert "50% [19%, 81%] of 6" in out and "- the referee is right on 50% of 6 golden pairs" in out
+    status, _, err = command("lint", *kept[:-4], "--referee_model", "x")
+    assert status == 2 and "--referee_model x: goes with --referee_url" in err
+
+
 # --- who the start model is --------------------------------------------------------------------
 
 
@@ -140,14 +149,14 @@ def test_start_is_the_model_of_the_file_and_shared_where_the_reference_is_that(
     moved, reference = make_model(seed=5), make_model(seed=6)
     args = make_args(model_name=str(saved_models["qwen2"]), cold_start_steps=1)
     setup = make_setup(moved, args, reference=reference)
-    found = start_model(setup)
+    found, _ = start_model(setup)
     saved = load_file(saved_models["qwen2"] / "model.safetensors")
     assert torch.equal(found.state_dict()["model.norm.weight"], saved["model.norm.weight"])
     assert not any(parameter.requires_grad for parameter in found.parameters())
     args.cold_start_steps = 0
-    assert start_model(setup) is reference
+    assert start_model(setup)[0] is reference
     args.update_ref_model = True
-    assert start_model(setup) is not reference
+    assert start_model(setup)[0] is not reference
 
 
 def test_without_a_referee_nothing_changes():
