@@ -55,11 +55,16 @@ class Problem:
 
 
 class Problems:
-    """A fixed list of problems and the endless, shuffled stream of batches drawn from it."""
+    """A fixed list of problems and the endless, shuffled stream of batches drawn from it.
 
-    def __init__(self, problems, seed, taken=""):
-        """taken: a line on what they were taken from, where that was not plain to see."""
-        self.problems, self.seed, self.taken = list(problems), seed, taken
+    taken: a line on what they were taken from, where that was not plain to see. together: so many
+    problems that follow each other, such as both sides of a debate, stay behind each other; their
+    number is a multiple of it.
+    """
+
+    def __init__(self, problems, seed, taken="", together=1):
+        self.problems, self.seed = list(problems), seed
+        self.taken, self.together = taken, together
 
     def __len__(self):
         return len(self.problems)
@@ -79,7 +84,9 @@ class Problems:
         return [self[orders[p // len(self)][p % len(self)]] for p in positions]
 
     def _order(self, epoch):
-        return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(len(self))
+        rng = np.random.default_rng(mixed_seed(self.seed, epoch))
+        blocks = rng.permutation(len(self) // self.together) * self.together
+        return (blocks[:, None] + np.arange(self.together)).ravel()
 
 
 def fingerprint(problems):
@@ -192,6 +199,16 @@ def without_overlap(train, test):
     """The training problems whose question is none of the test's, as a list, see `normal`."""
     held_out = {normal(problem.question) for problem in test}
     return [problem for problem in train if normal(problem.question) not in held_out]
+
+
+def whole_blocks(problems, kept, together):
+    """Those of the `kept` problems, a part of `problems`, whose whole block of `together` is kept,
+    see Problems."""
+    if together == 1:
+        return kept
+    ids = {id(problem) for problem in kept}
+    blocks = (problems[n : n + together] for n in range(0, len(problems), together))
+    return [p for block in blocks if all(id(q) in ids for q in block) for p in block]
 
 
 def repeats(problems):

@@ -2,9 +2,18 @@
 
 import time
 from functools import partial
+from statistics import fmean
 
 from evaluation.comparison import summarize
-from evaluation.scoring import call, cut_off_thinking, judged_ahead, score, without_thoughts
+from evaluation.scoring import (
+    call,
+    cut_off_thinking,
+    judged_ahead,
+    judged_text,
+    score,
+    without_thoughts,
+)
+from evaluation.significance import wilson_interval
 from evaluator import (
     extract_answer,
     has_format,
@@ -14,7 +23,7 @@ from evaluator import (
 )
 from llms import chat_prompt
 from sampling.groups import sample_rollouts
-from training.processes import everyones, own_part
+from training.processes import everyones, from_main, own_part
 from training.progress import progress
 from training.sharding import whole
 from utils import UserError, context_of, mixed_seed, named
@@ -111,8 +120,25 @@ def evaluate_policy(setup, problems, step):
         tick = partial(progress.tick, unit="answers", of=passes * len(own))
         records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), tick)
     records = [record for part in everyones(records, accelerator) for record in part]
-    summary = {**summarize(records), "seconds/evaluation": time.perf_counter() - started}
-    return summary, records
+    summary = summarize(records) | measured(setup, problems, records)
+    return {**summary, "seconds/evaluation": time.perf_counter() - started}, records
+
+
+def measured(setup, problems, records):
+    """The task's own figures of these answers, if it has any, as means with their 95 % intervals;
+    they may ask the referee."""
+    task, accelerator = setup.task, setup.accelerator
+    if task.measured is None:
+        return {}
+    answers = [judged_text(record["completion"], setup) for record in records]
+    referee = setup.referees.get("referee")
+    figures = from_main(lambda: task.measured(problems, answers, referee), accelerator)
+    summary = {}
+    for name, values in figures.items():
+        if values:
+            low, high = wilson_interval(sum(values), len(values))
+            summary |= {name: fmean(values), f"{name}_low": low, f"{name}_high": high}
+    return summary
 
 
 def an_eighth(held_out):

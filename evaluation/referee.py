@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluator import extract_answer
-from tasks import wants_referee
+from tasks import wants
 from utils import TimedOut, UserError, not_counted, time_limit
 
 LONGEST = 2000  # characters of a text that is judged, and of a question; the rest is not shown
@@ -282,14 +282,16 @@ def answers_in(path, name):
     return answers
 
 
-def bound(function, referee):
-    """A reward that asks the referee, as one of completions and problem like the others."""
-    if not wants_referee(function):
+def bound(function, **given):
+    """A reward that takes `referee` or `step` with these given; as it is where it takes none of
+    them."""
+    given = {name: value for name, value in given.items() if wants(function, name)}
+    if not given:
         return function
 
     @functools.wraps(function)
-    def asking(completions, problem):
-        return function(completions, problem, referee)
+    def asking(completions, problem, **more):
+        return function(completions, problem, **more, **given)
 
     return asking
 

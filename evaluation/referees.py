@@ -38,7 +38,7 @@ def with_referees(setup, folder=None):
     with phase("referee"):
         for role, referee in referees.items():
             try_out(role, referee, setup)
-    functions = [bound(function, referees["referee"]) for function in task.reward_functions]
+    functions = [bound(function, referee=referees["referee"]) for function in task.reward_functions]
     return replace(setup, task=replace(task, reward_functions=functions), referees=referees)
 
 

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 
+from evaluation.referee import bound
 from evaluator import after_thoughts, sees_group
 from grpo import decoupled_advantages, group_advantages, overlong_penalty
 from llms import rendering_on
@@ -81,6 +82,8 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     than a finite number of at most LARGEST, of_group than a list of G such numbers.
     """
 
+    reward_functions = with_step(reward_functions, rollouts, problems)
+
     def scores(function, texts, problem):
         if sees_group(function):
             return call_on_group(function, texts, problem, file, timeout)
@@ -98,6 +101,13 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
     return Rewards(names, per_function, (per_function * factors).sum(-1), factors)
 
 
+def with_step(functions, rollouts, problems):
+    """Rewards of which those that take `step` are given it: {question: its completions}, of all
+    questions that this process scores now."""
+    step = {problem.question: texts for texts, problem in zip(rollouts.texts, problems)}
+    return [bound(function, step=step) for function in functions]
+
+
 def judged_ahead(rollouts, problems, setup, functions=()):
     """Have whoever the rewards ask about these Rollouts answer at once: the referee, if there is
     one, in one batch, and with --reward_workers above 1 the processes of the task's verifier, where
@@ -106,7 +116,8 @@ def judged_ahead(rollouts, problems, setup, functions=()):
     going to be called on groups.
     """
     task, args = setup.task, setup.args
-    if asking := [function for function in functions if wants_referee(function)]:
+    asking = [function for function in functions if wants_referee(function)]
+    if asking := with_step(asking, rollouts, problems):
         setup.referees["referee"].ahead(asking, rollouts.texts, problems, args.reward_timeout)
     if task.judge is None or args.reward_workers == 1:
         return

@@ -21,7 +21,14 @@ from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
 from records.trackers import start_trackers
-from rldatasets import Problems, fingerprint, repeats, some_of, without_overlap
+from rldatasets import (
+    Problems,
+    fingerprint,
+    repeats,
+    some_of,
+    whole_blocks,
+    without_overlap,
+)
 from sampling.probe import load_policy
 from tasks import check_weights, load_task
 from training.lean_layers import recompute_layers
@@ -95,6 +102,9 @@ def load(args, accelerator, task, start=None):
     """Data, then model: (policy, tokenizer, Data)."""
     train_problems, test_problems, counts = read_problems(args, task, start)
     check_data(args, train_problems, test_problems, accelerator.num_processes)
+    if args.questions_per_step % (task.together * accelerator.num_processes):
+        raise UserError(f"{named(args, 'questions_per_step')}: the task has {task.together} that "
+                        "belong together, in each process; make it a multiple")  # fmt: skip
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only one process has the weights
     tqdm.write(f"loading {args.model_name} ...")
     policy, tokenizer = load_policy(args, accelerator)
@@ -104,6 +114,7 @@ def load(args, accelerator, task, start=None):
         return len(chat_prompt(tokenizer, task.system_prompt, problem.question))
 
     fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
+    fitting = whole_blocks(train_problems, fitting, task.together)
     left_out = len(train_problems) - len(fitting)
     if left_out:
         tqdm.write(f"{left_out} of {len(train_problems)} training questions left out: their "
@@ -122,7 +133,11 @@ def load(args, accelerator, task, start=None):
         **counts,
     }
     check_same_data(facts, start)
-    return policy, tokenizer, Data(Problems(fitting, args.seed), test_problems, facts)
+    return (
+        policy,
+        tokenizer,
+        Data(Problems(fitting, args.seed, together=task.together), test_problems, facts),
+    )
 
 
 def remarks(task, problems):
@@ -171,7 +186,7 @@ def read_problems(args, task, start=None):
     train, test = (task.problems(split) for split in ("train", "test"))
     if train.taken:
         tqdm.write(train.taken)
-    kept = without_overlap(train, test)
+    kept = whole_blocks(train, without_overlap(train, test), task.together)
     overlap = len(train) - len(kept)
     if not kept:
         name = "dataset_path" if args.dataset_path else "dataset_name"

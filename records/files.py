@@ -52,12 +52,21 @@ LABELS = {
     "eval_referee/calls": "what the second referee was asked (asks)",
     "eval_referee/cached": "what the second referee had answered before (asks)",
     "eval_referee/unread": "second referee's answers that cannot be read (asks)",
+    "debate/accuracy": "referee's accuracy after debates (95 % interval)",
+    "debate/without": "referee's accuracy without debate (95 % interval)",
     "win_rate/referee": "held-out win rate over step 0 (95 % interval)",
     "win_rate/eval_referee": "held-out win rate over step 0, second referee (95 % interval)",
 }
 SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
           "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
-SHARE_ENDS = ("/first_slot", "/consistent", "win_rate/referee", "win_rate/eval_referee")
+SHARE_ENDS = (
+    "debate/accuracy",
+    "debate/without",
+    "/first_slot",
+    "/consistent",
+    "win_rate/referee",
+    "win_rate/eval_referee",
+)
 # How keys of eval.jsonl end that have no figure of their own.
 NO_FIGURE = ("problems", "_p", "seconds/evaluation", "_low", "_high")
 

@@ -22,6 +22,8 @@ REWARD_FUNCTIONS         functions (completion, problem) -> float, and with @eva
 is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
 worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
+TOGETHER                 so many problems that follow each other come in one step
+measured                 (problems, answers, referee) -> {name: shares}: more held-out figures
 CRITERION                what a referee prefers a text for: "answers the question better"
 RUBRIC                   [(weight, criterion), ...], for the reward `rubric`
 GOLDEN                   [(question, better text, worse text), ...] that a referee is tried on, the
@@ -78,6 +80,8 @@ class Task:
     worked_answer: Callable
     judge: object = None  # a verifier_process.Judge, where judge_request says what it is asked
     judge_request: Callable | None = None
+    together: int = 1
+    measured: Callable | None = None
     criterion: str = "answers the question better"  # these three are for a referee
     rubric: tuple = ()
     golden: tuple = ()
@@ -114,6 +118,8 @@ def load_task(args):
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
         judge=task.get("JUDGE") if "judge_request" in task else None,
         judge_request=task.get("judge_request"),
+        together=task.get("TOGETHER", 1),
+        measured=task.get("measured"),
         criterion=task.get("CRITERION", Task.criterion),
         rubric=tuple(task.get("RUBRIC", ())),
         golden=tuple(task.get("GOLDEN", ())),
@@ -235,7 +241,7 @@ def definitions(path, module_name):
             raise
     found = vars(sys.modules[module_name])
     names = ("problems", *DEFAULTS, "VARIANTS", "JUDGE", "judge_request",
-             "CRITERION", "RUBRIC", "GOLDEN")  # fmt: skip
+             "CRITERION", "RUBRIC", "GOLDEN", "TOGETHER", "measured")  # fmt: skip
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
     if "worked_answer" in chosen:
@@ -302,13 +308,17 @@ def fits(row, kinds):
     )
 
 
-def wants_referee(function):
-    """Whether a reward is one of a group that asks a referee."""
+def wants(function, name):
+    """Whether a reward is one of a group that takes the referee, or the step, by this name."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # written in C, and does not say what it takes
         return False
-    return evaluator.sees_group(function) and "referee" in parameters
+    return evaluator.sees_group(function) and name in parameters
+
+
+def wants_referee(function):
+    return wants(function, "referee")
 
 
 def _check(found, path):
@@ -319,12 +329,14 @@ def _check(found, path):
             at = next((n for n, line in enumerate(lines, 1) if line.startswith(name)), 1)
         raise UserError(f"{path}:{at}: {name} {complaint}")
 
-    for name in ("problems", "is_correct", "worked_answer", "judge_request"):
+    for name in ("problems", "is_correct", "worked_answer", "judge_request", "measured"):
         if not callable(found.get(name, print)):
             wrong(name, "is no function; write it as def")
     for name in ("SYSTEM_PROMPT", "CRITERION"):
         if not isinstance(found.get(name, ""), str):
             wrong(name, "is no text; put it in quotes")
+    if found.get("TOGETHER", 1) not in range(1, 100):
+        wrong("TOGETHER", "is no whole number of at least 1")
     for name, form, kinds in REFEREE_S:
         rows = found.get(name, [])
         if not isinstance(rows, list) or not all(fits(row, kinds) for row in rows):
@@ -345,9 +357,9 @@ def _check(found, path):
         if names.count(name) > 1:
             wrong("REWARD_FUNCTIONS", f"holds {name} twice; rename one, metrics go by name")
         judged = "completions" if evaluator.sees_group(function) else "completion"
-        more = ("referee",) if wants_referee(function) else ()
+        more = {name: name for name in ("referee", "step") if wants(function, name)}
         try:
-            inspect.signature(function).bind(judged, "problem", *more)
+            inspect.signature(function).bind(judged, "problem", **more)
         except TypeError:
             wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take ({judged}, problem)")
         except ValueError:  # written in C, and does not say what it takes

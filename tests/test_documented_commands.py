@@ -77,6 +77,8 @@ NOT_RUN = {
     "python main.py chat runs/demo/model --preset cpu": "asks; tests/evaluation/test_chat.py",
     "python main.py evaluate MODEL": "the hub: GSM8K",
     "python main.py lint --dataset_name": "tests/evaluation/test_verdicts.py",
+    "python main.py lint --preset cpu --dataset_name tell": "minutes; test_referee_run.py",
+    "python main.py --preset cpu --dataset_name debate": "a referee; tests/tasks/test_debate.py",
     "python main.py --model_name path/or/hub-name": "the hub: GSM8K, or as with --evaluator",
     "python main.py --dataset_name": "the hub; tests/reading/test_shapes.py",
     "python main.py --dataset_path": "a GPU; tests/reading/",

@@ -58,7 +58,7 @@ def referee_of(judge, task=ASKING, **more):
 def scored(judge, groups, functions=(tournament,), task=ASKING, **more):
     """(Rewards, the Referee): as a step does it, asked ahead and then scored."""
     referee = referee_of(judge, task, **more)
-    functions = [bound(function, referee) for function in functions]
+    functions = [bound(function, referee=referee) for function in functions]
     setup = make_setup(None, make_args(), task=replace(task, reward_functions=functions))
     setup = replace(setup, referees={"referee": referee})
     rollouts = SimpleNamespace(texts=groups)
