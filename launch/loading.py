@@ -133,11 +133,8 @@ def load(args, accelerator, task, start=None):
         **counts,
     }
     check_same_data(facts, start)
-    return (
-        policy,
-        tokenizer,
-        Data(Problems(fitting, args.seed, together=task.together), test_problems, facts),
-    )
+    train = Problems(fitting, args.seed, together=task.together)
+    return policy, tokenizer, Data(train, test_problems, facts)
 
 
 def remarks(task, problems):
