@@ -22,6 +22,8 @@ MAY_CHANGE = {
     "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
     "track", "merge_lora", "allow_changed_rewards", "reward_workers", "referee_url",
     "referee_anyway",
+    # Where problems come from: that they are the same is checked by what they say.
+    "dataset_path", "question_field", "answer_field", "solution_field", "train_split", "test_split",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from records.resuming import steps_with_other_rewards
+from records.resuming import check_same_flags, steps_with_other_rewards
 from records.run import REWARDS_CHANGED, Run
 from utils import UserError
 
@@ -83,3 +83,12 @@ def test_steps_that_are_made_again_have_the_rewards_of_now():
     assert steps_with_other_rewards(changed, SOURCES, 2, False) == [2]
     other = {**changed, "rewards_sha256": "c"}
     assert steps_with_other_rewards(other, SOURCES, 4, True) == [2, 4]
+
+
+def test_data_may_have_moved_or_be_of_another_form_for_its_content_is_compared():
+    saved = {"dataset_path": "a.parquet", "question_field": None, "seed": 1}
+    args = SimpleNamespace(dataset_path="b.csv", question_field="q", seed=1)
+    check_same_flags(args, saved)
+    args.seed = 2
+    with pytest.raises(UserError, match=r"the run has other flags: --seed \(was 1\); leave"):
+        check_same_flags(args, saved)
