@@ -10,6 +10,7 @@ from evaluation.referee import Referee, bound, shares
 from evaluation.referee_lint import cards, complaint, lines_of
 from evaluation.referee_local import LocalReferee
 from llms import frozen_copy, load_model, rendering_of
+from sampling.probe import probe
 from training.lora import has_adapter
 from training.processes import make_accelerator, summed
 from training.progress import phase
@@ -56,6 +57,7 @@ def judge_of(setup, role):
         model, tokenizer = start_model(setup)
     else:
         model, tokenizer = load_model(name, device, hub_token(), rendering_of(args))
+        probe(model, f"--{role} {name}")
         model = frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None)
     return LocalReferee(model, tokenizer, setup.accelerator, args.micro_batch_tokens, name)
 

@@ -6,7 +6,7 @@ that a typo is answered in a fraction of a second.
 
 import argparse
 
-from launch.presets import LORA_TARGETS, PRESETS
+from launch.presets import FUSED_TARGETS, LORA_TARGETS, PRESETS
 from launch.values import (
     BETA,
     COUNT,
@@ -219,7 +219,7 @@ def add_flags(parser):
          "--learning_rate is needed; 0: train all weights")
     flag("--lora_alpha", type=POSITIVE, default=32.0,
          help="they are scaled by this over R, so that a good learning rate hardly depends on R")
-    flag("--lora_targets", nargs="+", choices=LORA_TARGETS, default=[*LORA_TARGETS],
+    flag("--lora_targets", nargs="+", choices=LORA_TARGETS + FUSED_TARGETS, default=[*LORA_TARGETS],
          metavar="LAYER", help="the linear layers that have them, by name")
     flag("--merge_lora", action="store_true", help="make model/ a whole model, not an adapter; for "
          "a run that has ended: --resume with it")

@@ -6,6 +6,8 @@ LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
 
+FUSED_TARGETS = ("qkv_proj", "gate_up_proj")  # what Phi-3 has instead
+
 PRESETS = {
     # One H100. The original's values, except: eval_iterations is 100 rather than 20 because an
     # evaluation is now the whole official test split, and micro_batch_tokens is new.

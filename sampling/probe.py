@@ -38,8 +38,9 @@ def load_policy(args, accelerator):
     probe(policy, flag)
     if falls_back(policy):
         kind = policy.config.model_type
+        sampler = getattr(args, "sampler", "shared_prefix")  # not of all commands
         for asked, name in (
-            (args.sampler != "shared_prefix", f"--sampler {args.sampler}"),
+            (sampler != "shared_prefix", f"--sampler {sampler}"),
             (accelerator.is_fsdp2, "FSDP2"),  # it would gather every layer at every token
         ):
             if asked:

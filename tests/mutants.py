@@ -66,6 +66,7 @@ ANSWERS, MATH, VERDICTS = (
 SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 ADVANTAGES, SURROGATES = "test_advantages.py", "test_surrogates.py"
 SHAPES, MALFORMED = "reading/test_shapes.py", "reading/test_malformed.py"
+FAMILIES = "sampling/test_families.py"
 
 MUTANTS = [
     # --- advantages
@@ -576,6 +577,45 @@ MUTANTS = [
            "come", "pass", "launch/test_planned_step.py"),
     Mutant("a change of flags planned for the wrong phase", 'if phase in UPDATE else {phase}',
            'if phase in UPDATE else set()', "launch/test_planner.py"),
+    # --- families of models
+    Mutant("the probe is not asked", "    probe(policy, flag)\n", "", FAMILIES),
+    Mutant("the decoder is taken without comparing",
+           "            model.falls_back = not differences[1] <= TOLERANCE\n", "", FAMILIES),
+    Mutant("a training pass that differs is not refused",
+           "if not differences[0] <= TOLERANCE:", "if False:", FAMILIES),
+    Mutant("the probe's windows are as wide as ever",
+           "            holder.sliding_window = WINDOW\n", "            pass\n", FAMILIES),
+    Mutant("attention's soft cap ignored", 'softcap = kwargs.pop("softcap", None)',
+           'softcap = kwargs.pop("softcap", None) and None', FAMILIES),
+    Mutant("the logits' soft cap ignored",
+           'getattr(config, "final_logit_softcapping", None))', "None)", FAMILIES),
+    Mutant("the cap has no slope", "to_logits.mul_(slope)", "pass", FAMILIES),
+    Mutant("sliding window ignored in training",
+           'packing.biases(kwargs.pop("sliding_window", None))',
+           'packing.biases(kwargs.pop("sliding_window", None) and None)', FAMILIES),
+    Mutant("a window a token too wide", "far = (distance >= window)", "far = (distance > window)",
+           FAMILIES),
+    Mutant("families with a window take the decoder", " and window is None", "", FAMILIES),
+    Mutant("scaled embeddings and residuals take the decoder", 'WRITTEN_OUT = {"qwen2",',
+           'WRITTEN_OUT = {"granite", "smollm3", "qwen2",', FAMILIES),
+    Mutant("logits scale ignored", 'getattr(config, "logits_scaling", None) or 1.0', "1.0",
+           FAMILIES),
+    Mutant("the other logits scale ignored", 'getattr(config, "logit_scale", None) or 1.0', "1.0",
+           FAMILIES),
+    Mutant("what attention asks for besides is ignored", 'if asked - {"is_causal"}:', "if False:",
+           FAMILIES),
+    Mutant("a layer norm is taken for an RMS norm", "if _has_code_of(LlamaRMSNorm, module):",
+           'if hasattr(module, "variance_epsilon"):', FAMILIES),
+    Mutant("own layers keep the rows that have ended", "self.cache.batch_select_indices(parents)",
+           "pass", FAMILIES),
+    Mutant("checkpointed layers sample without a cache", "            layer.training = False\n",
+           "            pass\n", FAMILIES),
+    Mutant("checkpointing turns dropout on", "        layer.training = True\n\n\ndef checkpointed",
+           "        layer.train()\n\n\ndef checkpointed", FAMILIES),
+    Mutant("layers with a state are not refused", "if layers or kind._is_stateful:", "if False:",
+           FAMILIES),
+    Mutant("longrope's context is the long one", "context = min(context, rope.get(",
+           "context = max(context, rope.get(", "launch/test_parser.py"),
 ]  # fmt: skip
 
 

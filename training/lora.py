@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from utils import UserError
+
 ADAPTER = "adapter_model.safetensors"  # as peft names it, and what it puts before a tensor's name
 PREFIX = "base_model.model."
 
@@ -22,6 +24,7 @@ PREFIX = "base_model.model."
 def add_adapter(policy, args, on_gpu=None):
     """Freeze the policy and give it an adapter as --lora_rank says, in place; 0 leaves it as it is.
 
+    Raises UserError where the model lacks one of --lora_targets, which peft would leave out unsaid.
     A is drawn from torch's global generator. On a GPU the frozen matrices are stored in bf16, as
     those of llms.kl_reference are and for the same reason; the adapter is fp32 as any weight that
     learns.
@@ -34,6 +37,12 @@ def add_adapter(policy, args, on_gpu=None):
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=adapted(policy, args),
         lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
+    linear = [name for name, module in policy.get_decoder().named_modules()
+              if isinstance(module, torch.nn.Linear)]  # fmt: skip
+    has = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    if missing := [name for name in args.lora_targets if name not in has]:
+        raise UserError(f"--lora_targets: the model has no {', '.join(missing)}; choose "
+                        f"from {', '.join(has) or 'none'}")  # fmt: skip
     policy.add_adapter(config)
     base = args.model_name  # an absolute path where it is one: an adapter may be moved
     config.base_model_name_or_path = str(Path(base).resolve()) if os.path.isdir(base) else base

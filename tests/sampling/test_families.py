@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_args
 from families import FAMILIES, make_family
 from toys import COMPLETIONS, Words, group_logprobs, naive, naive_logprobs, seeds
 from transformers import AutoConfig
@@ -25,6 +26,7 @@ from sampling.probe import TOLERANCE, load_policy, probe
 from training.head import head_of
 from training.lean_layers import recompute_layers
 from training.logprobs import token_logprobs
+from training.lora import add_adapter, trained_parameters
 from utils import UserError
 
 REFUSED = {
@@ -42,7 +44,7 @@ def differences(name, temperature=0.7):
     texts of up to 24 tokens."""
     model, untouched = make_family(name), make_family(name)
     probe(model, "--model_name it")
-    assert falls_back(model) == (name not in FAST)
+    assert falls_back(model) == falls_back(untouched) == (name not in FAST)
     completions = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(1))
     completions[1, :5] = completions[0, :5]  # a shared prefix
     rollouts = sample_rollouts(model, Words(0), PROMPTS, 3, 12, temperature, seeds())
@@ -119,11 +121,13 @@ def test_gradients_are_those_of_transformers_forward_pass(name):
             assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-7, where
 
 
-def test_checkpointed_layers_sample_with_a_cache_and_drop_nothing_out():
-    model = make_family("GPT-2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+@pytest.mark.parametrize("name", ["GPT-2", "OLMo-2"])
+def test_checkpointed_layers_sample_with_a_cache_and_drop_nothing_out(name):
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"), 0.5)
+    model = make_family(name, **dropout)
     recompute_layers(model)
     rollouts = sample_rollouts(model, Words(0), PROMPTS, 2, 6, 1.0, seeds())
-    plain = make_family("GPT-2")
+    plain = make_family(name)
     for q in range(3):
         off = (rollouts.logprobs[q] - naive(plain, rollouts, q, 1.0)) * rollouts.completion_mask[q]
         assert off.abs().max() < 1e-5
@@ -150,6 +154,32 @@ def test_a_capped_head_has_the_gradient_and_entropy_of_plain_autograd():
     ):  # fmt: skip
         for ours, theirs in zip(*(torch.autograd.grad(x, inputs) for x in (one, other))):
             assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mini", "Gemma-3", "Qwen3-MoE"])
+def test_an_adapter_is_sampled_and_trained_as_peft_computes_it(name):
+    targets = {"Phi-3-mini": ["qkv_proj", "gate_up_proj"]}.get(name, ["q_proj", "o_proj"])
+    model, peers = make_family(name), make_family(name)
+    for one in (model, peers):
+        torch.manual_seed(3)
+        add_adapter(one, make_args(lora_rank=4, lora_targets=targets))
+        for parameter in trained_parameters(one):
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected = naive_logprobs(peers, PROMPT, COMPLETIONS % 64, 0.7)
+        found = group_logprobs(model, PROMPT, COMPLETIONS % 64, 0.7)
+    assert (found - expected).abs().max() < 1e-5
+    rollouts = sample_rollouts(model, Words(0), PROMPTS, 2, 4, 0.7, seeds())
+    off = (rollouts.logprobs[0] - naive(peers, rollouts, 0, 0.7)) * rollouts.completion_mask[0]
+    assert off.abs().max() < 1e-5
+
+
+def test_layers_that_a_model_does_not_have_get_no_adapter_unsaid():
+    with pytest.raises(UserError, match="no q_proj, up_proj; choose from o_proj, qkv_proj"):
+        add_adapter(
+            make_family("Phi-3-mini"),
+            make_args(lora_rank=2, lora_targets=["q_proj", "o_proj", "up_proj"]),
+        )
 
 
 # --- the probe -----------------------------------------------------------------------------------
@@ -194,22 +224,24 @@ def test_rounding_is_far_from_what_the_probe_refuses(seed):
     assert max(probe(make_family("Qwen3", seed=seed), "it")) < TOLERANCE / 100
 
 
-def test_what_needs_the_decoder_is_refused_where_own_layers_sample(monkeypatch):
-    args = SimpleNamespace(model_name="it", sampler="shared_prefix")
+def test_every_model_that_is_loaded_is_probed_and_what_needs_the_decoder_refused(monkeypatch):
+    args = SimpleNamespace(model_name="it")  # as of `evaluate`, which has not the flags below
     accelerator = SimpleNamespace(device="cpu", is_fsdp2=False)
     monkeypatch.setattr(probing, "rendering_of", lambda args: None)
     monkeypatch.setattr(probing, "load_model", lambda *_: (make_family("OLMo-2"), None))
     assert falls_back(load_policy(args, accelerator)[0])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="asks for s_aux"):
+        patch.setattr(probing, "load_model", lambda *_: (make_family("gpt-oss"), None))
+        load_policy(args, accelerator)
     for holder, name, value, flag in (
         (args, "sampler", "fused", "--sampler fused"),
         (args, "sampler", "paged", "--sampler paged"),
         (accelerator, "is_fsdp2", True, "FSDP2"),
     ):
-        before = getattr(holder, name)
-        setattr(holder, name, value)
-        with pytest.raises(UserError, match=f"{flag}: not for model type olmo2"):
-            load_policy(args, accelerator)
-        setattr(holder, name, before)
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, value, raising=False)
+            with pytest.raises(UserError, match=f"{flag}: not for model type olmo2"):
+                load_policy(args, accelerator)
 
 
 def test_the_families_that_are_written_out_take_the_decoder(monkeypatch):
