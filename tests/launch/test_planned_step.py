@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FOUR_LAYERS, ROOT, make_model
+from families import make_family
 from toys import PARAMETERS, SMALL, planning
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ from launch import planned_sampling, planned_step
 from launch.fake_memory import Machine, Tracker, Work
 from launch.known_models import KNOWN_MODELS
 from launch.planned_step import as_if, config_of, planned
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps
@@ -44,9 +46,13 @@ def test_so_does_every_phase_with_lora(four_layers):
 
 def assert_real(args, mixed_precision, layers=4):
     plan = planned(args, on_gpu=mixed_precision == "bf16", layers=layers).peaks
+    model = make_model(**{**FOUR_LAYERS, "num_hidden_layers": layers})
+    assert_peaks(plan, model, args, mixed_precision)
+
+
+def assert_peaks(plan, model, args, mixed_precision):
     update = max(plan[phase] for phase in plan if phase not in ("sampling", "evaluation"))
     tracker, accelerator = Tracker(), Accelerator(cpu=True, mixed_precision=mixed_precision)
-    model = make_model(**{**FOUR_LAYERS, "num_hidden_layers": layers})
     real_steps(model, args, accelerator, tracker)
     real = {phase: sum(parts.values()) for phase, parts in tracker.phases.items()}
     assert len(real) == 3
@@ -73,6 +79,25 @@ def test_a_few_layers_tell_what_all_take_to_the_byte(on_gpu, extra, tmp_path):
     )  # fmt: skip
     for phase, work in full.work.items():
         assert vars(told.work[phase]) == pytest.approx(vars(work), rel=1e-9), phase
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["OLMo-3", "Gemma-3"])
+def test_so_does_every_phase_where_a_model_s_own_layers_sample(name, tmp_path):
+    """With windows, by which some layers keep less."""
+    wide = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8}
+    model = make_family(name, scale=1, vocab_size=500, **wide)
+    model.config.save_pretrained(tmp_path)
+    args = planning("--model_name", str(tmp_path), *SMALL, "--kl_beta", "0.04")
+    plan = planned(args, on_gpu=False)
+    assert plan.falls_back
+    assert_peaks(plan.peaks, model, args, "no")
+
+
+def test_what_reads_numbers_is_not_planned_and_named(tmp_path):
+    make_family("Qwen3-MoE").config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model type qwen3_moe: its layers cannot be planned"):
+        planned(planning("--model_name", str(tmp_path), *SMALL), on_gpu=False)
 
 
 def test_smaller_micro_batches_and_checkpointing_plan_less_memory(four_layers):
