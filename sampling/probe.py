@@ -106,7 +106,7 @@ def narrow_windows(model):
     """Inside, layers with a sliding window have one of WINDOW tokens."""
     held = [
         (holder, holder.sliding_window)
-        for holder in (model.config, *model.modules())
+        for holder in (model.config.get_text_config(), *model.modules())
         if isinstance(getattr(holder, "sliding_window", None), int)
     ]
     try:

@@ -33,7 +33,7 @@ def head_of(model):
     bounds them by `final_logit_softcapping`. Whatever else a family does, sampling/probe.py finds.
     Raises UserError for a head with a bias.
     """
-    config, head = model.config, model.get_output_embeddings()
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise UserError(f"model type {config.model_type}: its head has a bias; not supported")
     scale = getattr(config, "logit_scale", None) or 1.0
