@@ -232,7 +232,8 @@ def with_choices(question, answer, row, where, columns):
         label = same[0]
     else:
         raise UserError(f"{where}: `{columns.answer}` {answer:.30} is none of the choices "
-                        f"{', '.join(labels):.40}")  # fmt: skip
+                        f"{', '.join(labels):.40}; rename `{columns.choices}` if it is something "
+                        "else")  # fmt: skip
     lines = [f"{label}. {text.strip()}" for label, text in choices.items()]
     return "\n".join([question, *lines]), label
 
