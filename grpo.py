@@ -184,6 +184,13 @@ def entropy_weight(bonus, entropy, target):
     return bonus * max(0.0, 1 - entropy / target) if target else bonus
 
 
+def completion_lengths(completion_mask):
+    """How many tokens each completion has, up to the last one that the policy drew: (..., C) ->
+    (...). What it was told in between, where it has several turns, counts."""
+    places = torch.arange(1, completion_mask.shape[-1] + 1, device=completion_mask.device)  # (C,)
+    return (completion_mask * places).amax(-1)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What the loss is made of: the flags of the same names, whose help says what each does."""

@@ -307,10 +307,11 @@ def chat_prompt(tokenizer, system_prompt, question):
         messages[0]["content"] = f"{system_prompt}\n\n{question}"
     else:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return _rendered(tokenizer, messages, add_generation_prompt=True)
+    return rendered(tokenizer, messages, add_generation_prompt=True)
 
 
-def _rendered(tokenizer, messages, **more):
+def rendered(tokenizer, messages, **more):
+    """A chat as its template writes it. more: arguments of tokenizer.apply_chat_template."""
     rendering = rendering_on(tokenizer)
     with _on_day(rendering.date):
         return tokenizer.apply_chat_template(
@@ -339,14 +340,6 @@ def _on_day(day):
         chat_template_utils.datetime = clock
 
 
-def worked_ids(tokenizer, problem, task):
-    """(prompt, the worked solution in the answer format and the token that ends a turn)."""
-    ids = tokenizer(task.worked_answer(problem), add_special_tokens=False).input_ids
-    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
-    end = turn_end(tokenizer)
-    return prompt, [*ids, tokenizer.eos_token_id if end is None else end]
-
-
 def stop_token_ids(model, tokenizer):
     """Every token that ends a completion, sorted: the tokenizer's, the generation config's, and
     what the chat template writes after a turn of the assistant's.
@@ -367,7 +360,7 @@ def turn_end(tokenizer):
     turns = [{"role": "user", "content": "Which"}, {"role": "assistant", "content": answer}]
     for messages in (turns, [*turns, turns[0]]):
         try:
-            text = _rendered(tokenizer, messages, tokenize=False)
+            text = rendered(tokenizer, messages, tokenize=False)
         except Exception:  # of a template that takes no such chat, or of a tokenizer without one
             continue
         after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).input_ids

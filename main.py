@@ -30,13 +30,14 @@ from evaluation.win_rate import against_start
 from grpo import has_signal, max_variance_subset
 from launch.interrupts import only_process_in, print_error, stopped_line
 from launch.loading import begin
-from llms import kl_reference, mix_into, worked_ids
+from llms import chat_prompt, kl_reference, mix_into
 from records.budget import say_how_long
 from records.checkpoints import Saver
 from records.run import show_progress, step_metrics, summary_table
 from records.trackers import finish_trackers
 from sampling.groups import sample_groups
 from sampling.rollouts import joined_rollouts
+from sampling.turns import worked_ids
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
 from training.processes import everyones, everyones_rollouts, lost_contact, own_part
@@ -55,7 +56,7 @@ def train(args):
         if args.short_eval_iterations and args.cold_start_steps:
             evaluate_shortly(setup, run, data.test, 0, before_cold_start=True)
         with phase("cold start"):
-            cold_start(setup, data.train, worked_ids)
+            cold_start(setup, data.train, chat_prompt, worked_ids)
     optimizer, scheduler = make_optimizer(setup.policy, args, first)
     meter = WeightMeter(optimizer)
     # Last, for make_optimizer may round the weights.

@@ -54,6 +54,25 @@ class Problem:
     extra: dict = field(default_factory=dict, repr=False, hash=False)
 
 
+class Transcript(str):
+    """A text of an episode of several turns. `turns` are what the policy wrote and what the world
+    answered, in turn, the policy's first and last (see `reply` in tasks/__init__.py)."""
+
+    def __new__(cls, text, turns):
+        self = super().__new__(cls, text)
+        self.turns = tuple(turns)
+        return self
+
+    def __getnewargs__(self):  # to be sent from process to process
+        return str(self), self.turns
+
+
+def completion_fields(text):
+    """A completion as a record on disk holds it; of an episode with its turns."""
+    turns = {"turns": text.turns} if isinstance(text, Transcript) else {}
+    return {"completion": text, **turns}
+
+
 class Problems:
     """A fixed list of problems and the endless, shuffled stream of batches drawn from it.
 

@@ -17,6 +17,7 @@ from llms import chat_prompt
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from sampling.probe import load_policy
+from sampling.turns import replies
 from tasks import check_weights, load_task
 from training.processes import make_accelerator
 from training.progress import phase
@@ -70,6 +71,7 @@ def sample_group(setup, problem, group_size, watch=None):
         return sample_rollouts(
             model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
             [args.seed], args.top_k, args.top_p, args.min_p, stop=args.stop, watch=watch,
+            reply=replies(setup, [problem]),
         )  # fmt: skip
 
 

@@ -22,7 +22,9 @@ from evaluator import (
     sees_group,
 )
 from llms import chat_prompt
+from rldatasets import completion_fields
 from sampling.groups import sample_rollouts
+from sampling.turns import between_turns, replies
 from training.processes import everyones, from_main, own_part
 from training.progress import progress
 from training.sharding import whole
@@ -49,7 +51,8 @@ def evaluate(setup, problems, seed=0, tick=None):
             chosen = order[start : start + size]
             rollouts = sample_rollouts(
                 setup.policy, tokenizer, [prompts[i] for i in chosen],
-                max_new_tokens=args.max_completion_length, stop=args.stop, **sampling,
+                max_new_tokens=args.max_completion_length, stop=args.stop,
+                reply=replies(setup, [problems[i] for i in chosen]), **sampling,
             )  # fmt: skip
             judged = without_thoughts(rollouts, setup)
             judged_ahead(judged, [problems[i] for i in chosen], setup)
@@ -68,7 +71,7 @@ def evaluate(setup, problems, seed=0, tick=None):
                 "question": problems[i].question,
                 "prompt": tokenizer.decode(prompts[i]),
                 "answer": problems[i].answer,
-                "completion": text,
+                **completion_fields(text),
                 **verdicts(answer, problems[i], task, timeout),
                 "format": has_format(answer),
                 "length": length,
@@ -85,7 +88,7 @@ def evaluate(setup, problems, seed=0, tick=None):
         ):
             for i, texts, answers in zip(chosen, rollouts.texts, judged.texts):
                 records[i]["samples"] = [
-                    {"completion": text, **verdicts(answer, problems[i], task, timeout)}
+                    completion_fields(text) | verdicts(answer, problems[i], task, timeout)
                     for text, answer in zip(texts, answers)
                 ]
     return records
@@ -147,7 +150,10 @@ def an_eighth(held_out):
 
 
 def check_room(policy, tokenizer, problems, args, task):
-    """Raise UserError where a prompt, never cut and never left out, leaves no room to answer."""
+    """Raise UserError where a prompt, never cut and never left out, leaves no room to answer, or
+    where the chat has no room for the further turns of a task with replies."""
+    if task.reply:
+        between_turns(tokenizer)
     longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
     context = context_of(policy.config.to_dict())
     if longest + args.max_completion_length > context:

@@ -9,8 +9,9 @@ import torch
 
 from evaluation.referee import bound
 from evaluator import after_thoughts, sees_group
-from grpo import decoupled_advantages, group_advantages, overlong_penalty
+from grpo import completion_lengths, decoupled_advantages, group_advantages, overlong_penalty
 from llms import rendering_on
+from rldatasets import Transcript
 from tasks import wants_referee
 from utils import TimedOut, UserError, as_number, time_limit
 
@@ -38,6 +39,8 @@ def advantages_of(rewards, args, chosen=None):
 def without_thoughts(rollouts, setup):
     """The Rollouts with texts that are judged, by rewards, formats and accuracy alike: of a model
     that thinks, what follows the last </think> and its blanks, and nothing while it still thinks.
+    Of an episode that is what the policy wrote last, a Transcript that knows its other turns: what
+    the world said, which may hold any text, is not taken for an answer of the policy's.
 
     Where the task's system prompt asks for the tags itself, they are a part of the answer, and all
     of it is judged.
@@ -48,14 +51,21 @@ def without_thoughts(rollouts, setup):
 
 def judged_text(text, setup):
     """What of a completion is judged, see `without_thoughts`."""
-    if "<think>" in setup.task.system_prompt:
-        return text
-    return after_thoughts(text, rendering_on(setup.tokenizer).opens_thinking)
+    answer = last_turn(text)
+    if "<think>" not in setup.task.system_prompt:
+        answer = after_thoughts(answer, rendering_on(setup.tokenizer).opens_thinking)
+    return Transcript(answer, text.turns) if isinstance(text, Transcript) else answer
+
+
+def last_turn(text):
+    """What the policy wrote last: all of a text that is no Transcript."""
+    return text.turns[-1] if isinstance(text, Transcript) else text
 
 
 def cut_off_thinking(text, answer, finished):
     """Whether a completion was cut off in its thoughts; None where it has none. answer: what of its
     text is judged."""
+    text = last_turn(text)
     return None if text == answer else not finished and "</think>" not in text
 
 
@@ -144,7 +154,7 @@ def with_overlong_penalty(rewards, rollouts, args):
     """Rewards that --overlong_buffer, if any, has made a further function of: `overlong`."""
     if not args.overlong_buffer:
         return rewards
-    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    lengths = completion_lengths(rollouts.completion_mask).cpu()  # (Q, G)
     penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
     return Rewards(
         names=[*rewards.names, "overlong"],

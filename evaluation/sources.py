@@ -10,9 +10,10 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 
 def sources_of(task):
-    """Facts of a task for config.json: SHA-256 of the source of its rewards, and of its verdict."""
+    """Facts of a task for config.json: SHA-256 of the source of its rewards, with that of what its
+    world replies, and of its verdict."""
     return {
-        "rewards_sha256": fingerprint(task.reward_functions),
+        "rewards_sha256": fingerprint([*task.reward_functions, *filter(None, [task.reply])]),
         "verdict_sha256": fingerprint([task.is_correct]),
     }
 

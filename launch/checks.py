@@ -220,7 +220,10 @@ def check_dataset(args):
     """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
     that has them be reached."""
     if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
-        load_task(args)
+        task = load_task(args)
+        if task.reply and getattr(args, "sampler", None) == "paged":
+            raise UserError("--sampler paged: cannot go on after the replies of this task; use "
+                            "--sampler shared_prefix")  # fmt: skip
     if args.dataset_path is None:
         if args.dataset_name == "gsm8k" or is_on_hub(args.dataset_name):
             repository, _ = hub_dataset(args.dataset_name)

@@ -115,7 +115,7 @@ def add_flags(parser):
     flag("--max_prompt_length", type=POSITIVE_COUNT, metavar="TOKENS",
          help="training questions with a longer prompt are left out, and counted")
     flag("--max_completion_length", type=POSITIVE_COUNT, metavar="TOKENS",
-         help="longer completions are cut off")
+         help="longer completions, what a task replies included, are cut off")
     flag("--temperature", type=number(float, 0.01, 100),
          help="of sampling, and of the log-probs in the loss")
     flag("--top_k", type=COUNT, default=0, help="sample from the k likeliest tokens; 0: off")

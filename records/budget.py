@@ -5,10 +5,13 @@ carries gradient where its completion is in the loss and has an advantage, or, w
 the loss at all.
 """
 
+from statistics import fmean
+
 import numpy as np
 from tqdm import tqdm
 
-from grpo import has_signal
+from grpo import completion_lengths, has_signal
+from rldatasets import Transcript
 from training.progress import progress
 from training.tree import prefix_numbers
 
@@ -19,18 +22,25 @@ def sampled_counts(rollouts, rewards):
     """What a step sampled, from its Rollouts and total rewards (Q, G), as metrics.
 
     tokens/distinct: prefixes, see training/tree.py. tokens/flat: in groups whose rewards are all
-    equal. tokens/truncated: in completions that were cut off.
+    equal. tokens/truncated: in completions that were cut off. Of episodes also tokens/told, what
+    the world said, and turns, the policy's per completion.
     """
-    lengths = rollouts.completion_mask.sum(-1).cpu()  # (Q, G)
+    mask = rollouts.completion_mask.cpu()  # (Q, G, C)
+    sampled, lengths = mask.sum(-1), completion_lengths(mask)  # (Q, G) each
     ids, question = rollouts.completion_ids.flatten(0, 1).cpu(), np.indices(lengths.shape)[0]
     prefixes = prefix_numbers(ids, lengths.flatten(), question.ravel())
-    return {
-        "tokens/sampled": int(lengths.sum()),
-        "tokens/distinct": int(prefixes.max()) + 1,
-        "tokens/flat": int(lengths[~has_signal(rewards.cpu())].sum()),
-        "tokens/truncated": int(lengths[~rollouts.finished.cpu()].sum()),
+    counts = {
+        "tokens/sampled": int(sampled.sum()),
+        "tokens/distinct": len(np.unique(prefixes[mask.flatten(0, 1).numpy()])),
+        "tokens/flat": int(sampled[~has_signal(rewards.cpu())].sum()),
+        "tokens/truncated": int(sampled[~rollouts.finished.cpu()].sum()),
         "completions/sampled": lengths.numel(),
     }
+    texts = [text for texts in rollouts.texts for text in texts]
+    if any(isinstance(text, Transcript) for text in texts):
+        counts["tokens/told"] = int((lengths - sampled).sum())
+        counts["turns"] = fmean(len(text.turns[::2]) for text in texts)
+    return counts
 
 
 def say_how_long(args, first):

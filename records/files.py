@@ -35,6 +35,8 @@ LABELS = {
     "tokens/trained": "tokens that carried gradient",
     "tokens/flat": "tokens in groups whose rewards are all equal",
     "tokens/truncated": "tokens in truncated completions",
+    "tokens/told": "tokens that the world said",
+    "turns": "turns of the policy's per completion",
     "tokens/padded": "padding in the attention of training passes (tokens)",
     "completions/sampled": "completions sampled",
     "peak_memory_gb": "peak memory of tensors so far (GB)",

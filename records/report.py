@@ -383,6 +383,7 @@ def _groups(run):
                     **{key: row[key] for key in ("reward", "rewards", "advantage")},
                     "left_out": len(record["tokens"]) - length,
                     "tokens": record["tokens"][:length],
+                    "told": record.get("told", [])[:length],
                     "before": record["logprobs_before"][:length],
                     "after": record["logprobs_after"][:length],
                     "reference": record.get("ref_logprobs", [])[:length],

@@ -26,6 +26,7 @@ from records.report import write_report
 from records.resuming import REPORT
 from records.rollout_file import save_rollouts
 from records.trackers import log_evaluation, log_plots, log_row
+from rldatasets import completion_fields
 from training.progress import progress
 from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
 
@@ -167,7 +168,7 @@ class Run:
             {
                 "question": problem.question,
                 "answer": problem.answer,
-                "completion": text,
+                **completion_fields(text),
                 "finished": finished,
             }
             for problem, texts, ended in zip(problems, rollouts.texts, rollouts.finished.tolist())

@@ -5,6 +5,8 @@ model (at most N, fewer where completions are equal so far), P prompt tokens, C 
 vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,7 @@ from sampling.decoder import Decoder
 from sampling.fallback import OwnLayers, falls_back
 from sampling.paged import sample_rollouts_paged
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
+from sampling.turns import Turns, replies
 from training.progress import progress
 from training.sharding import whole
 from training.tree import first_of_each
@@ -52,7 +55,9 @@ def sample_groups(setup, problems, seeds):
             else:
                 filters = (args.top_k, args.top_p, args.min_p)
                 fused = args.sampler == "fused"
-                parts.append(sample_rollouts(*common, *filters, fused, args.stop))
+                parts.append(sample_rollouts(
+                    *common, *filters, fused, args.stop, reply=replies(setup, problems[now])
+                ))  # fmt: skip
     release_freed_memory(setup.accelerator.device)
     return joined_rollouts(parts)
 
@@ -145,6 +150,7 @@ def sample_rollouts(
     stop=(),
     watch=None,
     pictures=None,
+    reply=None,
 ):
     """Sample `group_size` completions for every prompt, all of them in one batch.
 
@@ -159,6 +165,10 @@ def sample_rollouts(
     strings `stop`. `watch(tokens)` is called after every token, with those of the rows that had not
     finished. `pictures`: what each of the prompts shows, a Picture or None; None where none shows
     anything.
+
+    `reply(q, turns)` is what the world answers a completion of prompt q whose turn has ended, None
+    where that is the end; turns: its texts so far, see turns.py. What it says counts as tokens of
+    the completion, and a completion that it leaves no room for another turn is cut off.
     """
     device = model.get_input_embeddings().weight.device
     pad_id, stop_ids = padding_and_stops(model, tokenizer)
@@ -172,6 +182,7 @@ def sample_rollouts(
         uniforms = uniform_draws(seeds, len(prompts), group_size, max_new_tokens, device)
     else:
         uniforms = torch.zeros((max_new_tokens, rows), dtype=torch.float64, device=device)
+    turns = Turns(tokenizer, reply, ids, group_size) if reply else None
 
     if falls_back(model):
         decoder = OwnLayers(model, group_size, max_new_tokens, device.type in SHARING)
@@ -183,19 +194,23 @@ def sample_rollouts(
     logits, row = decoder.prefill(prompts, pictures)  # (R, V), (N,) on the host
     row_there = to_device(torch.from_numpy(row), device)
     live = torch.arange(rows, device=device)  # the line of `ids` that each live completion writes
-    look_every = 1 if watch or decoder.shares else LOOK_EVERY.get(device.type, 1)
+    look_often = watch or turns or decoder.shares
+    look_every = 1 if look_often else LOOK_EVERY.get(device.type, 1)
 
     for t in range(max_new_tokens):
         tokens, scores = sample_tokens(
             logits, uniforms[t, live], temperature, top_k, top_p, min_p, row_there
         )
-        writing = ~finished[live]
+        writing = drawing = ~finished[live]
+        if turns:
+            told = turns.told[live, t]
+            tokens, drawing = torch.where(told, ids[live, t], tokens), writing & ~told
         ids[live, t] = torch.where(writing, tokens, pad_id)
-        mask[live, t] = writing
-        logprobs[live, t] = torch.where(writing, scores.float(), 0.0)
-        finished[live] |= (tokens[:, None] == stops).any(-1)
+        mask[live, t] = drawing
+        logprobs[live, t] = torch.where(drawing, scores.float(), 0.0)
+        finished[live] |= (tokens[:, None] == stops).any(-1) & drawing
         if watch:
-            watch(ids[mask[:, t], t])
+            watch(ids[live[writing], t])
         last, looking = t + 1 == max_new_tokens, (t + 1) % look_every == 0
         if stop and (last or looking):
             since = t - t % look_every
@@ -203,6 +218,8 @@ def sample_rollouts(
             for line, end in ends.items():
                 ids[line, end:], mask[line, end:], logprobs[line, end:] = pad_id, False, 0.0
                 finished[line] = True
+        if turns:
+            finished[turns.go_on(live[finished[live]].tolist(), t + 1)] = False
         if last:
             break
         if looking:
@@ -222,7 +239,10 @@ def sample_rollouts(
         of_rows = torch.zeros_like(decoder.position).index_copy(0, row_there, tokens)  # (R,)
         logits = decoder.step(of_rows)
 
-    return as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, pictures)
+    if turns:
+        finished[turns.cut_off] = False
+    rollouts = as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, turns)
+    return replace(rollouts, pictures=pictures)
 
 
 def fused_decoder():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from grpo import completion_lengths
 from llms import stop_token_ids
 from utils import to_device
 
@@ -18,10 +19,12 @@ class Rollouts:
 
     prompt_ids: list  # Q tensors (P,)
     completion_ids: torch.Tensor  # (Q, G, C); after a completion's end, the pad token
-    completion_mask: torch.Tensor  # (Q, G, C), True up to and including the stop token
+    # (Q, G, C), True for the policy's tokens, up to and including the stop token. In an episode,
+    # False for what the world said in between (see turns.py); its last token is the policy's.
+    completion_mask: torch.Tensor
     logprobs: torch.Tensor  # (Q, G, C) of the full distribution at the sampling temperature
     finished: torch.Tensor  # (Q, G), False where max_new_tokens cut the completion off
-    texts: list  # Q lists of G strings, without special tokens
+    texts: list  # Q lists of G strings, without special tokens; of episodes, Transcripts
     pictures: list | None = None  # what each of the Q prompts shows, see training/pictures.py
 
 
@@ -33,27 +36,31 @@ def padding_and_stops(model, tokenizer):
 
 def string_ends(tokenizer, stop, ids, mask, since):
     """{row: number of tokens up to and with the one that completes one of the strings `stop`}, of
-    the rows (R, C) whose token at position `since` or later does so."""
+    the rows (R, C) whose token at position `since` or later does so, all in one turn."""
     # A token holds a byte at least; one more, because decoding may strip a blank at the start.
     reach = max(len(string.encode()) for string in stop) + 1
     first = max(0, since - reach)
-    lengths, ends = mask.sum(-1).tolist(), {}
-    for row, tokens in enumerate(ids[:, first:].tolist()):
-        tokens = tokens[: lengths[row] - first]
-        for end in range(since - first + 1, len(tokens) + 1):
-            text = tokenizer.decode(tokens[max(0, end - reach) : end])
+    lengths, ends = completion_lengths(mask).tolist(), {}
+    for row, (tokens, own) in enumerate(zip(ids[:, first:].tolist(), mask[:, first:].tolist())):
+        tokens = tokens[: max(0, lengths[row] - first)]
+        begun = max((i + 1 for i in range(len(tokens)) if not own[i]), default=0)  # its turn
+        for end in range(max(since - first, begun) + 1, len(tokens) + 1):
+            text = tokenizer.decode(tokens[max(begun, end - reach) : end])
             if any(string in text for string in stop):
                 ends[row] = first + end
                 break
     return ends
 
 
-def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, pictures=None):
-    """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,)."""
-    lengths = mask.sum(-1).tolist()
-    texts = tokenizer.batch_decode(
-        [row[:length] for row, length in zip(ids.tolist(), lengths)], skip_special_tokens=True
-    )
+def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, turns=None):
+    """Rows, question by question, as Rollouts. ids, mask, logprobs: (Q·G, C), finished: (Q·G,).
+    turns: the Turns of episodes."""
+    lengths = completion_lengths(mask).tolist()
+    if turns:
+        texts = turns.transcripts(lengths)
+    else:
+        rows = [row[:length] for row, length in zip(ids.tolist(), lengths)]
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     shape = (len(prompts), group_size, max(lengths))
     return Rollouts(
         prompt_ids=[to_device(torch.tensor(ids, device="cpu"), mask.device) for ids in prompts],
@@ -62,7 +69,6 @@ def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, p
         logprobs=logprobs[:, : shape[-1]].view(shape),
         finished=finished.view(shape[:2]),
         texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
-        pictures=pictures,
     )
 
 

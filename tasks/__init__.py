@@ -21,6 +21,10 @@ REWARD_FUNCTIONS         functions (completion, problem) -> float, and with @eva
                          default: those in evaluator.py
 is_correct               what accuracy counts, (completion, problem) -> bool; default: evaluator.py
 worked_answer(problem)   what a cold start teaches to write; default: rldatasets.worked_answer
+reply(problem, turns)    what the world answers after a completion, a text, or None where that is
+                         the end; turns: what policy and world said so far, in turn. Rewards and
+                         is_correct then read the policy's last turn, whose .turns are all, and
+                         worked_answer may be a list of the policy's turns: see docs/episodes.md
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
 TOGETHER                 so many problems that follow each other come in one step
 measured                 (problems, answers, referee) -> {name: shares}: more held-out figures
@@ -40,7 +44,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -51,10 +54,12 @@ import evaluator
 import rldatasets
 from reading.columns import Fields
 from rldatasets import BUILT_IN, Problem, Problems, hub_dataset, load_problems
+from tasks.guarded import errors_of, replied, takes, worked
 from utils import UserError, hint
 
 TASKS = Path(__file__).parent
-NO_TASKS = ("__init__", "verifier_process")  # the files here that are none
+# The files here that are none.
+NO_TASKS = ("__init__", "expressions", "guarded", "verifier_process")
 
 
 def dataset_names():
@@ -78,6 +83,7 @@ class Task:
     reward_functions: list
     is_correct: Callable
     worked_answer: Callable
+    reply: Callable | None = None  # where a completion may be one turn of several
     judge: object = None  # a verifier_process.Judge, where judge_request says what it is asked
     judge_request: Callable | None = None
     together: int = 1
@@ -116,6 +122,7 @@ def load_task(args):
         reward_functions=task.get("REWARD_FUNCTIONS", evaluator.REWARD_FUNCTIONS),
         is_correct=task.get("is_correct", evaluator.is_correct),
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
+        reply=task.get("reply"),
         judge=task.get("JUDGE") if "judge_request" in task else None,
         judge_request=task.get("judge_request"),
         together=task.get("TOGETHER", 1),
@@ -171,7 +178,7 @@ def _read(args, split):
 def _made(make, path, seed, *rest):
     """Problems from a task's own function, on whose errors the user hears of the task's file."""
     *variant, split = rest
-    with _errors_of(path):
+    with errors_of(path):
         problems = list(make(split, seed, *variant))
     if not problems or not all(isinstance(problem, Problem) for problem in problems):
         raise UserError(f"{path}: problems({split!r}, {seed}) is not a list of Problems, or empty; "
@@ -205,16 +212,6 @@ def _verifiable(task, name, split):
     return problems
 
 
-def _worked(make, path, problem):
-    """The worked answer from a task's own function; its errors are told as those of `_made`."""
-    with _errors_of(path):
-        text = make(problem)
-    if not isinstance(text, str):
-        raise UserError(f"{path}: worked_answer returned {text!r:.40}, not text, for "
-                        f"{problem.question[:40]!r}")  # fmt: skip
-    return text
-
-
 def _check_variant(name, variant, variants):
     flag = f"--dataset_name {name}/{variant}" if variant else f"--dataset_name {name}"
     if variants is None and variant:
@@ -233,19 +230,22 @@ def definitions(path, module_name):
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
         try:
-            with _errors_of(path):
+            with errors_of(path):
                 spec.loader.exec_module(module)
                 _check(vars(module), path)
         except BaseException:
             del sys.modules[module_name]
             raise
     found = vars(sys.modules[module_name])
-    names = ("problems", *DEFAULTS, "VARIANTS", "JUDGE", "judge_request",
+    names = ("problems", *DEFAULTS, "reply", "VARIANTS", "JUDGE", "judge_request",
              "CRITERION", "RUBRIC", "GOLDEN", "TOGETHER", "measured")  # fmt: skip
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
+    if "reply" in chosen:
+        chosen["reply"] = replied(chosen["reply"], path)
     if "worked_answer" in chosen:
-        chosen["worked_answer"] = partial(_worked, chosen["worked_answer"], path)
+        make = chosen["worked_answer"]
+        chosen["worked_answer"] = partial(worked, make, path, chosen.get("reply"))
     return chosen
 
 
@@ -272,25 +272,6 @@ DEFAULTS = {
     "is_correct": evaluator.is_correct,
     "worked_answer": rldatasets.worked_answer,
 }
-
-
-@contextmanager
-def _errors_of(path):
-    """An error of this file becomes a UserError of one line: where, what, and no traceback."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        file = os.path.abspath(path)
-        if isinstance(error, SyntaxError) and error.filename == file:
-            line, text = error.lineno, error.msg
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            line, text = next((f.lineno for f in frames[::-1] if f.filename == file), None), error
-        place = f"{path}:{line}" if line else path
-        text = f"{type(error).__name__}: {' '.join(str(text).split())}"
-        raise UserError(f"{place}: {text[:80]}; mend this line") from None
 
 
 REFEREE_S = (
@@ -326,12 +307,15 @@ def _check(found, path):
 
     def wrong(name, complaint):
         with open(path, encoding="utf-8") as lines:
-            at = next((n for n, line in enumerate(lines, 1) if line.startswith(name)), 1)
+            starts = (name, f"def {name}")
+            at = next((n for n, line in enumerate(lines, 1) if line.startswith(starts)), 1)
         raise UserError(f"{path}:{at}: {name} {complaint}")
 
-    for name in ("problems", "is_correct", "worked_answer", "judge_request", "measured"):
+    for name in ("problems", "is_correct", "worked_answer", "reply", "judge_request", "measured"):
         if not callable(found.get(name, print)):
             wrong(name, "is no function; write it as def")
+    if "reply" in found and not takes(found["reply"], "problem", "turns"):
+        wrong("reply", "does not take (problem, turns)")
     for name in ("SYSTEM_PROMPT", "CRITERION"):
         if not isinstance(found.get(name, ""), str):
             wrong(name, "is no text; put it in quotes")
@@ -358,9 +342,5 @@ def _check(found, path):
             wrong("REWARD_FUNCTIONS", f"holds {name} twice; rename one, metrics go by name")
         judged = "completions" if evaluator.sees_group(function) else "completion"
         more = {name: name for name in ("referee", "step") if wants(function, name)}
-        try:
-            inspect.signature(function).bind(judged, "problem", **more)
-        except TypeError:
+        if not takes(function, judged, "problem", **more):
             wrong("REWARD_FUNCTIONS", f"holds {name}, which does not take ({judged}, problem)")
-        except ValueError:  # written in C, and does not say what it takes
-            pass

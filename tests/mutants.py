@@ -38,6 +38,7 @@ class Mutant:
     tests: str
 
 
+TURNS = "sampling/test_turns.py"
 GRPO, OBJECTIVES, DATA, LLMS = (
     "test_grpo.py", "test_objectives.py", "test_rldatasets.py", "test_llms.py",
 )  # fmt: skip
@@ -184,8 +185,7 @@ MUTANTS = [
     Mutant("the cold start averages each solution", "mine[batch.rows]).sum() / tokens",
            "mine[batch.rows]).sum() / logprobs.numel()", COLD_START),
     Mutant("the cold start teaches no end",
-           "return prompt, [*ids, tokenizer.eos_token_id if end is None else end]",
-           "return prompt, ids", COLD_START),
+           "[*first, end], [True] * (len(first) + 1)", "[*first], [True] * len(first)", COLD_START),
     Mutant("a resumed run warms up again", "last_epoch=done - 1", "last_epoch=-1",
            OPTIMIZER),
     # --- data
@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant("a file's test problems in training",
            "zip(problems, firsts) if is_held_out(key) == wanted]", "zip(problems, firsts)]", DATA),
     # --- prompts, log-probs, reference
-    Mutant("no generation prompt", "add_generation_prompt=True", "add_generation_prompt=False",
+    Mutant("no generation prompt", "messages, add_generation_prompt=True", "messages",
            LLMS),
     Mutant("two BOS",
            "return tokenizer.apply_chat_template(\n"
@@ -285,10 +285,10 @@ MUTANTS = [
     Mutant("rows change places when others finish",
            "live, tokens, row = live[there], tokens[there], row[left.numpy()]",
            "live, tokens, row = live[: len(left)], tokens[there], row[left.numpy()]", SAMPLER),
-    Mutant("the stop token is masked", "mask[live, t] = writing",
-           "mask[live, t] = writing & ~(tokens[:, None] == stops).any(-1)", SAMPLER),
-    Mutant("what follows the stop token is not", "writing = ~finished[live]",
-           "writing = torch.ones_like(finished[live])", SAMPLER),
+    Mutant("the stop token is masked", "mask[live, t] = drawing",
+           "mask[live, t] = drawing & ~(tokens[:, None] == stops).any(-1)", SAMPLER),
+    Mutant("what follows the stop token is not", "drawing = ~finished[live]",
+           "drawing = torch.ones_like(finished[live])", SAMPLER),
     Mutant("cut off counts as finished", "finished=finished.view(shape[:2])",
            "finished=torch.ones_like(finished).view(shape[:2])", SAMPLER),
     Mutant("sampled log-probs without the temperature",
@@ -325,8 +325,8 @@ MUTANTS = [
     Mutant("the default judges every task", "call(task.is_correct, completion",
            "call(is_correct_leniently, completion", TASKS),
     Mutant("a cold start without the task's prompt",
-           "chat_prompt(tokenizer, task.system_prompt, problem.question)\n    end =",
-           "chat_prompt(tokenizer, '', problem.question)\n    end =", TASKS),
+           "chat_prompt(setup.tokenizer, setup.task.system_prompt, problem.question)",
+           "chat_prompt(setup.tokenizer, '', problem.question)", TASKS),
     Mutant("any numbers will do", "sorted(expression.numbers) == problem", "None != problem",
            COUNTDOWN),
     Mutant("a minus takes all that follows it", "value = CALCULATE[take()](value, operand(depth))",
@@ -367,7 +367,7 @@ MUTANTS = [
     Mutant("a prompt goes by the clock", "datetime = OnDay", "datetime = clock", TEMPLATES),
     Mutant("a system message that is refused is lost", "replace(rendering, system_in_user=True)",
            "replace(rendering, system_in_user=False)", TEMPLATES),
-    Mutant("a stop is seen at looks alone", "range(since - first + 1, len(tokens) + 1)",
+    Mutant("a stop is seen at looks alone", "range(max(since - first, begun) + 1, len(tokens) + 1)",
            "range(len(tokens), len(tokens) + 1)", TEMPLATES),
     Mutant("what follows a stop is trained",
            "mask[line, end:], logprobs[line, end:] = pad_id, False",
@@ -497,7 +497,7 @@ MUTANTS = [
            "tasks/test_gym_problems.py"),
     Mutant("files beside an evaluator before ours", "sys.path.append(folder)",
            "sys.path.insert(0, folder)", "tasks/test_evaluator_files.py"),
-    Mutant("a cold start on what is cut off", "if length < most]", "if length]",
+    Mutant("a cold start on what is cut off", "if len(ids) <= most]", "if ids]",
            "training/test_cold_start_fit.py"),
     # --- the first hour
     Mutant("a finished run that has to be merged is taken for finished",
@@ -616,6 +616,22 @@ MUTANTS = [
            FAMILIES),
     Mutant("longrope's context is the long one", "context = min(context, rope.get(",
            "context = max(context, rope.get(", "launch/test_parser.py"),
+    # episodes of several turns
+    Mutant("what the world says is trained", "mask[live, t] = drawing", "mask[live, t] = writing",
+           TURNS),
+    Mutant("the end of a turn is read twice",
+           "told = told[1:] if told[0] == ids[-1] else told", "", TURNS),
+    Mutant("an episode is as long as its mask sums up to",
+           "return (completion_mask * places).amax(-1)", "return completion_mask.sum(-1)", TURNS),
+    Mutant("special tokens in a reply act", "while found := [token for token in special if",
+           "while found := [token for token in () if", TURNS),
+    Mutant("rewards read what the world said",
+           "return text.turns[-1] if isinstance(text, Transcript) else text", "return text", TURNS),
+    Mutant("a string that ended a turn ends the next", "tokens[max(begun, end - reach) : end]",
+           "tokens[max(0, end - reach) : end]", TURNS),
+    Mutant("a reply without room for a turn is read", "if begins >= self.ids.shape[1]:",
+           "if begins > self.ids.shape[1]:", TURNS),
+    Mutant("templates that rewrite earlier turns pass", "if not stable or", "if", TURNS),
 ]  # fmt: skip
 
 

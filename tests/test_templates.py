@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from llms import Rendering, chat_prompt, load_model, settle_rendering, stop_token_ids, worked_ids
+from llms import Rendering, chat_prompt, load_model, settle_rendering, stop_token_ids
 from rldatasets import Problem
 from sampling import groups
 from sampling.groups import sample_rollouts
+from sampling.turns import worked_ids
 from utils import UserError
 
 TRL = util.find_spec("trl")
@@ -151,7 +152,7 @@ def test_a_turn_that_ends_only_before_the_next_one_is_a_stop_too():
 
 def test_a_cold_start_teaches_the_end_of_the_turn():
     tokenizer = of_family("qwen2_5")
-    _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "It is 2."), TASK)
+    [(ids, _)] = worked_ids(tokenizer, [Problem("1 + 1?", "2", "It is 2.")], TASK)
     assert tokenizer.decode(ids[-1:]) == "<|im_end|>"
 
 

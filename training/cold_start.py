@@ -13,10 +13,11 @@ from training.progress import progress
 from training.sharding import own_batches
 
 
-def cold_start(setup, train_problems, worked_ids):
+def cold_start(setup, train_problems, chat_prompt, worked_ids):
     """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
 
-    worked_ids(tokenizer, problem, task): (the prompt's ids, those of the worked answer).
+    chat_prompt(tokenizer, system_prompt, question): a prompt's ids. worked_ids(tokenizer, problems,
+    task): for each the ids of its worked answer, and which of these it is to learn.
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
     the same stream of problems, mean loss per token, a fresh AdamW at a constant rate. Solutions
@@ -27,18 +28,23 @@ def cold_start(setup, train_problems, worked_ids):
         trained_parameters(policy), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
     steps = range(-args.cold_start_steps, 0)
-    train_problems = fitting(setup, train_problems) if steps else train_problems
+    train_problems = fitting(setup, train_problems, worked_ids) if steps else train_problems
     for step in steps:
         problems = train_problems.batch(step, args.questions_per_step)
-        pairs = (worked_ids(setup.tokenizer, problem, setup.task) for problem in problems)
-        prompts, targets = (
-            [torch.tensor(ids, device=accelerator.device) for ids in rows] for rows in zip(*pairs)
+        asked = (
+            chat_prompt(setup.tokenizer, setup.task.system_prompt, problem.question)
+            for problem in problems
         )
-        ids = pad_sequence(targets, batch_first=True)  # (Q, C)
+        worked = worked_ids(setup.tokenizer, problems, setup.task)
+        prompts, targets, written = (
+            [torch.tensor(row, device=accelerator.device) for row in rows]
+            for rows in (asked, *zip(*worked))
+        )
+        ids, mask = (pad_sequence(rows, batch_first=True) for rows in (targets, written))  # (Q, C)
         lengths = [[len(target)] for target in targets]
         own, _, batches, idle = own_batches(setup, prompts, lengths, ids)
-        tokens = sum(map(len, targets))
-        mine = torch.tensor(own, device=accelerator.device)[:, None]  # (Q, 1)
+        tokens = int(mask.sum())
+        mine = torch.tensor(own, device=accelerator.device)[:, None] & mask  # (Q, C)
         loss = torch.zeros((), device=accelerator.device)
         for batch in batches + idle:
             with accelerator.autocast():
@@ -55,14 +61,13 @@ def cold_start(setup, train_problems, worked_ids):
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
 
 
-def fitting(setup, problems):
+def fitting(setup, problems, worked_ids):
     """The Problems whose worked answer, and the token that ends it, is no longer than
     --max_completion_length; all where none is, for then the format is what there is to learn.
     Says how many are left out."""
     most = setup.args.max_completion_length
-    texts = [setup.task.worked_answer(problem) for problem in problems]
-    lengths = map(len, setup.tokenizer(texts, add_special_tokens=False).input_ids)
-    fit = [problem for problem, length in zip(problems, lengths) if length < most]
+    worked = worked_ids(setup.tokenizer, problems, setup.task)
+    fit = [problem for problem, (ids, _) in zip(problems, worked) if len(ids) <= most]
     if len(fit) == len(problems):
         return problems
     count = f"{len(problems) - len(fit)} of {len(problems)} worked solutions"

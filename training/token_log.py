@@ -4,6 +4,7 @@ Kept for three steps of a run, its first, middle and last. It costs two more for
 group, three with a reference.
 """
 
+from grpo import completion_lengths
 from training.logprobs import logprobs_without_gradient
 
 
@@ -22,13 +23,13 @@ def watch_tokens(setup, step, rollouts, advantages):
         return list
     q = int(advantages.abs().sum(-1).argmax())
 
-    ids, lengths = rollouts.completion_ids[q], rollouts.completion_mask[q].sum(-1).tolist()
+    ids, lengths = rollouts.completion_ids[q], completion_lengths(rollouts.completion_mask[q])
     pictures = rollouts.pictures and [rollouts.pictures[q]]
 
     def logprobs_of(model):
         with setup.stopwatch("token_log"), setup.accelerator.autocast():
             return logprobs_without_gradient(
-                model, [rollouts.prompt_ids[q]], [lengths], ids, setup.args, pictures
+                model, [rollouts.prompt_ids[q]], [lengths.tolist()], ids, setup.args, pictures
             )  # (G, C)
 
     before = logprobs_of(setup.policy)
@@ -48,13 +49,18 @@ def watch_tokens(setup, step, rollouts, advantages):
 
 def token_records(tokenizer, rollouts, q, logprobs):
     """One record per completion of question q: its tokens as text and each of `logprobs`, a dict of
-    (G, C). `row` is the completion's line in the step's file, counted from 0."""
+    (G, C). `row` is the completion's line in the step's file, counted from 0; `told` says of an
+    episode's tokens which are the world's."""
     group_size = rollouts.completion_ids.shape[1]
     columns = {name: values.tolist() for name, values in logprobs.items()}
     records = []
-    for g, length in enumerate(rollouts.completion_mask[q].sum(-1).tolist()):
+    mask = rollouts.completion_mask[q]
+    for g, length in enumerate(completion_lengths(mask).tolist()):
         ids = rollouts.completion_ids[q, g, :length].tolist()
         record = {"row": q * group_size + g, "tokens": tokenizer.batch_decode([[i] for i in ids])}
+        told = (~mask[g, :length]).tolist()
+        if any(told):
+            record["told"] = told
         for name, values in columns.items():
             record[name] = [round(value, 5) for value in values[g][:length]]
         records.append(record)

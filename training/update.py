@@ -12,7 +12,15 @@ from statistics import fmean
 
 import torch
 
-from grpo import Batch, Objective, entropy_weight, grpo_loss, most_uncertain, token_weights
+from grpo import (
+    Batch,
+    Objective,
+    completion_lengths,
+    entropy_weight,
+    grpo_loss,
+    most_uncertain,
+    token_weights,
+)
 from training.logprobs import completion_logprobs, logprobs_without_gradient
 from training.optimizer import apply_gradients
 from training.processes import everyones, sum_gradients, summed
@@ -146,7 +154,7 @@ def cut(setup, rollouts, advantages, chosen):
         mask = mask & (advantages != 0).any(-1)[:, None, None]
     ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     own, lengths, batches, idle = own_batches(
-        setup, rollouts.prompt_ids, mask.sum(-1).tolist(), ids, rollouts.pictures
+        setup, rollouts.prompt_ids, completion_lengths(mask).tolist(), ids, rollouts.pictures
     )
     # `own` groups are this process's; the others have weight 0 here.
     weights = weights * weights.new_tensor(own)[:, None, None]
@@ -187,9 +195,10 @@ def trained_counts(passes, always):
         prompts = [len(prompt) for prompt in one.read.prompts]
         for rows in (prompts, [own for own in own_tokens(one.read) if own]):
             padded += len(rows) * max(rows, default=0) - sum(rows)
+        counts = (one.batch.weights != 0).sum(-1).tolist()  # of the policy's own tokens
         trained += [
-            length
-            for advantage, length in zip(one.batch.advantages.tolist(), one.read.lengths)
+            count
+            for advantage, count in zip(one.batch.advantages.tolist(), counts)
             if always or advantage != 0
         ]
     return {

@@ -291,7 +291,9 @@ def test_a_step_is_sampled_in_batches_of_whole_groups(accelerator, monkeypatch):
     setup = make_setup(model, args, accelerator, tokenizer)
     asked, sample = [], groups.sample_rollouts
     monkeypatch.setattr(
-        groups, "sample_rollouts", lambda *inputs: asked.append(inputs[2]) or sample(*inputs)
+        groups,
+        "sample_rollouts",
+        lambda *inputs, **more: asked.append(inputs[2]) or sample(*inputs, **more),
     )
     rollouts = sample_groups(setup, problems, range(5))
     assert [len(prompts) for prompts in asked] == [2, 2, 1]

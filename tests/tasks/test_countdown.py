@@ -13,7 +13,8 @@ import pytest
 
 from rldatasets import Problem, worked_answer
 from tasks import countdown
-from tasks.countdown import DEEPEST, DIGITS, LONGEST, REWARD_FUNCTIONS, is_correct, parsed
+from tasks.countdown import REWARD_FUNCTIONS, is_correct
+from tasks.expressions import DEEPEST, DIGITS, LONGEST, parsed
 
 PROBLEM = Problem("?", "(3 + 4) * 5", "", {"numbers": [3, 4, 5], "target": 35})
 OPERATIONS = {

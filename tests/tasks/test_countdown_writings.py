@@ -6,7 +6,8 @@ import time
 import pytest
 
 from rldatasets import Problem
-from tasks.countdown import REWARD_FUNCTIONS, correctness, each_number_once, is_correct, parsed
+from tasks.countdown import REWARD_FUNCTIONS, correctness, each_number_once, is_correct
+from tasks.expressions import parsed
 
 
 def judged(numbers, target, text):

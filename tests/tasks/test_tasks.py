@@ -130,21 +130,26 @@ def test_a_file_is_a_task_whose_prompt_rewards_and_verdict_a_run_uses(
 ):
     own_tasks("parity", PARITY)
     run = tmp_path / "run"
-    taught = []
+    asked, taught = [], []
 
-    def worked_ids(tokenizer, problem, task):
-        prompt, target = original(tokenizer, problem, task)
-        taught.append(tokenizer.decode([*prompt, *target]))
-        return prompt, target
+    def chat_prompt(tokenizer, *inputs):
+        asked.append(tokenizer.decode(prompt := its_prompt(tokenizer, *inputs)))
+        return prompt
 
-    original = main.worked_ids
+    def worked_ids(tokenizer, *inputs):
+        worked = its_ids(tokenizer, *inputs)
+        taught.append([tokenizer.decode(ids) for ids, _ in worked])
+        return worked
+
+    its_prompt, its_ids = main.chat_prompt, main.worked_ids
+    monkeypatch.setattr(main, "chat_prompt", chat_prompt)
     monkeypatch.setattr(main, "worked_ids", worked_ids)
     main.train(parse_args([
         *TINY, "--dataset_name", "parity", "--output_dir", str(run),
         "--model_name", str(saved_models["qwen2"]), "--reward_weights", "even_length=3",
     ]))  # fmt: skip
-    assert len(taught) == 2 and all("Say even or odd." in text for text in taught)
-    assert all(" mod 2: " in text for text in taught)
+    assert len(asked) == 2 and all("Say even or odd." in text for text in asked)
+    assert len(taught[-1]) == 2 and all(" mod 2: " in text for text in taught[-1])
     rows = lines(run / "completions" / "step_00000.jsonl")
     for row in rows:
         assert row["rewards"] == {"even_length": float(len(row["completion"]) % 2 == 0)}

@@ -7,8 +7,9 @@ from toys import distance, naive_logprobs
 
 from evaluation.comparison import summarize
 from evaluation.held_out import evaluate
-from llms import worked_ids
+from llms import chat_prompt
 from rldatasets import Problem, Problems
+from sampling.turns import worked_ids
 from training.cold_start import cold_start
 
 WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
@@ -17,7 +18,7 @@ WORKED = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n"
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_the_worked_answer_is_its_text_and_the_end_of_turn_and_nothing_else(family):
     tokenizer = make_tokenizer(family)
-    _, ids = worked_ids(tokenizer, Problem("1 + 1?", "2", "1 + 1 = 2"), TASK)
+    [(ids, _)] = worked_ids(tokenizer, [Problem("1 + 1?", "2", "1 + 1 = 2")], TASK)
     assert tokenizer.decode(ids) == WORKED + tokenizer.eos_token
     assert tokenizer.bos_token_id not in ids
 
@@ -41,10 +42,10 @@ def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, m
         cold_start_steps=1, cold_start_learning_rate=1e-3, questions_per_step=2, max_grad_norm=1.0
     )
     setup = make_setup(model, args, accelerator, tokenizer)
-    cold_start(setup, Problems(problems, 0), worked_ids)
+    cold_start(setup, Problems(problems, 0), chat_prompt, worked_ids)
     logprobs = []
-    for problem in problems:
-        prompt, target = worked_ids(tokenizer, problem, TASK)
+    for problem, (target, _) in zip(problems, worked_ids(tokenizer, problems, TASK)):
+        prompt = chat_prompt(tokenizer, TASK.system_prompt, problem.question)
         logprobs.append(
             naive_logprobs(model, torch.tensor(prompt), torch.tensor([target]), 1.0).flatten()
         )
@@ -63,7 +64,7 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
         max_completion_length=80, eval_batch_size=1,
     )  # fmt: skip
     setup = make_setup(model, args, accelerator, tokenizer)
-    cold_start(setup, Problems([problem], 0), worked_ids)
+    cold_start(setup, Problems([problem], 0), chat_prompt, worked_ids)
     [record] = evaluate(setup, [problem])
     assert record["completion"] == WORKED
     assert summarize([record])["accuracy"] == 1.0

@@ -6,6 +6,7 @@ import pytest
 from conftest import TASK, make_args, make_setup, make_tokenizer
 
 from rldatasets import Problem, Problems
+from sampling.turns import worked_ids
 from training.cold_start import fitting
 
 TASK = replace(TASK, worked_answer=lambda problem: problem.solution)
@@ -15,7 +16,7 @@ def kept(solutions, most, capsys):
     """(the solutions that a cold start teaches, what it says)."""
     setup = make_setup(None, make_args(max_completion_length=most), None, make_tokenizer(), TASK)
     problems = Problems([Problem("?", "1", solution) for solution in solutions], 3)
-    fit = fitting(setup, problems)
+    fit = fitting(setup, problems, worked_ids)
     assert fit.seed == 3
     return [problem.solution for problem in fit], capsys.readouterr().out
 

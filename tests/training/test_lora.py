@@ -34,12 +34,13 @@ from transformers import AutoModelForCausalLM
 from evaluation.held_out import evaluate
 from launch.checks import PEFT
 from launch.parser import parse_args
-from llms import kl_reference, load_model, worked_ids
+from llms import chat_prompt, kl_reference, load_model
 from records.checkpoints import checkpoint_to_resume
 from rldatasets import Problem, Problems
 from sampling.decoder import Decoder
 from sampling.groups import sample_groups, sample_rollouts
 from sampling.paged import engine_model
+from sampling.turns import worked_ids
 from training.cold_start import cold_start
 from training.lora import (
     ADAPTER,
@@ -256,7 +257,7 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     problems = Problems([problem], 0)
     torch.set_default_device("meta")
     try:
-        cold_start(setup, problems, worked_ids)
+        cold_start(setup, problems, chat_prompt, worked_ids)
         setup = replace(setup, reference=kl_reference(model, args))
         optimizer, _ = make_optimizer(model, args)
         rollouts = sample_groups(setup, problems.batch(0, 1), [0])

@@ -21,10 +21,11 @@ import main
 from evaluation.held_out import evaluate_policy
 from evaluation.scoring import score
 from grpo import group_advantages
-from llms import frozen_copy, worked_ids
+from llms import chat_prompt, frozen_copy
 from records.checkpoints import Saver, checkpoint_to_resume
 from rldatasets import Problem, Problems
 from sampling.groups import sample_groups
+from sampling.turns import worked_ids
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
 from training.processes import everyones, everyones_rollouts, from_main, own_groups, own_part
@@ -103,7 +104,7 @@ def step_of(settings, accelerator, sharded=False):
         shard(policy)
     task = replace(TASK, reward_functions=[spread])
     setup = make_setup(policy, args, accelerator, tokenizer, task)
-    cold_start(setup, Problems(PROBLEMS, 0), worked_ids)
+    cold_start(setup, Problems(PROBLEMS, 0), chat_prompt, worked_ids)
     setup = replace(setup, reference=frozen_copy(policy) if args.kl_beta else None)
     optimizer, _ = make_optimizer(policy, args)
     gradients = []

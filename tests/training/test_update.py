@@ -14,9 +14,10 @@ from evaluation.held_out import evaluate
 from evaluation.scoring import score
 from evaluator import REWARD_FUNCTIONS
 from grpo import Batch, group_advantages, grpo_loss, token_weights
-from llms import frozen_copy, worked_ids
+from llms import chat_prompt, frozen_copy
 from rldatasets import Problem, Problems
 from sampling.groups import sample_groups, sample_rollouts
+from sampling.turns import worked_ids
 from training import sharding, update
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
@@ -316,7 +317,7 @@ def test_every_tensor_is_made_on_the_model_s_device(accelerator):
     problems = Problems([problem], 0)
     torch.set_default_device("meta")
     try:
-        cold_start(setup, problems, worked_ids)
+        cold_start(setup, problems, chat_prompt, worked_ids)
         optimizer, _ = make_optimizer(model, args)
         rollouts = sample_groups(setup, problems.batch(0, 1), [0])
         rewards = score(rollouts, [problem], REWARD_FUNCTIONS)
