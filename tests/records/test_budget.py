@@ -16,7 +16,9 @@ def test_sampled_counts_are_counted_by_group_and_by_end():
         [[1, 2, 3, 4, 9, 9], [1, 9, 8, 9, 9, 9], [1, 3, 9, 9, 9, 9]],
         [[1, 2, 3, 9, 9, 9], [1, 2, 3, 8, 8, 8], [1, 2, 3, 4, 5, 9]],
     ])  # fmt: skip
-    rollouts = SimpleNamespace(completion_mask=mask, finished=finished, completion_ids=ids)
+    rollouts = SimpleNamespace(
+        texts=[["a", "b", "c"]] * 2, completion_mask=mask, finished=finished, completion_ids=ids
+    )
     rewards = torch.tensor([[1.0, 0.0, 1.0], [2.0, 2.0, 2.0]])
     assert sampled_counts(rollouts, rewards) == {
         "tokens/sampled": 18, "tokens/distinct": 5 + 5, "tokens/flat": 11, "tokens/truncated": 6,

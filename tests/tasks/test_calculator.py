@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,9 @@ from evaluation.reward_lint import report_of_problems
 from launch.parser import parse_args
 from rldatasets import Problem
 from sampling.turns import replies
-from tasks import LONGEST_REPLY, calculator, load_task
+from tasks import calculator, load_task
 from tasks.calculator import CALLS, UNREADABLE, reply
+from tasks.guarded import LONGEST_REPLY
 from utils import UserError
 
 PROBLEM = Problem("?", "84", "12 * 7")
@@ -35,7 +37,7 @@ def task():
         patch.setattr(calculator, "SIZES", {"train": 60, "test": 40})
         made = load_task(args_of("calculator"))
         found = {split: list(made.problems(split)) for split in ("train", "test")}
-    return tasks.replace(made, problems=found.get)
+    return replace(made, problems=found.get)
 
 
 @pytest.mark.parametrize(
