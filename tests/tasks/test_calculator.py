@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import make_args, make_setup
-from safetensors.torch import load_file
 from several import launch
 
 import main
@@ -94,6 +93,11 @@ def problems(split, seed):
 
 def reply(problem, turns):
     %s
+
+def talkative(completion, problem):
+    return len(completion.turns) + len(completion) / 100
+
+REWARD_FUNCTIONS = [talkative]
 """
 
 
@@ -199,7 +203,7 @@ def test_runs_of_episodes_resume_exactly_and_two_processes_do_what_one_does(
     assert (tmp_path / "two" / "completions" / "step_00000.jsonl").read_text() == (
         one / "completions" / "step_00000.jsonl"
     ).read_text()
-    ours, theirs = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")
-    )
-    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
+    first = json.loads((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[0])
+    assert rows[0]["reward_std"] > 0 and rows[0]["grad_norm"] > 0
+    for name in ("reward", "turns", "tokens/told", "tokens/trained", "grad_norm", "kl", "entropy"):
+        assert first[name] == pytest.approx(rows[0][name], rel=1e-4), name
