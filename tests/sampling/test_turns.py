@@ -69,6 +69,8 @@ def test_what_is_told_is_what_the_template_writes_between_two_turns(family):
         CHATML.replace("<|im_end|>", ""),  # nothing ends a turn
         CHATML + "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}",
         CHATML.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}"),
+        CHATML.replace("{{ message['content'] }}",  # forgets the first answer after a second one
+                       "{{ message['content'] if messages | length < 4 or loop.index0 != 1 }}"),
     ],
 )  # fmt: skip
 def test_a_template_that_is_not_stable_under_further_turns_is_refused(template):
@@ -174,6 +176,17 @@ def test_a_reply_that_leaves_no_room_cuts_off_and_is_not_read():
     assert torch.equal(rollouts.completion_mask, prefix)
     assert lengths.min() < 40
     assert all(len(text.turns) == 1 for texts in rollouts.texts for text in texts)
+
+
+def test_a_reply_is_read_where_one_token_of_a_further_turn_has_room():
+    model, tokenizer = talkative()
+    whole = episodes(model, tokenizer, group_size=1, temperature=0)
+    q = next(q for q in range(2) if len(whole.texts[q][0].turns) > 2)
+    mask = whole.completion_mask[q, 0].tolist()
+    begins = mask.index(True, mask.index(False))  # of its second turn
+    for length, turns in ((begins, 1), (begins + 1, 3)):
+        rollouts = episodes(model, tokenizer, group_size=1, temperature=0, length=length)
+        assert len(rollouts.texts[q][0].turns) == turns and not rollouts.finished[q, 0]
 
 
 def test_a_string_that_ended_a_turn_does_not_end_the_next():

@@ -516,7 +516,8 @@ def test_trained_are_those_with_an_advantage_and_with_a_kl_term_all():
 
     def passes(budget):
         for read in micro_batches(prompts, lengths, budget):
-            batch = Batch(None, advantages[read.rows], torch.ones(len(read.rows), 6))
+            weights = (torch.arange(6) < torch.tensor(read.lengths)[:, None]).float()
+            batch = Batch(None, advantages[read.rows], weights)
             yield Pass(read, None, batch)
 
     # Prompts 7 and 2: 5 places without a token; completions: 6 x 5 - 18 = 12.
