@@ -25,6 +25,7 @@ from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
 from training.lora import has_adapter, settle_in_bfloat16, with_adapter
+from training.precision import DTYPES, resolved
 from training.sharding import is_sharded, whole_copy, whole_tensor
 from utils import EMBEDDED_MODEL, UserError, base_and_adapters
 
@@ -230,15 +231,15 @@ def frozen_copy(model, dtype=None):
 def kl_reference(policy, args, on_gpu=None):
     """The frozen copy that the KL term compares with, None where --kl_beta is 0.
 
-    On a GPU its matrices are bf16, unless it moves: bf16 would lose what little mixing changes. Of
-    a policy with an adapter it is that adapter as it is now on the same weights, or, where nothing
-    has been learnt before, these weights alone.
+    Its matrices are in what --precision computes in, unless it moves: bf16 would lose what little
+    mixing changes. Of a policy with an adapter it is that adapter as it is now on the same weights,
+    or, where nothing has been learnt before, these weights alone.
     """
     if args.kl_beta == 0:
         return None
     on_gpu = policy.device.type == "cuda" if on_gpu is None else on_gpu
-    rounded = on_gpu and not args.update_ref_model
-    reference = frozen_copy(policy, torch.bfloat16 if rounded else None)
+    dtype = None if args.update_ref_model else DTYPES[resolved(args.precision, on_gpu)]
+    reference = frozen_copy(policy, dtype)
     if has_adapter(policy) and args.cold_start_steps == 0:
         reference.disable_adapters()  # it adds 0: the result is the same and takes less
     return reference

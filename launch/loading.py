@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ from sampling.probe import load_policy
 from tasks import check_weights, load_task
 from training.lean_layers import recompute_layers
 from training.lora import add_adapter
+from training.precision import loss_scale_of, resolved
 from training.processes import from_main, make_accelerator, patient
 from training.progress import Stopwatch, phase, progress
 from training.setup import Setup
@@ -54,7 +55,10 @@ def begin(args):
 
     Raises UserError, before anything is written, for whatever only the files themselves can tell.
     """
-    accelerator = make_accelerator(log_with=args.track or None, project_dir=args.output_dir)
+    args.precision = resolved(args.precision)  # what config.json says, and --resume keeps
+    accelerator = make_accelerator(
+        args.precision, log_with=args.track or None, project_dir=args.output_dir
+    )
     set_seed(args.seed)
     task = load_task(args)
     start_judge(task, args)
@@ -82,7 +86,8 @@ def begin(args):
         recompute_layers(policy)
     shard_if_configured(policy, args, accelerator)
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
-    return Setup(policy, tokenizer, task, args, accelerator, None, stopwatch), run, data, start
+    setup = Setup(policy, tokenizer, task, args, accelerator, None, stopwatch)
+    return replace(setup, loss_scale=loss_scale_of(args.precision)), run, data, start
 
 
 def start_judge(task, args):

@@ -33,6 +33,7 @@ from training.lean_layers import checkpointed, recompute_layers
 from training.logprobs import completion_logprobs
 from training.lora import add_adapter, trained_parameters
 from training.optimizer import clip_gradients, make_optimizer
+from training.precision import DTYPES, resolved
 from training.progress import progress
 from training.shared_prefix import WITHOUT_GRADIENT, micro_batches
 from training.update import objective_of
@@ -219,7 +220,8 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
     if args.gradient_checkpointing:
         recompute_layers(policy)
     tracker = Tracker(machine, policy.config.vocab_size)
-    autocast = torch.autocast("cpu", torch.bfloat16) if on_gpu else nullcontext()
+    dtype = DTYPES[resolved(args.precision, on_gpu)]
+    autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
     work, tokens = {}, {}
     with tracker:
         tracker.label(policy.parameters(), "weights", of_layers=False)

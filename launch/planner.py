@@ -7,12 +7,14 @@ that make it fit.
 import copy
 import math
 import time
+from functools import partial
 from importlib import util
 
 import torch
 
 from launch.fake_memory import Machine
 from launch.planned_step import GSM8K_TEST, PHASES, planned
+from training.precision import DTYPES, resolved
 from training.progress import progress
 
 GB = 1e9
@@ -34,7 +36,11 @@ ALLOWANCE = {"gpu": {"gaps": 0.05, "other": 1.0}, "cpu": {"gaps": 0.2, "other": 
 # what an operation costs the host and the device at least, as measured (docs/log.md, 2026-11-27).
 H100 = Machine(
     name="H100 SXM, 50 % of 989 bf16 and 494 TF32 TFLOP/s, 75 % of 3.35 TB/s",
-    flops={torch.bfloat16: 0.5 * 989e12, torch.float32: 0.5 * 494e12},
+    flops={
+        torch.bfloat16: 0.5 * 989e12,
+        torch.float16: 0.5 * 989e12,
+        torch.float32: 0.5 * 494e12,
+    },
     bandwidth=0.75 * 3.35e12,
     least_seconds=4e-6,
     host_seconds=27e-6,
@@ -46,7 +52,8 @@ def plan(args):
     """Print the plan of a run with these flags."""
     on_gpu = plans_for_gpu(args)
     with progress, progress.shown("planning"):
-        machine = H100 if on_gpu else this_machine()
+        precision = resolved(args.precision, on_gpu)
+        machine = H100 if on_gpu else this_machine(DTYPES[precision])
         text = report(planned(args, on_gpu, machine), on_gpu, machine)
     print(text)
 
@@ -57,15 +64,20 @@ def plans_for_gpu(args):
     return torch.cuda.is_available() or args.preset != "cpu"
 
 
-def this_machine():
-    """The rates of this CPU, measured in a fraction of a second, and a share of them."""
-    matrix, block = torch.ones(512, 512), torch.ones(2**23)  # short calls, lest others interrupt
+def this_machine(dtype=None):
+    """The rates of this CPU, measured in a fraction of a second, and a share of them; of fp32 and
+    of what is autocast to, if anything."""
+    block = torch.ones(2**23)  # short calls, lest others interrupt
     copied = torch.empty_like(block)
-    products = 2 * 512**3 / seconds_of(lambda: matrix @ matrix)
+    rates = {}
+    for kind in {torch.float32, dtype} - {None}:
+        matrix = torch.ones(512, 512, dtype=kind)
+        rates[kind] = 2 * 512**3 / seconds_of(partial(torch.mm, matrix, matrix))
+    products = rates[dtype or torch.float32]
     bandwidth = 2 * block.nbytes / seconds_of(lambda: copied.copy_(block))
     return Machine(
         name=f"this CPU at 70 % of the {products / 1e9:,.0f} GFLOP/s measured just now",
-        flops={torch.float32: 0.7 * products},
+        flops={kind: 0.7 * rate for kind, rate in rates.items()},
         bandwidth=bandwidth,
         least_seconds=0.0,
         host_seconds=5e-6,
@@ -185,7 +197,10 @@ def report(plan, on_gpu, machine):
     step = sum(seconds[phase] for phase in phases if phase != "evaluation")
     evaluations = count_evaluations(args)
     run = args.num_train_iters * step + evaluations * seconds["evaluation"]
-    device = "a CUDA GPU under bf16 autocast" if on_gpu else "the CPU in fp32"
+    precision = resolved(args.precision, on_gpu)
+    device = f"{'a CUDA GPU' if on_gpu else 'the CPU'} in fp32"
+    if precision != "fp32":
+        device = device.replace("in fp32", f"under {precision} autocast")
     why = "there is one here" if torch.cuda.is_available() else f"--preset {args.preset}"
     allowance = ALLOWANCE["gpu" if on_gpu else "cpu"]
     lines = [

@@ -51,6 +51,7 @@ class Checkpoint:
     step: int  # steps done
     path: Path
     data: dict  # what the run's problems are, see loading.load
+    loss_scale: dict  # see precision.LossScale; {} in a run of before there was one
 
 
 def checkpoint_to_resume(args):
@@ -77,7 +78,7 @@ def checkpoint_to_resume(args):
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         check_same_flags(args, manifest["flags"])
         tqdm.write(f"going on from {path}")
-        return Checkpoint(step, path, manifest["data"])
+        return Checkpoint(step, path, manifest["data"], manifest.get("loss_scale", {}))
     if found:
         raise UserError(f"--resume: no whole checkpoint is left in {folder}; start anew with "
                         "another --output_dir")  # fmt: skip
@@ -178,7 +179,7 @@ class Saver:
         self.folder = self.run_path / "checkpoints"
         self.done = self.on_disk = 0  # steps: completed, and in the newest checkpoint
         self.held, self.signal, self.handlers = False, None, {}
-        self.skips = 0  # in a row
+        self.skips, self.loss_scale = 0, setup.loss_scale  # skips in a row
         self.accelerator, self.sharded = setup.accelerator, is_sharded(self.policy)
         self.main = self.accelerator.is_main_process
         if start is not None:
@@ -210,6 +211,7 @@ class Saver:
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise UserError(f"--resume: {start.path} does not fit --model_name "
                             f"{self.args.model_name}: {str(error)[:80]!r}") from None  # fmt: skip
+        vars(self.loss_scale).update(start.loss_scale)
         self.done = self.on_disk = start.step
 
     @torch.no_grad()
@@ -254,7 +256,7 @@ class Saver:
         self.done = done
         if self.sharded:
             self.signal = next(filter(None, everyones(self.signal, self.accelerator)), None)
-        self.skips = self.skips + 1 if skipped else 0
+        self.skips = self.skips + 1 if skipped and self.loss_scale.scale == 1 else 0
         self._release(together=self.sharded)
         if self.skips == SKIPS:
             raise UserError(f"loss or gradient not finite in {SKIPS} steps in a row, all skipped"
@@ -347,6 +349,7 @@ class Saver:
         manifest = {
             "step": self.done,
             "flags": vars(self.args),
+            "loss_scale": vars(self.loss_scale),
             "data": self.data,
             "files": {path.name: _fingerprint(path) for path in sorted(new.iterdir())},
         }

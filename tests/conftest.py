@@ -134,6 +134,7 @@ def make_args(**overrides):
         "questions_per_step": 3,
         "group_size": 4,
         "sampling_batch_size": 0,
+        "precision": "auto",
         "sampler": "shared_prefix",
         "top_k": 0,
         "top_p": 1.0,

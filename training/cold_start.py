@@ -50,11 +50,11 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids):
             with accelerator.autocast():
                 logprobs, _ = completion_logprobs(policy, batch, ids[batch.rows], 1.0)
             share = -(logprobs * mine[batch.rows]).sum() / tokens
-            share.backward()
+            (share * setup.loss_scale.scale).backward()
             loss = loss + share.detach()
         loss = summed({"loss": loss}, accelerator)["loss"]
         sum_gradients(optimizer, accelerator)
-        apply_gradients(optimizer, loss, args.max_grad_norm)
+        apply_gradients(optimizer, loss, args.max_grad_norm, setup.loss_scale)
         done = step + args.cold_start_steps + 1
         progress.tick(1, "steps", of=len(steps))
         progress.tick(sum(map(len, prompts)) + tokens, "tokens")

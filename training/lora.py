@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from training.precision import DTYPES, resolved
 from utils import UserError
 
 ADAPTER = "adapter_model.safetensors"  # as peft names it, and what it puts before a tensor's name
@@ -24,6 +25,9 @@ PREFIX = "base_model.model."
 def add_adapter(policy, args, on_gpu=None):
     """Freeze the policy and give it an adapter as --lora_rank says, in place; 0 leaves it as it is.
 
+    A is drawn from torch's global generator. The frozen matrices are stored in what --precision
+    computes in, as those of llms.kl_reference are and for the same reason; the adapter is fp32 as
+    any weight that learns.
     Raises UserError where the model lacks one of --lora_targets, which peft would leave out unsaid.
     A is drawn from torch's global generator. On a GPU the frozen matrices are stored in bf16, as
     those of llms.kl_reference are and for the same reason; the adapter is fp32 as any weight that
@@ -46,10 +50,11 @@ def add_adapter(policy, args, on_gpu=None):
     policy.add_adapter(config)
     base = args.model_name  # an absolute path where it is one: an adapter may be moved
     config.base_model_name_or_path = str(Path(base).resolve()) if os.path.isdir(base) else base
-    if policy.device.type == "cuda" if on_gpu is None else on_gpu:
+    on_gpu = policy.device.type == "cuda" if on_gpu is None else on_gpu
+    if dtype := DTYPES[resolved(args.precision, on_gpu)]:
         for name, module in policy.get_decoder().named_modules():
             if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
-                module.to(torch.bfloat16)
+                module.to(dtype)
 
 
 def adapted(policy, args):

@@ -5,21 +5,26 @@ import math
 import torch
 
 from training.lora import trained_parameters
+from training.precision import LossScale
 from training.sharding import whole_tensor
 from training.weight_meter import keep_in_bfloat16
 from utils import parameters_of
 
 
-def apply_gradients(optimizer, loss, max_grad_norm):
+def apply_gradients(optimizer, loss, max_grad_norm, loss_scale=None):
     """Clip, update and clear. Returns (gradient norm before clipping, 1 if the update was skipped).
 
-    A loss or gradient that is not finite leaves weights and Adam's moments untouched.
+    A loss or gradient that is not finite leaves weights and Adam's moments untouched. loss_scale:
+    the LossScale that the gradients, and not the loss, are multiplied by, if any.
     """
+    loss_scale = loss_scale or LossScale()
+    loss_scale.unscale(parameters_of(optimizer))
     grad_norm = clip_gradients(parameters_of(optimizer), max_grad_norm)
     finite = bool(torch.isfinite(grad_norm) & torch.isfinite(loss))
     if finite:
         optimizer.step()
     optimizer.zero_grad()
+    loss_scale.learn(finite)
     return grad_norm, int(not finite)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from training.pictures import Picture
+from training.precision import check_precision, resolved
 from utils import parameters_of
 
 # How long processes wait for one another: in the loop all are busy with the same, but the main one
@@ -27,11 +28,13 @@ from utils import parameters_of
 IN_THE_LOOP, PATIENT = timedelta(minutes=10), timedelta(hours=3)
 
 
-def make_accelerator(**more):
-    """accelerate's Accelerator for this machine: bf16 autocast on a GPU, plain fp32 on a CPU."""
-    on_gpu = torch.cuda.is_available()
+def make_accelerator(precision="auto", **more):
+    """accelerate's Accelerator for this machine, with autocast in that precision. The loss is
+    scaled by LossScale, not by accelerate's scaler. Raises UserError where a CPU cannot do it."""
+    check_precision(precision := resolved(precision))
     return Accelerator(
-        cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no",
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=IN_THE_LOOP)], **more,
     )  # fmt: skip
 

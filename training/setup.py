@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from training.precision import LossScale
 from training.progress import Stopwatch
 
 
@@ -16,4 +17,5 @@ class Setup:
     accelerator: object  # accelerate's: device, autocast, processes
     reference: object = None  # what the KL term compares with, if anything
     stopwatch: Stopwatch = field(default_factory=Stopwatch)  # seconds of a step, by stage
+    loss_scale: LossScale = field(default_factory=LossScale)  # moves in fp16
     referees: dict = field(default_factory=dict)  # {"referee": whom rewards ask, "eval_referee": }

@@ -66,7 +66,7 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
                         policy, one.read, one.ids, args.temperature, with_entropy
                     )  # (R, C)
                 loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
-                loss.backward()
+                (loss * setup.loss_scale.scale).backward()
                 if one.batch.old_logprobs is None:  # before the step's first update
                     logprobs = logprobs.detach()
                     run[i] = replace(one, batch=replace(one.batch, old_logprobs=logprobs))
@@ -77,7 +77,7 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
             metrics = summed(metrics, accelerator)
             sum_gradients(optimizer, accelerator)
             metrics["grad_norm"], metrics["skipped"] = apply_gradients(
-                optimizer, metrics["loss"], args.max_grad_norm
+                optimizer, metrics["loss"], args.max_grad_norm, setup.loss_scale
             )
         epochs.append({name: float(value) for name, value in metrics.items()})
     means = {name: fmean(epoch[name] for epoch in epochs) for name in epochs[0]}
