@@ -632,6 +632,12 @@ MUTANTS = [
     Mutant("a reply without room for a turn is read", "if begins >= self.ids.shape[1]:",
            "if begins > self.ids.shape[1]:", TURNS),
     Mutant("templates that rewrite earlier turns pass", "if not stable or", "if", TURNS),
+    Mutant("gradients stay scaled", "parameter.grad.mul_(1 / self.scale)", "pass",
+           "training/test_precision.py"),
+    Mutant("an overflow leaves the loss scale", "self.scale = max(1.0, self.scale / 2)", "pass",
+           "training/test_precision.py"),
+    Mutant("a resumed run begins with a new loss scale",
+           "vars(self.loss_scale).update(start.loss_scale)", "pass", "training/test_precision.py"),
 ]  # fmt: skip
 
 

@@ -140,6 +140,23 @@ def test_with_lora_gradients_moments_and_reference_are_the_adapter_s_alone(four_
     assert on_gpu.phases["policy"]["weights"] == parts["weights"] - 2 * linear  # in bf16
 
 
+def test_the_sampling_copy_is_in_the_precision_of_the_run(four_layers):
+    """But for the head, which is never rounded. The reference is as well."""
+    model, folder = four_layers
+    parts = {}
+    for precision in ("auto", "fp32", "bf16", "fp16"):
+        args = planning(
+            "--model_name", folder, *SMALL, "--kl_beta", "0.1", "--precision", precision
+        )
+        plan = planned(args, True, layers=1, phases=("sampling",))
+        parts[precision] = plan.phases["sampling"]
+    linear = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+    biases = sum(p.numel() for n, p in model.model.layers[0].named_parameters() if "bias" in n)
+    for part, halved in (("sampling copy", linear + biases), ("reference", linear + biases)):
+        assert parts["fp32"][part] - parts["bf16"][part] == 2 * halved
+    assert parts["auto"] == parts["bf16"] == parts["fp16"]
+
+
 # --- models and work ---------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from toys import (
 )
 
 from records.checkpoints import checkpoint_to_resume
+from records.resuming import check_same_flags
 from training import precision
 from training.optimizer import make_optimizer
 from training.precision import GROW_AFTER, LossScale, loss_scale_of, resolved
@@ -161,6 +162,14 @@ def test_what_the_device_lacks_is_told_or_refused(monkeypatch, capsys):
     assert "this GPU has no units for it; fp16" in capsys.readouterr().err
     precision.check_precision("fp16")
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_in_its_precision_or_not_at_all():
+    args = make_args(precision="fp32")
+    check_same_flags(args, {"precision": "fp32"})
+    check_same_flags(args, {})  # a run of before there was the flag
+    with pytest.raises(UserError, match=r"--precision \(was bf16"):
+        check_same_flags(args, {"precision": "bf16"})
 
 
 @pytest.mark.gpu
