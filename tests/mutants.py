@@ -130,12 +130,14 @@ MUTANTS = [
            "grpo_loss(\n                    logprobs,\n                    replace(\n"
            "                        one.batch, weights=one.batch.weights * len(passes)\n"
            "                    ),\n                    objective", UPDATE),
-    Mutant("the last micro-batch's gradient alone", "                loss.backward()\n",
-           "                optimizer.zero_grad()\n                loss.backward()\n", UPDATE),
+    Mutant("the last micro-batch's gradient alone",
+           "                (loss * setup.loss_scale.scale).backward()\n",
+           "                optimizer.zero_grad()\n"
+           "                (loss * setup.loss_scale.scale).backward()\n", UPDATE),
     Mutant(
         "gradients clipped per micro-batch",
-        "                loss.backward()\n",
-        "                loss.backward()\n"
+        "                (loss * setup.loss_scale.scale).backward()\n",
+        "                (loss * setup.loss_scale.scale).backward()\n"
         "                torch.nn.utils.clip_grad_norm_(\n"
         "                    policy.parameters(), args.max_grad_norm or float('inf')\n"
         "                )\n",
@@ -156,8 +158,8 @@ MUTANTS = [
            "    if finite:\n        optimizer.step()\n", "    optimizer.step()\n", UPDATE),
     Mutant("a gradient that is not finite is taken",
            "torch.isfinite(grad_norm) & torch.isfinite(loss)", "torch.isfinite(loss)", OPTIMIZER),
-    Mutant("gradients never cleared", "    optimizer.zero_grad()\n    return grad_norm",
-           "    return grad_norm", UPDATE),
+    Mutant("gradients never cleared", "    optimizer.zero_grad()\n    loss_scale.learn",
+           "    loss_scale.learn", UPDATE),
     Mutant("the norm is logged after clipping",
            "return whole_tensor(norm)\n",
            "return whole_tensor(norm).clamp(max=max_grad_norm or math.inf)\n", UPDATE),
@@ -218,7 +220,7 @@ MUTANTS = [
            "reference = copied.requires_grad_(False).eval()",
            "reference = copied.eval()", LLMS),
     Mutant("a reference that is the policy",
-           "reference = frozen_copy(policy, torch.bfloat16 if rounded else None)",
+           "reference = frozen_copy(policy, dtype)",
            "reference = policy", LLMS),
     Mutant("the reference moves by 1 - alpha", "old.lerp_(whole_tensor(new), alpha)",
            "old.lerp_(whole_tensor(new), 1 - alpha)",
@@ -478,7 +480,8 @@ MUTANTS = [
            "answer.strip() if mark", "test_reading_data.py"),
     Mutant("case makes another question", 'unicodedata.normalize("NFKC", question).casefold()',
            'unicodedata.normalize("NFKC", question)', "test_reading_data.py"),
-    Mutant("test questions are trained on", "kept = without_overlap(train, test)",
+    Mutant("test questions are trained on",
+           "kept = whole_blocks(train, without_overlap(train, test), task.together)",
            "kept = list(train)", "launch/test_splits.py"),
     Mutant("the first lines are held out", "sorted(order[:count])", "sorted(range(count))",
            "launch/test_splits.py"),

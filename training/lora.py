@@ -73,7 +73,8 @@ def has_adapter(model):
 
 def has_tower(model):
     """Whether the model has, beside its decoder, a part that sees."""
-    return model.config.get_text_config() is not model.config
+    config = getattr(model, "config", None)  # any module has parameters to train
+    return config is not None and config.get_text_config() is not config
 
 
 def freeze_tower(model):
@@ -85,11 +86,13 @@ def freeze_tower(model):
 
 
 def trained_parameters(model):
-    """What training may change: the adapter; of a model without one its decoder and head, which of
-    a model that reads text alone are all there is."""
+    """What training may change: the adapter; of a model without one all of it, but for the tower of
+    one that sees."""
     named = list(model.named_parameters())
     if has_adapter(model):
         return [parameter for name, parameter in named if ".lora_" in name]
+    if not has_tower(model):
+        return [parameter for _, parameter in named]
     parts = (model.get_decoder(), model.get_output_embeddings())
     ours = {id(parameter) for part in parts for parameter in part.parameters()}
     return [parameter for _, parameter in named if id(parameter) in ours]

@@ -33,7 +33,7 @@ def test_the_cold_start_s_loss_is_the_mean_over_all_target_tokens(accelerator, m
     ]
     seen = {}
 
-    def record(optimizer, loss, max_grad_norm):
+    def record(optimizer, loss, max_grad_norm, loss_scale):
         seen.update(loss=loss.item(), gradients=[p.grad.clone() for p in model.parameters()])
         optimizer.zero_grad()
 
