@@ -85,6 +85,7 @@ NOT_RUN = {
     "python main.py --lora_rank": "a GPU and the hub; tests/training/test_lora.py",
     "python main.py --preset cpu --seed": "minutes each; tests/test_main.py, tests/launch/test_*",
     "python main.py --preset cpu --dataset_name gsm8k": "an hour, and the hub",
+    "python main.py --preset cpu --dataset_name calculator": "minutes; tests/tasks/",
 }
 ONLY = {
     "python main.py": "a GPU and the hub",
