@@ -300,7 +300,8 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
         raise KeyError("surprise")
 
     monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [unlucky])
-    argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--output_dir"]
+    argv = [*TINY, "--short_eval_iterations", "0", "--model_name", str(saved_models["qwen2"]),
+            "--output_dir"]  # fmt: skip
     with pytest.raises(UserError, match=r"unlucky raised KeyError.*completion"):
         main.train(parse_args([*argv, str(tmp_path / "one")]))
     # One that gets through the evaluation and fails in a step names the file of completions.

@@ -96,7 +96,8 @@ def test_rewards_are_kept_in_fp64_and_older_files_are_read(tmp_path):
     chosen = torch.ones(1, 2, dtype=torch.bool)
     for dtype in (torch.float64, torch.float32):
         rewards = type(scored)(scored.names, *(x.to(dtype) for x in (scored.per_function,
-                                                                      scored.total)))  # fmt: skip
+                                                                      scored.total,
+                                                                      scored.weights)))  # fmt: skip
         advantages = torch.tensor([[1.0, -1.0]], dtype=dtype)
         path = tmp_path / "step.safetensors"
         save_rollouts(path, rollouts(), rewards, advantages, chosen)

@@ -70,10 +70,10 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
 
 
 def test_without_a_model_to_run_torch_is_never_imported(tmp_path):
-    run = write_run(tmp_path / "run", {0: [record("1?", True)]})
+    run = write_run(tmp_path / "run", {step: [record("1?", True)] for step in (0, 1)})
     script = """
 import runpy, sys
-for argv in (["lint"], ["compare", RUN, RUN],
+for argv in (["lint"], ["compare", RUN + "@0", RUN],
              ["evaluate", "/nowhere", "--dataset_name", "arithmetic"]):
     sys.argv = ["main.py", *argv]
     sys.modules.pop("launch.door", None)

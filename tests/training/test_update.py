@@ -121,7 +121,7 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     monkeypatch.setattr(update, "completion_logprobs", spy)
     without, _ = gradients(model, rollouts, accelerator)
     assert scored == [[5, 9, 3], [7, 7, 1, 3]]
-    monkeypatch.setattr(sharding, "micro_batches", lambda prompts, lengths, budget, ids: [
+    monkeypatch.setattr(sharding, "micro_batches", lambda prompts, lengths, budget, ids, pictures: [
         *micro_batches(prompts, rollouts.completion_mask.sum(-1).tolist(), 0)
     ])  # fmt: skip
     everything, _ = gradients(model, rollouts, accelerator)
