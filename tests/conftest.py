@@ -11,7 +11,7 @@ import pytest
 import torch
 
 # Read by triton as it is imported, by some of what follows: without a GPU it interprets kernels.
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -643,6 +644,23 @@ MUTANTS = [
            "vars(self.loss_scale).update(start.loss_scale)", "pass", "training/test_precision.py"),
 ]  # fmt: skip
 
+# The fused step. Its tests need triton, without which they are skipped and would notice nothing.
+FUSED = "sampling/test_fused.py"
+OF_FUSED = [
+    Mutant("heads turn the other way", "tl.where(s < SIZE // 2, -1.0, 1.0)",
+           "tl.where(s < SIZE // 2, 1.0, -1.0)", FUSED),
+    Mutant("only the first block of a completion is read", "for start in range(0, now, BLOCK):",
+           "for start in range(0, min(now, BLOCK), BLOCK):", FUSED),
+    Mutant("padding of the prompt is attended to",
+           "scores += tl.load(bias + c, c < stop, 0.0)[None, :]", "pass", FUSED),
+    Mutant("a softmax forgets that its maximum grew", "total = total * shrunk + tl.sum(weights, 1)",
+           "total = total + tl.sum(weights, 1)", FUSED),
+    Mutant("the residual stays as it was", "tl.store(x + at, value, real)", "pass", FUSED),
+    Mutant("a kernel more for every norm", "out = torch.empty_like(x, dtype=dtype)",
+           "out = torch.zeros_like(x, dtype=dtype)", FUSED),
+]  # fmt: skip
+MUTANTS += OF_FUSED if find_spec("triton") else []
+
 
 def modules(root=ROOT):
     folders = (root, *(root / name for name in FOLDERS))
@@ -721,7 +739,7 @@ def main():
     if problems := [f"no bug is called {args.only}"] if not mutants else list(check(mutants)):
         print("\n".join(problems), file=sys.stderr)
         return 2
-    os.environ.update(GSM8K_DIR=GSM8K, PYTHONDONTWRITEBYTECODE="1")
+    os.environ.update(GSM8K_DIR=GSM8K, PYTHONDONTWRITEBYTECODE="1", TRITON_INTERPRET="1")
     sys.dont_write_bytecode = True
     for library in LIBRARIES:
         importlib.import_module(library)
