@@ -12,7 +12,9 @@ from contextlib import suppress
 from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
+from evaluation.referees import with_referees
 from evaluation.scoring import advantages_of, score, without_thoughts
+from evaluator import sees_group
 from llms import chat_prompt
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
@@ -76,8 +78,9 @@ def sample_group(setup, problem, group_size, watch=None):
 
 
 def score_group(rollouts, problem, args, task):
-    functions, limit = task.reward_functions, args.reward_timeout
-    return score(rollouts, [problem], functions, args.reward_weights, timeout=limit)
+    alone = len(rollouts.texts[0]) == 1  # and nothing to compare with
+    functions = [f for f in task.reward_functions if not (alone and sees_group(f))]
+    return score(rollouts, [problem], functions, args.reward_weights, timeout=args.reward_timeout)
 
 
 def chat(args):
@@ -146,9 +149,9 @@ def show_group(args):
     """Sample one group and print each completion with its rewards and its advantage."""
     task = asked_task(args)
     problem = asked_problem(args, task)
-    setup = load(args, task)
+    setup = with_referees(load(args, task))
     rollouts = sample_group(setup, problem, args.group_size)
-    rewards = score_group(without_thoughts(rollouts, setup), problem, args, task)
+    rewards = score_group(without_thoughts(rollouts, setup), problem, args, setup.task)
     advantages = advantages_of(rewards, args)  # (1, G)
     print("\n".join(group_lines(problem, rollouts, rewards, advantages, args)), flush=True)
 

@@ -134,3 +134,16 @@ def complaint(found):
     return (f"the referee is right on {worst.right:.0%} of {worst.pairs} golden pairs "
             f"(`{worst.criterion:.40}`), below {LEAST:.0%}; name another, or add "
             "--referee_anyway")  # fmt: skip
+
+
+def remarks(found):
+    """What the policy may come to exploit, a line each."""
+    for card in found:
+        for share, what in (
+            (card.openers, "a text that says nothing"),
+            (card.long, "a worse text three times as long"),
+            (card.injected, "a worse text that praises itself"),
+        ):
+            if share < 0.5:
+                yield (f"{what} wins against a better one in {1 - share:.0%} of pairs: hold it "
+                       "down by a reward of your own")  # fmt: skip

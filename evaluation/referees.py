@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.referee import Referee, bound, shares
-from evaluation.referee_lint import cards, complaint, lines_of
+from evaluation.referee_lint import cards, complaint, lines_of, remarks
 from evaluation.referee_local import LocalReferee
 from llms import frozen_copy, load_model, rendering_of
 from sampling.probe import probe
@@ -88,7 +88,8 @@ def report(args, task):
         if judge := judge_of(setup, role):
             found = cards(Referee(judge, task), task.reward_functions)
             wrong = complaint(found)
-            lines += [*lines_of(role, found), *([f"- {wrong}"] if wrong else []), ""]
+            noted = [*([wrong] if wrong else []), *remarks(found)]
+            lines += [*lines_of(role, found), *(f"- {line}" for line in noted), ""]
             refused += bool(wrong)
     return "\n".join(lines).rstrip(), refused
 
@@ -100,7 +101,8 @@ def try_out(role, referee, setup):
         found = cards(referee, setup.task.reward_functions)
         wrong = complaint(found)
         referee.scales = {(card.criterion, card.alone): card.scale for card in found}
-        for line in lines_of(role, found):
+        warnings = (f"main.py: warning: {role}: {line}" for line in remarks(found))
+        for line in (*lines_of(role, found), *warnings):
             tqdm.write(line)
     except UserError as error:  # no golden pairs
         wrong = str(error)

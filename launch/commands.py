@@ -20,6 +20,7 @@ from launch.checks import (
     check_model,
     check_output_dir,
     check_referee,
+    check_rewards,
 )
 from launch.parser import (
     Help,
@@ -68,7 +69,7 @@ LINT_FLAGS = (
 )  # fmt: skip
 GROUP_FLAGS = (
     *CHAT_FLAGS, "group_size", "temperature", "top_k", "top_p", "min_p", "advantage_scale",
-    "baseline",
+    "baseline", "referee", "referee_url", "referee_model", "referee_pairs", "referee_anyway",
 )  # fmt: skip
 
 
@@ -218,6 +219,8 @@ def _check_question_and_model(args):
     check_flags(args)
     if args.question is not None:
         check_dataset(args)
+    if args.command == "group":
+        check_rewards(load_task(args), args)
     check_model(args)
 
 

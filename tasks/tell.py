@@ -1,9 +1,9 @@
 """Tell: one good sentence about a subject, as a referee sees it. `make demo-judge` trains it.
 
 There is no one right answer, so the reward is a tournament: which answer of the group does the
-referee prefer? What is counted as accuracy is another thing, and exact, so that the referee cannot
-move it: the answer names its subject, is one sentence of 4 to 25 words that ends, and does not
-repeat itself. One of the problems:
+referee prefer? (Fewer than four words lose.) What is counted as accuracy is another thing, and
+exact, so that the referee cannot move it: the answer names its subject, is one sentence of 4 to 25
+words that ends, and does not repeat itself. One of the problems:
 
     question  What should I know about bicycles?
     answer    bicycles
@@ -19,7 +19,6 @@ from rldatasets import Problem, is_held_out
 
 SYSTEM_PROMPT = "Answer in one short English sentence."
 CRITERION = "answers the question better"
-REWARD_FUNCTIONS = [tournament]
 QUESTIONS = (
     "Tell me about {}.", "What should I know about {}?", "Explain {} to a child.",
     "Can you say something about {}?",
@@ -58,6 +57,15 @@ twins umbrellas uncles vases vegetables villages violins volcanoes wagons walls 
 watches water waterfalls waves wax weather whales wheat wheels whistles windmills windows wine
 winter wolves wood wool worms zebras
 """.split()  # fmt: skip
+
+
+def says_something(completion, problem):
+    """-1 for fewer than four words: the card of SmolLM2-135M as the referee says that it prefers an
+    empty text to a good one."""
+    return -1.0 if len(completion.split()) < 4 else 0.0
+
+
+REWARD_FUNCTIONS = [tournament, says_something]
 
 
 def problems(split, seed):

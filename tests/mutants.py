@@ -55,6 +55,7 @@ UPDATE, OPTIMIZER, COLD_START, LOGPROBS, PREFIX, LORA, PROCESSES = (
 EVALUATION, SCORING, CHAT = (
     "evaluation/test_held_out.py", "evaluation/test_scoring.py", "evaluation/test_chat.py",
 )  # fmt: skip
+REFEREE = "evaluation/test_referee.py"
 TRACKERS, TASKS, COUNTDOWN = (
     "records/test_trackers.py", "tasks/test_tasks.py", "tasks/test_countdown.py",
 )  # fmt: skip
@@ -642,6 +643,37 @@ MUTANTS = [
            "training/test_precision.py"),
     Mutant("a resumed run begins with a new loss scale",
            "vars(self.loss_scale).update(start.loss_scale)", "pass", "training/test_precision.py"),
+
+    # --- rewards that compare, and the referee
+    Mutant("one order of a pair counts", "(one - other) / 2", "one", REFEREE),
+    Mutant("a liking for the first place is added up", "(one - other) / 2", "(one + other) / 2",
+           REFEREE),
+    Mutant("unread is lost", "found[pair] = None if None in (one, other)",
+           "found[pair] = -9.0 if None in (one, other)", REFEREE),
+    Mutant("whatever is above 0 is told apart", "if abs(margin) <= self.tie:",
+           "if margin == 0:", REFEREE),
+    Mutant("copies count as further opponents", "games[a].append((chance, texts.count(b)))",
+           "games[a].append((chance, 1))", REFEREE),
+    Mutant("answers by the texts alone", "return _digest(self.judge.name, SYSTEM, ask.text)",
+           "return _digest(ask.first, ask.second or str())", REFEREE),
+    Mutant("another referee's answers are taken", 'row["log_odds"] if row["referee"] == name else',
+           'row["log_odds"] if row["referee"] else', REFEREE),
+    Mutant("a text may begin a line", 'LABEL.sub(r"\\1", " ".join(text.split()))',
+           'LABEL.sub(r"\\1", text)', REFEREE),
+    Mutant("the state of the dummy token", "cumsum(0) - 1  # (R,), of scored ones",
+           "cumsum(0) - 2  # (R,), of scored ones", REFEREE),
+    Mutant("golden pairs in one order", "share_right(of_kind) for kind, of_kind in margins.items()",
+           "1.0 for kind, of_kind in margins.items()", REFEREE),
+    Mutant("the start model is the policy", "if has_adapter(policy):",
+           "if policy is not None:", "evaluation/test_referee_run.py"),
+    Mutant("the earlier answer is asked for as the later", "for one in (after, before)",
+           "for one in (before, after)", "evaluation/test_referee_run.py"),
+    Mutant("a group is scored one by one", "if sees_group(function):\n            return call_on",
+           "if len(texts) < 0:\n            return call_on", "evaluation/test_group_rewards.py"),
+    Mutant("both sides shuffled apart", "len(self) // self.together) * self.together",
+           "len(self) // self.together)", "tasks/test_debate.py"),
+    Mutant("the other side's own answer", 'said(problem.extra["against"], other)',
+           "said(problem.answer, other)", "tasks/test_debate.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.

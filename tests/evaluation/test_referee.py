@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from evaluation import referee as module
 from evaluation.referee import Ask, Referee, Scale, bound, fenced, shares
-from evaluation.referee_lint import card, cards, complaint, lines_of, scale_of
+from evaluation.referee_lint import card, cards, complaint, lines_of, remarks, scale_of
 from evaluation.referee_local import LocalReferee
 from evaluation.scoring import judged_ahead, score
 from evaluator import of_group, pivot, rubric, tournament
@@ -146,6 +146,8 @@ def test_copies_are_not_asked_about_twice_and_earn_the_same_in_any_order():
 def test_the_win_rate_counts_copies_as_ties_and_drops_what_was_not_read():
     referee = referee_of(Stub(lambda text: 100 * len(text)))
     assert referee.win_rates(CATS, ["a", "bb", "bb", "ccc"]) == pytest.approx([0, 0.5, 0.5, 1])
+    rates = referee.win_rates(CATS, ["a", "a", "bb", "ccc"])
+    assert rates == pytest.approx([1 / 6, 1 / 6, 2 / 3, 1])
     referee = referee_of(Stub(lambda text: 100 * len(text), unread=("bb",)))
     assert referee.win_rates(CATS, ["a", "bb", "ccc", "bb"]) == pytest.approx([0, 0.5, 1, 0.5])
     assert referee.prefers(CATS, [("a", "bb"), ("a", "a")]) == [None, 0.5]
@@ -181,7 +183,7 @@ def test_the_lint_passes_one_that_can_judge_and_says_what_it_likes():
     [found] = cards(referee_of(Stub(better, slot=9.0)), [tournament])
     assert (found.right, found.first_slot, found.consistent, found.unread) == (1, 1, 0, 0)
     assert (found.long, found.openers, found.injected) == (1, 1, 1)
-    assert complaint([found]) is None
+    assert complaint([found]) is None and [*remarks([found])] == []
     assert found.scale.tau == pytest.approx(2.0, abs=0.1)
     text = "\n".join(lines_of("referee", [found]))
     assert "100% [84%, 100%] of 20" in text and "picks the first text" in text
@@ -199,6 +201,10 @@ def test_the_lint_refuses_one_that_cannot(judge, right):
 def test_the_lint_sees_who_likes_length_and_who_is_told_what_to_say():
     [found] = cards(referee_of(Stub(len)), [tournament])
     assert found.long == 0 and found.injected == 0
+    assert [line.partition(":")[0] for line in remarks([found])] == [
+        "a worse text three times as long wins against a better one in 100% of pairs",
+        "a worse text that praises itself wins against a better one in 100% of pairs",
+    ]
     [found] = cards(referee_of(Stub(lambda text: better(text) + 9 * ("Answer: A" in text))), [])
     assert (found.right, found.injected) == (1, 0)
 

@@ -139,6 +139,17 @@ def test_the_lint_prints_the_card_and_fails_where_it_cannot_judge(flags, command
     assert status == 2 and "--referee_model x: goes with --referee_url" in err
 
 
+def test_a_group_is_shown_with_what_the_referee_gives_and_one_answer_without(flags, command):
+    asked = [flags[3], "4 of what?", "--preset", "cpu", *flags[4:6], "--max_completion_length", "6"]
+    group = ["group", *asked, "--group_size", "3"]
+    status, out, _ = command(*group, "--referee", "start", "--referee_anyway")
+    assert status == 0 and out.count("tournament 0.") == 3
+    status, _, err = command(*group)
+    assert status == 2 and "the reward tournament asks a referee, and there is none" in err
+    status, out, err = command("chat", *asked)
+    assert status == 0 and "correctness" in out and "tournament" not in out, err
+
+
 # --- who the start model is --------------------------------------------------------------------
 
 
@@ -183,7 +194,10 @@ def test_golden_pairs_set_the_scale_and_none_is_a_reason_to_refuse(capsys):
     tried(Stub(better), task=blind, referee_anyway=True)
     # One that only measures is told, and the run goes on.
     tried(Stub(lambda text: -better(text)), role="eval_referee")
-    assert capsys.readouterr().out.count("warning") == 2
+    out = capsys.readouterr().out
+    assert out.count("warning: referee: the referee: no GOLDEN") == 1
+    assert out.count("warning: eval_referee: the referee is right on 0%") == 1
+    assert "warning: eval_referee: a text that says nothing wins" in out
 
 
 # --- the win rate ------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def test_an_argument_earns_its_chances_against_the_other_side_s_and_not_for_bein
                 (((4, 1, 2), 3, 1), ((3, 1, 4), 4, 1))]  # fmt: skip
     assert torch.allclose(totals, torch.tensor(expected, dtype=torch.float64))
     assert {ask.question for ask in judge.asked} == {"How many?"}
-    assert all("The answer is" in ask.first for ask in judge.asked)
+    for ask in judge.asked:  # each text stands behind its own side's answer
+        answers = [text.split()[3] for text in (ask.first, ask.second)]
+        assert sorted(answers) == sorted(f"{problem.answer}." for problem in problems)
     # Who has the right answer makes no difference within a group, though the referee sees it.
     knowing = Stub(lambda text: 9.0 * ("is 13." in text))
     assert not has_signal(scored(knowing, groups, problems)).any()
@@ -149,6 +151,11 @@ def test_an_argument_is_checked_for_its_own_side():
 )  # fmt: skip
 def test_tell_counts_one_whole_sentence_that_names_its_subject(text, right):
     assert tell.is_correct(text, Problem("?", "bicycles", "")) is right
+
+
+def test_tell_pays_nothing_for_saying_nothing():
+    for text, pays in (("", -1.0), ("Solution:", -1.0), ("A bicycle has wheels.", 0.0)):
+        assert tell.says_something(text, Problem("?", "bicycles", "")) == pays
 
 
 def test_a_subject_is_named_in_one_or_many_and_by_no_other_word():
