@@ -23,7 +23,7 @@ demo-lora: $(READY)  ## the same, training adapters of rank 16 instead of all we
 
 demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence, judged by itself as it was
 	@if [ -e runs/demo-judge ]; then mv runs/demo-judge runs/demo-judge-$$(date +%Y%m%d-%H%M%S); fi
-	$(RUN) main.py --preset cpu --dataset_name tell --referee start --referee_pairs 2 \
+	$(RUN) main.py --preset cpu --dataset_name tell --referee start --referee_pairs 1 \
 	  --output_dir runs/demo-judge $(ARGS)
 
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100

@@ -67,7 +67,7 @@ PRESETS_ON = {
     ("cpu", "countdown"): {"max_completion_length": 96, "temperature": 1.0},
     ("cpu", "calculator"): {"max_completion_length": 96, "temperature": 1.0},
     ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
-    ("cpu", "tell"): {"max_completion_length": 40, "temperature": 1.0, "eval_problems": 256},
+    ("cpu", "tell"): {"max_completion_length": 40, "temperature": 0.8, "eval_problems": 256},
     ("cpu", "debate"): {"max_completion_length": 48, "temperature": 1.0, "eval_problems": 256},
     ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
 }
