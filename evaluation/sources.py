@@ -6,21 +6,27 @@ import functools
 import hashlib
 import inspect
 
+from tasks import wants_referee
+
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 
 def sources_of(task):
     """Facts of a task for config.json: SHA-256 of the source of its rewards, with that of what its
-    world replies, and of its verdict."""
+    world replies and what a referee is asked, and of its verdict."""
+    functions = [*task.reward_functions, *filter(None, [task.reply])]
+    asks = any(map(wants_referee, functions))
+    asked = [repr((task.criterion, task.rubric, task.golden))] if asks else []
     return {
-        "rewards_sha256": fingerprint([*task.reward_functions, *filter(None, [task.reply])]),
+        "rewards_sha256": fingerprint(functions, asked),
         "verdict_sha256": fingerprint([task.is_correct]),
     }
 
 
-def fingerprint(functions):
+def fingerprint(functions, more=()):
     """The SHA-256 of these functions' names and of the files that they stand in, helpers included,
-    less comments, white space and docstrings. Imported modules do not count."""
+    less comments, white space and docstrings, and of `more` texts. Imported modules do not
+    count."""
     functions = [_plain(function) for function in functions]
     files = {inspect.getsourcefile(f) for f in functions if inspect.isfunction(f)}
     parts = [getattr(f, "__name__", repr(f)) for f in functions]
@@ -31,7 +37,7 @@ def fingerprint(functions):
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
         parts.append(ast.unparse(tree))
-    return hashlib.sha256("\0".join(parts).encode(errors="backslashreplace")).hexdigest()
+    return hashlib.sha256("\0".join([*parts, *more]).encode(errors="backslashreplace")).hexdigest()
 
 
 def _plain(function):

@@ -188,8 +188,7 @@ def read_problems(args, task, start=None):
     train, test = (task.problems(split) for split in ("train", "test"))
     if train.taken:
         tqdm.write(train.taken)
-    kept = without_overlap(train, test)
-    kept = whole_blocks(train, kept, task.together)
+    kept = whole_blocks(train, without_overlap(train, test), task.together)
     overlap = len(train) - len(kept)
     if not kept:
         name = "dataset_path" if args.dataset_path else "dataset_name"

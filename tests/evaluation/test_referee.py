@@ -18,6 +18,7 @@ from evaluation.referee import Ask, Referee, Scale, bound, fenced, shares
 from evaluation.referee_lint import card, cards, complaint, lines_of, remarks, scale_of
 from evaluation.referee_local import LocalReferee
 from evaluation.scoring import judged_ahead, score
+from evaluation.sources import sources_of
 from evaluator import of_group, pivot, rubric, tournament
 from grpo import group_advantages, has_signal
 from llms import chat_prompt
@@ -288,6 +289,13 @@ def test_what_fails_is_told_when_it_is_scored_and_not_before():
 
     with pytest.raises(UserError, match="reward function mine raised ValueError: no"):
         scored(Stub(), [["a"], ["b"]], [mine])
+
+
+def test_another_criterion_is_another_reward_and_none_where_nobody_is_asked():
+    other = replace(ASKING, criterion="is longer")
+    assert sources_of(other)["rewards_sha256"] != sources_of(ASKING)["rewards_sha256"]
+    assert sources_of(other)["verdict_sha256"] == sources_of(ASKING)["verdict_sha256"]
+    assert sources_of(replace(TASK, criterion="is longer")) == sources_of(TASK)
 
 
 # --- a model on this machine -------------------------------------------------------------------

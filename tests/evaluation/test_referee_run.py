@@ -8,16 +8,21 @@ import pytest
 import torch
 from conftest import make_args, make_model, make_setup, make_tokenizer
 from safetensors.torch import load_file
+from several import launch
 from test_referee import ASKING, Stub, better
 from toys import record
 
 import main
 from evaluation import referees
-from evaluation.referee import Referee
-from evaluation.referees import start_model, try_out, with_referees
+from evaluation.referee import Referee, bound
+from evaluation.referees import referee_metrics, start_model, try_out, with_referees
+from evaluation.scoring import judged_ahead, score
 from evaluation.win_rate import against_start, win_rate
+from evaluator import tournament
 from launch.parser import parse_args
 from records.alarms import first_slot, second_referee
+from rldatasets import Problem
+from training.processes import everyones, make_accelerator, own_part
 from utils import UserError
 
 FILE = """
@@ -239,3 +244,33 @@ def test_an_alarm_where_the_place_decides_and_where_the_second_referee_does_not_
     agreed = {**hacked, "win_rate/eval_referee_low": 0.55}
     assert second_referee(rows, [{"step": 5, **agreed}]) is None
     assert second_referee(rows, [{"step": 5, "accuracy": 0.5}]) is None
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+def test_two_processes_judge_and_count_what_one_does():
+    problems = [Problem(f"{n}?", "1", "") for n in range(3)]
+    groups = [["x" * (n + 1), "x" * (2 * n + 2), "x" * (7 - n)] for n in range(3)]
+    before = [{**record(f"{n}?", True, "xxx"), "answer": "1"} for n in range(3)]
+    after = [{**record(f"{n}?", True, "x" * (n + 2)), "answer": "1"} for n in range(3)]
+
+    def judged():
+        accelerator = make_accelerator()
+        referee = Referee(Stub(lambda text: len(text) / 3, slot=5.0), ASKING)
+        functions = [bound(tournament, referee=referee)]
+        task = replace(ASKING, reward_functions=functions)
+        setup = make_setup(None, make_args(), accelerator, SimpleNamespace(), task)
+        setup = replace(setup, referees={"referee": referee})
+        own = own_part([*zip(groups, problems)], accelerator)
+        rollouts = SimpleNamespace(texts=[texts for texts, _ in own])
+        judged_ahead(rollouts, [problem for _, problem in own], setup, functions)
+        earned = score(rollouts, [problem for _, problem in own], functions)
+        totals = torch.cat([part.total for part in everyones(earned, accelerator)]).tolist()
+        metrics = referee_metrics(setup)
+        return totals, metrics, against_start(setup, lambda: before, {}, after)
+
+    alone = judged()
+    assert alone[1]["referee/calls"] == 3 * 3 * 2
+    for found in launch(2, judged):
+        assert found == alone
