@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-lora demo-2proc demo-judge train test test-faults test-benchmarks gpu-check lint clean
+.PHONY: demo demo-lora demo-2proc demo-judge demo-selfplay train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -25,6 +25,11 @@ demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence, judged by 
 	@if [ -e runs/demo-judge ]; then mv runs/demo-judge runs/demo-judge-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) main.py --preset cpu --dataset_name tell --referee start --referee_pairs 1 \
 	  --output_dir runs/demo-judge $(ARGS)
+
+demo-selfplay: $(READY)  ## SmolLM2-135M plays Kuhn poker against itself
+	@if [ -e runs/demo-selfplay ]; then \
+	  mv runs/demo-selfplay runs/demo-selfplay-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --dataset_name kuhn --output_dir runs/demo-selfplay $(ARGS)
 
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)

@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 
 from evaluation.comparison import summarize
+from evaluation.games import played
 from evaluation.held_out import an_eighth, evaluate_policy
 from evaluation.referees import with_referees
 from evaluation.scoring import (
@@ -23,8 +24,8 @@ from evaluation.scoring import (
     joined_rewards,
     judged_ahead,
     score,
+    with_another,
     with_overlong_penalty,
-    without_thoughts,
 )
 from evaluation.win_rate import against_start
 from grpo import has_signal, max_variance_subset
@@ -36,7 +37,8 @@ from records.checkpoints import Saver
 from records.run import show_progress, step_metrics, summary_table
 from records.trackers import finish_trackers
 from sampling.groups import sample_groups
-from sampling.rollouts import joined_rollouts
+from sampling.rollouts import joined_rollouts, without_thoughts
+from sampling.self_play import played_on, positions
 from sampling.turns import worked_ids
 from training.cold_start import cold_start
 from training.optimizer import make_optimizer
@@ -69,7 +71,8 @@ def train(args):
             with phase("evaluation"):
                 answered = evaluate_policy(setup, data.test, done)
                 summary, records = against_start(setup, run.first_records, *answered)
-            run.log_evaluation(done, summary, records)
+                summary, games = played(setup, summary)
+            run.log_evaluation(done, summary, records, games)
             if args.short_eval_iterations:
                 run.log_short_evaluation(done, summarize(an_eighth(records)))
         elif is_due(done, args.short_eval_iterations) and done not in run.short_evaluations:
@@ -132,12 +135,17 @@ def draw_groups(setup, train_problems, step, run):
     args, task, accelerator = setup.args, setup.task, setup.accelerator
     problems, parts, scores = [], [], []
     for draw in range(step * args.max_draws, (step + 1) * args.max_draws):
-        drawn = train_problems.batch(draw, args.questions_per_step)  # Q
+        if task.game:
+            drawn = positions(setup, draw)  # Q
+        else:
+            drawn = train_problems.batch(draw, args.questions_per_step)  # Q
         own = own_part(drawn, accelerator)
         seeds = own_part([mixed_seed(args.seed, draw, q) for q in range(len(drawn))], accelerator)
         with setup.stopwatch("sampling"):
             sampled = sample_groups(setup, own, seeds)
             parts += everyones_rollouts(sampled, accelerator)
+        if task.game:
+            outcomes = played_on(setup, own, sampled, seeds)  # (Q, G)
         with setup.stopwatch("rewards"):
             problems += drawn
             rollouts = joined_rollouts(parts)
@@ -147,6 +155,8 @@ def draw_groups(setup, train_problems, step, run):
             earned = score(
                 judged, own, task.reward_functions, args.reward_weights, file, args.reward_timeout
             )
+            if task.game:
+                earned = with_another(earned, "outcome", outcomes)
             scores += everyones(with_overlong_penalty(earned, sampled, args), accelerator)
             rewards = joined_rewards(scores)
         if has_signal(rewards.total).sum() >= args.questions_per_step:

@@ -183,9 +183,10 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
 
 def our_step(setup, optimizer, scheduler, problems, number):
     """One step of main.train, without its files. Returns (rollouts, seconds per stage)."""
-    from evaluation.scoring import score, without_thoughts
+    from evaluation.scoring import score
     from grpo import group_advantages
     from sampling.groups import sample_groups
+    from sampling.rollouts import without_thoughts
     from training.update import update_policy
     from utils import mixed_seed
 

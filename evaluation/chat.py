@@ -13,12 +13,13 @@ from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
 from evaluation.referees import with_referees
-from evaluation.scoring import advantages_of, score, without_thoughts
+from evaluation.scoring import advantages_of, score
 from evaluator import sees_group
 from llms import chat_prompt
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from sampling.probe import load_policy
+from sampling.rollouts import without_thoughts
 from sampling.turns import replies
 from tasks import check_weights, load_task
 from training.processes import make_accelerator

@@ -9,9 +9,7 @@ from evaluation.scoring import (
     call,
     cut_off_thinking,
     judged_ahead,
-    judged_text,
     score,
-    without_thoughts,
 )
 from evaluation.significance import wilson_interval
 from evaluator import (
@@ -24,6 +22,7 @@ from evaluator import (
 from llms import chat_prompt
 from rldatasets import completion_fields
 from sampling.groups import sample_rollouts
+from sampling.rollouts import judged_text, without_thoughts
 from sampling.turns import between_turns, replies
 from training.processes import everyones, from_main, own_part
 from training.progress import progress

@@ -2,16 +2,15 @@
 
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
 from evaluation.referee import bound
-from evaluator import after_thoughts, sees_group
+from evaluator import sees_group
 from grpo import completion_lengths, decoupled_advantages, group_advantages, overlong_penalty
-from llms import rendering_on
-from rldatasets import Transcript
+from sampling.rollouts import last_turn, without_thoughts
 from tasks import wants_referee
 from utils import TimedOut, UserError, as_number, time_limit
 
@@ -34,32 +33,6 @@ def advantages_of(rewards, args, chosen=None):
     if args.advantage_scale == "gdpo":
         return decoupled_advantages(rewards.per_function, rewards.weights, chosen)
     return group_advantages(rewards.total, args.advantage_scale, chosen, args.baseline)
-
-
-def without_thoughts(rollouts, setup):
-    """The Rollouts with texts that are judged, by rewards, formats and accuracy alike: of a model
-    that thinks, what follows the last </think> and its blanks, and nothing while it still thinks.
-    Of an episode that is what the policy wrote last, a Transcript that knows its other turns: what
-    the world said, which may hold any text, is not taken for an answer of the policy's.
-
-    Where the task's system prompt asks for the tags itself, they are a part of the answer, and all
-    of it is judged.
-    """
-    texts = [[judged_text(text, setup) for text in texts] for texts in rollouts.texts]
-    return replace(rollouts, texts=texts)
-
-
-def judged_text(text, setup):
-    """What of a completion is judged, see `without_thoughts`."""
-    answer = last_turn(text)
-    if "<think>" not in setup.task.system_prompt:
-        answer = after_thoughts(answer, rendering_on(setup.tokenizer).opens_thinking)
-    return Transcript(answer, text.turns) if isinstance(text, Transcript) else answer
-
-
-def last_turn(text):
-    """What the policy wrote last: all of a text that is no Transcript."""
-    return text.turns[-1] if isinstance(text, Transcript) else text
 
 
 def cut_off_thinking(text, answer, finished):
@@ -156,10 +129,15 @@ def with_overlong_penalty(rewards, rollouts, args):
         return rewards
     lengths = completion_lengths(rollouts.completion_mask).cpu()  # (Q, G)
     penalty = overlong_penalty(lengths, args.max_completion_length, args.overlong_buffer)
+    return with_another(rewards, "overlong", penalty)
+
+
+def with_another(rewards, name, values):
+    """Rewards with one more of this name, of weight 1. values: (Q, G), in fp64."""
     return Rewards(
-        names=[*rewards.names, "overlong"],
-        per_function=torch.cat([rewards.per_function, penalty[:, :, None]], dim=-1),
-        total=rewards.total + penalty,
+        names=[*rewards.names, name],
+        per_function=torch.cat([rewards.per_function, values[:, :, None]], dim=-1),
+        total=rewards.total + values,
         weights=torch.cat([rewards.weights, rewards.weights.new_ones(1)]),
     )
 

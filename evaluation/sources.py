@@ -13,9 +13,10 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 def sources_of(task):
     """Facts of a task for config.json: SHA-256 of the source of its rewards, with that of what its
-    world replies and what a referee is asked, and of its verdict."""
-    functions = [*task.reward_functions, *filter(None, [task.reply])]
-    asks = any(map(wants_referee, functions))
+    world replies and what a referee is asked, and of its verdict. The rules of a game are both."""
+    rules = filter(None, [task.game and task.game.payoff, task.reply])
+    functions = [*task.reward_functions, *rules]
+    asks = any(map(wants_referee, task.reward_functions))
     asked = [repr((task.criterion, task.rubric, task.golden))] if asks else []
     return {
         "rewards_sha256": fingerprint(functions, asked),

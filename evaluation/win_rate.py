@@ -7,8 +7,8 @@ rewarded anything.
 
 from evaluation.comparison import paired
 from evaluation.referee import shares
-from evaluation.scoring import judged_text
 from evaluation.significance import mcnemar_p, wilson_interval
+from sampling.rollouts import judged_text
 from training.processes import everyones, from_main, own_part, summed
 from training.progress import progress
 

@@ -81,6 +81,9 @@ def check_flags(args):
     check_referee(args)
     if args.update_ref_model and args.kl_beta == 0:
         raise UserError("--update_ref_model: --kl_beta 0 keeps no reference; set --kl_beta above 0")
+    if args.opponents == "pool" and args.kl_beta == 0:
+        raise UserError("--opponents pool: is the reference, which --kl_beta 0 does not keep; set "
+                        "--kl_beta above 0")  # fmt: skip
     check_lora(args)
     if 0 < args.sampling_batch_size < args.group_size:
         raise UserError(f"{named(args, 'sampling_batch_size')}: less than one group; set it to "

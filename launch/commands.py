@@ -43,6 +43,7 @@ COMMANDS = {
     "compare": "compare two runs' answers to the same held-out questions",
     "evaluate": "evaluate any model on held-out problems, as a run does around training",
     "chat": "put questions to a model as in training; an answer that is known is judged",
+    "play": "play a game of self-play, such as kuhn, against a model in the terminal",
     "group": "sample one group and show every completion's rewards and advantage",
     "plan": "say what a run would take in memory and time, and which flags make it fit",
     "plot": "draw runs as PNGs; several are laid over each other",
@@ -62,6 +63,10 @@ EVALUATION_FLAGS = (
 CHAT_FLAGS = (
     *PROMPT_FLAGS, *DATA_FLAGS, "preset", "evaluator",
     "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
+)  # fmt: skip
+PLAY_FLAGS = (
+    *PROMPT_FLAGS, "preset", "seed", "dataset_name", "max_completion_length", "temperature",
+    "top_k", "top_p", "min_p",
 )  # fmt: skip
 LINT_FLAGS = (
     "reward_weights", "evaluator", *DATA_FLAGS, "reward_timeout", "preset", "model_name", "referee",
@@ -106,6 +111,8 @@ def build_command_parser(name, argv=()):
             "--question, they are read from the terminal")
         add_question(parser)
         add("--temperature", type=NOT_NEGATIVE, default=0.0, help="of sampling; 0: greedy")
+    elif name == "play":
+        add_model(parser, argv, PLAY_FLAGS)
     elif name == "group":
         add_model(parser, argv, GROUP_FLAGS)
         add("ask", nargs="?", metavar="QUESTION", help="or --question N")
@@ -184,10 +191,12 @@ def parse_command(argv):
     args = parse_known(parser, rest)
     args.command = name
     try:
-        if name in ("evaluate", "chat", "group"):
+        if name in ("evaluate", "chat", "play", "group"):
             ask_as_its_run_did(args)
         if name == "evaluate":
             _check_evaluate(args)
+        elif name == "play":
+            _check_play(args)
         elif name in ("chat", "group"):
             _check_question_and_model(args)
         elif name == "lint":
@@ -211,6 +220,13 @@ def _check_evaluate(args):
         check(args)
     kept = (*EVALUATION_FLAGS, "model_name", "command")
     args.__dict__ = {name: value for name, value in vars(args).items() if name in kept}
+
+
+def _check_play(args):
+    check_flags(args)
+    if load_task(args).game is None:
+        raise UserError(f"--dataset_name {args.dataset_name}: is no game; name one, e.g. kuhn")
+    check_model(args)
 
 
 def _check_question_and_model(args):
@@ -332,6 +348,13 @@ def _chat(args):
     chat(args)
 
 
+def _play(args):
+    with _importing():
+        from evaluation.play import play_with_a_person
+
+    play_with_a_person(args)
+
+
 def _group(args):
     with _importing():
         from evaluation.chat import show_group
@@ -369,6 +392,6 @@ def _report(args):
 
 
 DO = {
-    "lint": _lint, "compare": _compare, "evaluate": _evaluate, "chat": _chat, "group": _group,
-    "plan": _plan, "plot": _plot, "report": _report,
+    "lint": _lint, "compare": _compare, "evaluate": _evaluate, "chat": _chat, "play": _play,
+    "group": _group, "plan": _plan, "plot": _plot, "report": _report,
 }  # fmt: skip

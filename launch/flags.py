@@ -66,8 +66,8 @@ def add_flags(parser):
 
     flag = group("data and rewards").add_argument
     flag("--dataset_name", type=known_dataset, metavar="NAME", help="gsm8k, arithmetic (generated "
-         "word problems), the name of a file in tasks/, such as countdown, or OWNER/NAME[/CONFIG] "
-         "of a dataset on the hub")
+         "word problems), the name of a file in tasks/, such as countdown, such a FILE.py, or "
+         "OWNER/NAME[/CONFIG] of a dataset on the hub")
     flag("--dataset_path", metavar="PATH", help="instead of the hub: one FILE (JSON lines, a JSON "
          "array, CSV, Parquet), a directory with one for train and one for test, or what "
          "save_to_disk left")
@@ -191,6 +191,13 @@ def add_flags(parser):
          help="how often it moves")
     flag("--ref_model_mixup_alpha", type=SHARE, default=0.1, metavar="ALPHA",
          help="reference = (1 - ALPHA) reference + ALPHA policy")
+
+    flag = group("self-play").add_argument
+    flag("--tremble", type=SHARE, default=0.2, metavar="SHARE", help="of the moves that are not "
+         "trained on, those before and after, this share is random; 0: none")
+    flag("--opponents", choices=("self", "pool"), default="self", help="games are played by the "
+         "policy with itself, or half of them with the reference, an earlier policy (pool; needs "
+         "--kl_beta, which keeps it)")
 
     flag = group("optimizer").add_argument
     flag("--num_train_iters", type=COUNT, metavar="STEPS", help="steps of GRPO; 0: none")

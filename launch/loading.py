@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from evaluation.comparison import evaluation_table
+from evaluation.games import played
 from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
@@ -61,6 +62,7 @@ def begin(args):
     )
     set_seed(args.seed)
     task = load_task(args)
+    check_game(task, args, accelerator)
     start_judge(task, args)
     check_weights(args.reward_weights, task.reward_functions, args.overlong_buffer)
     with patient(accelerator):  # a checkpoint's files are read whole
@@ -69,7 +71,8 @@ def begin(args):
     with phase("loading"), patient(accelerator), accelerator.main_process_first():
         policy, tokenizer, data = load(args, accelerator, task, start)
     with phase("lint"):
-        warn(task, data.test, args.reward_weights, args.reward_timeout)
+        if not task.game:  # whose rewards are no functions of a completion
+            warn(task, data.test, args.reward_weights, args.reward_timeout)
     for line in remarks(task, data.test):
         tqdm.write(line)
     saved = saved_config(args.output_dir) if start else {}
@@ -88,6 +91,14 @@ def begin(args):
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
     setup = Setup(policy, tokenizer, task, args, accelerator, None, stopwatch)
     return replace(setup, loss_scale=loss_scale_of(args.precision)), run, data, start
+
+
+def check_game(task, args, accelerator):
+    """Raise UserError where games cannot be played by processes as accelerate's configuration has
+    them."""
+    if task.game and accelerator.is_fsdp2:
+        raise UserError(f"--dataset_name {args.dataset_name}: processes play games of their own, "
+                        "for which FSDP2 has no whole policy; use 8x80gb_ddp.yaml")  # fmt: skip
 
 
 def start_judge(task, args):
@@ -188,7 +199,9 @@ def read_problems(args, task, start=None):
     train, test = (task.problems(split) for split in ("train", "test"))
     if train.taken:
         tqdm.write(train.taken)
-    kept = whole_blocks(train, without_overlap(train, test), task.together)
+    # A game has few positions, and what is asked of them by an evaluation is never rewarded.
+    apart = train if task.game else without_overlap(train, test)
+    kept = whole_blocks(train, apart, task.together)
     overlap = len(train) - len(kept)
     if not kept:
         name = "dataset_path" if args.dataset_path else "dataset_name"
@@ -253,5 +266,6 @@ def evaluate_and_save(args):
     with progress, phase("evaluation"):
         setup = Setup(policy, tokenizer, task, args, accelerator)
         summary, records = evaluate_policy(setup, problems, step=0)
-    run.log_evaluation(0, summary, records)
+        summary, games = played(setup, summary)
+    run.log_evaluation(0, summary, records, games)
     print("\n".join([*evaluation_table({args.model_name: summary}), f"It is in {run.path}."]))

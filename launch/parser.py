@@ -29,7 +29,7 @@ from records.resuming import (
     run_to_resume,
     saved_flags,
 )
-from tasks import has_own_evaluator, is_on_hub, load_task
+from tasks import has_own_evaluator, is_on_hub, load_task, task_file
 from utils import UserError, one_line
 
 
@@ -68,7 +68,7 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     # argparse takes -1 for a value but -1e-6 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     add_flags(parser)
-    task = (dataset_name or "").partition("/")[0]
+    task = task_file(dataset_name or "")[0]
     if dataset_name and is_on_hub(dataset_name):
         task = "gsm8k"  # whose answers are as long as any
     defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
@@ -174,5 +174,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
 def run_directory(args, model):
     """Where a run goes that no --output_dir names, by its dataset, own rewards, model and time."""
     own = [Path(args.evaluator).stem] if has_own_evaluator(args) else []
-    names = [args.dataset_name.replace("/", "-"), *own, model, time.strftime("%Y%m%d-%H%M%S")]
+    dataset, _, variant = task_file(args.dataset_name)
+    dataset = f"{dataset}-{variant}" if variant else dataset
+    names = [dataset, *own, model, time.strftime("%Y%m%d-%H%M%S")]
     return f"runs/{'-'.join(names)}"

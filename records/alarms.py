@@ -17,6 +17,7 @@ KL = 1.0  # nats per token: the policy's tokens are e times likelier than under 
 DRIFT = 2.0  # factor between lengths; healthy runs stay within 1.3
 FLAT = 0.8  # of the groups; towards the end of a healthy run two thirds may be flat
 SLOT = 0.8  # of the verdicts; beyond it, or for the second as often, the place decides
+WORSE = 0.05  # exploitability above the first; who learns from each other goes round a little
 TRUNCATED = 0.5  # of the completions; what is cut off rarely has an answer to reward
 
 
@@ -140,10 +141,25 @@ def skipped(history, evaluations):
     return "update skipped, its loss or gradient was not finite"
 
 
+def locked_in(history, evaluations):
+    """Self-play that no longer learns of itself: what it never plays, it never meets."""
+    rows = [row for row in evaluations if row.get("exploitability") is not None]
+    if not rows:
+        return None
+    first, last = rows[0]["exploitability"], rows[-1]["exploitability"]
+    flat = _share(history, "flat_groups")
+    if last <= first + WORSE and (flat is None or flat < FLAT):
+        return None
+    flat = "" if flat is None else f", {flat:.0%} of the groups flat"
+    return (f"self-play: exploitability {first:.3f} at first, {last:.3f} now{flat}; raise "
+            "--tremble or --entropy_bonus, lower --learning_rate")  # fmt: skip
+
+
 # Which file shows it: the step's own completions, or the last evaluation's.
 RULES = {
     reward_hacking: "eval",
     accuracy: "eval",
+    locked_in: "eval",
     entropy: "step",
     kl: "step",
     completion_length: "step",

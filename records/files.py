@@ -41,6 +41,13 @@ LABELS = {
     "completions/sampled": "completions sampled",
     "peak_memory_gb": "peak memory of tensors so far (GB)",
     "completions/trained": "completions that carried gradient",
+    "exploitability": "exploitability (won by the best answers; 0: perfect)",
+    "legal_moves": "legal answers' share of the probability",
+    "best_moves": "best moves' share, where some are worse",
+    "against_random": "won a game from random play (95 % interval)",
+    "against_perfect": "won a game from perfect play (95 % interval)",
+    "exact/against_random": "won a game from random play (exact)",
+    "exact/against_perfect": "won a game from perfect play (exact)",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "lenient_accuracy": "held-out accuracy, tags not needed (95 % interval)",
     "format_rate": "held-out format rate (95 % interval)",
@@ -59,8 +66,9 @@ LABELS = {
     "win_rate/referee": "held-out win rate over step 0 (95 % interval)",
     "win_rate/eval_referee": "held-out win rate over step 0, second referee (95 % interval)",
 }
-SHARES = {"accuracy", "lenient_accuracy", "format_rate", "truncated", "flat_groups",
-          "clip_fraction", "tis_capped", "weights_changed", "weights_changed_bf16"}  # fmt: skip
+SHARES = {"accuracy", "lenient_accuracy", "format_rate", "legal_moves", "best_moves", "truncated",
+          "flat_groups", "clip_fraction", "tis_capped", "weights_changed",
+          "weights_changed_bf16"}  # fmt: skip
 SHARE_ENDS = (
     "debate/accuracy",
     "debate/without",

@@ -25,6 +25,7 @@ from records.files import (
     title,
     unit,
 )
+from records.games import games_section
 from records.pairs import pairs_section
 from records.resuming import REPORT
 from utils import replace_text
@@ -55,6 +56,7 @@ def write_report(path):
         _section("Curves", charts),
         _section("Held-out answers", '<div id="answers"></div>' if answers else ""),
         _section("Against the answers of step 0", pairs_section(run.path)),
+        _section("Games", games_section(run.path)),
         _section("Token by token", '<div id="tokens"></div>' if groups else ""),
         _section("Where the time and the tokens went", _budget(run)),
         _section("Configuration", _configuration(run)),

@@ -45,7 +45,8 @@ class Run:
     short_eval.jsonl   the same of an eighth of the problems (--short_eval_iterations)
     referee.jsonl      what a referee has answered (--referee), each question once
     completions/       step_00012.jsonl: every rollout; eval_00020.jsonl: every held-out answer;
-                       tokens_00012.jsonl: one group, token by token
+                       tokens_00012.jsonl: one group, token by token; games_00020.jsonl: of a
+                       game, the policy's moves and some of its games
     rollouts/          step_00012.safetensors: the same rollouts, token by token (--save_rollouts)
     checkpoints/       step_00100/: what --resume goes on from, see checkpoints.py
     model/             the final model in Hugging Face format
@@ -76,8 +77,9 @@ class Run:
             if self.writes and path.exists():  # also where all it holds is a torn line
                 replace_text(path, jsonl(kept[name]))
         for path in (*self.completions.glob("*_*.jsonl"), *self.path.glob("rollouts/step_*")):
-            ours = re.fullmatch(r"(step|eval|tokens)_(\d{5,})", path.stem)
-            if ours and self.writes and int(ours[2]) > (done if ours[1] == "eval" else done - 1):
+            ours = re.fullmatch(r"(step|eval|games|tokens)_(\d{5,})", path.stem)
+            last = done if ours and ours[1] in ("eval", "games") else done - 1
+            if ours and self.writes and int(ours[2]) > last:
                 path.unlink()
         self.rows, self.evaluations = kept["metrics.jsonl"], {}
         self.short_evaluations = {row["step"] for row in kept["short_eval.jsonl"]}
@@ -131,11 +133,13 @@ class Run:
         if self.writes:
             write_jsonl(self.path / name, rows, mode=mode)
 
-    def log_evaluation(self, step, summary, records):
+    def log_evaluation(self, step, summary, records, games=()):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
         if self.writes and step > 0 and (first := self.first_records()):
             summary = {**summary, "mcnemar_p": p_against(first, records)}
         self._write(f"completions/eval_{step:05d}.jsonl", records)
+        if games:
+            self._write(f"completions/games_{step:05d}.jsonl", games)
         self.evaluations[step] = summary
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
         row = {"step": step, **summary, "alarms": alarms}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from training.lora import whole_weight
 from training.pictures import first_place, positions_after, prompt_positions, shown
-from training.tree import first_of_each
+from training.tree import first_equal, first_of_each
 from utils import to_device
 
 
@@ -127,9 +127,9 @@ class Block:
 class Decoder:
     """`prefill` once, then `step` for every token; `branch` parts rows and drops finished ones.
 
-    At first there is a row for each question, or for each completion where it does not share. The
-    rows of a question may stand anywhere: `place` (R,) says which of Q·W places each has, question
-    by question.
+    At first there is a row for each question, of equal ones for the first, or for each completion
+    where it does not share. The rows of a question may stand anywhere: `place` (R,) says which of
+    Q·W places each has, question by question.
     """
 
     @torch.inference_mode()
@@ -151,6 +151,12 @@ class Decoder:
         """Read the prompts (Q lists of ids) and their Pictures, if any show something. Logits
         (R, V) of every row's first token, and for each of the Q·G completions its row, on the
         host."""
+        self.completions = len(prompts) * self.group_size
+        rows = 1 if self.shares else self.group_size  # of each question
+        row = np.arange(len(prompts) * rows).repeat(self.group_size // rows)  # (Q·G,)
+        if self.shares and pictures is None:  # equal ids may show other pictures
+            first, row = first_of_each(first_equal(map(tuple, prompts)).repeat(self.group_size))
+            prompts = [prompts[place // self.group_size] for place in first]
         # A tensor per layer: one for all would seldom fit where the last batch's was freed.
         self.prompt_keys = self.prompt_values = ()  # L times (Q, K, P, S)
         self.prompt_mask = torch.ones((1, 0), dtype=torch.bool, device=self.device)  # (Q, P)
@@ -164,20 +170,18 @@ class Decoder:
 
         bias = torch.zeros_like(self.prompt_mask, dtype=self.prompt_keys[0].dtype)
         self.prompt_bias = bias.masked_fill(~self.prompt_mask, -torch.inf)[:, None, None]
-        rows = 1 if self.shares else self.group_size  # of each question
         self.question = np.arange(len(prompts)).repeat(rows)  # (R,), on the host
         after = positions_after(pictures, [len(prompt) for prompt in prompts])  # (Q,)
         self.position = self._on_device(after).repeat_interleave(rows)  # (R,)
         self.written = 0
         self._make_room()
-        row = np.arange(len(self.position)).repeat(self.group_size // rows)  # (Q·G,)
         return logits.repeat_interleave(rows, dim=0), row
 
     def _make_room(self):
         """An empty cache for the completions."""
         self._place_rows()
-        questions, heads, _, size = self.prompt_keys[0].shape
-        shape = (questions * self.group_size, heads, self.max_new_tokens, size)
+        _, heads, _, size = self.prompt_keys[0].shape
+        shape = (self.completions, heads, self.max_new_tokens, size)
         self.keys = [keys.new_empty(shape) for keys in self.prompt_keys]  # L times (R, K, C, S)
         self.values = [values.new_empty(shape) for values in self.prompt_values]
 

@@ -34,20 +34,21 @@ BLOCK = 128  # tokens; divides the vocabularies of Qwen2.5, Qwen3, LLaMA-3 and S
 BELOW_ONE = 1 - 2**-53  # the largest number below 1 in fp64
 
 
-def sample_groups(setup, problems, seeds):
-    """G completions for each of these problems, from the policy as it is now; `seeds`, a number per
-    problem, fix the draws."""
+def sample_groups(setup, problems, seeds, group_size=None):
+    """G completions (by default --group_size) for each of these problems, from the policy as it is
+    now; `seeds`, a number per problem, fix the draws."""
     args, tokenizer = setup.args, setup.tokenizer
+    group_size = group_size or args.group_size
     prompts = [
         chat_prompt(tokenizer, setup.task.system_prompt, problem.question) for problem in problems
     ]
-    at_once = args.sampling_batch_size // args.group_size or len(prompts)  # questions
+    at_once = args.sampling_batch_size // group_size or len(prompts)  # questions
     parts = []
     with setup.accelerator.autocast(), whole(setup.policy):
         for start in range(0, len(prompts), at_once):
             now = slice(start, start + at_once)
             common = (
-                setup.policy, tokenizer, prompts[now], args.group_size, args.max_completion_length,
+                setup.policy, tokenizer, prompts[now], group_size, args.max_completion_length,
                 args.temperature, seeds[now],
             )  # fmt: skip
             if args.sampler == "paged":

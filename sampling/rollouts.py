@@ -3,13 +3,15 @@
 Letters: Q questions, G completions per question, P prompt tokens, C completion tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from evaluator import after_thoughts
 from grpo import completion_lengths
-from llms import stop_token_ids
+from llms import rendering_on, stop_token_ids
+from rldatasets import Transcript
 from utils import to_device
 
 
@@ -70,6 +72,32 @@ def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, t
         finished=finished.view(shape[:2]),
         texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
     )
+
+
+def without_thoughts(rollouts, setup):
+    """The Rollouts with texts that are judged, by rewards, formats and accuracy alike: of a model
+    that thinks, what follows the last </think> and its blanks, and nothing while it still thinks.
+    Of an episode that is what the policy wrote last, a Transcript that knows its other turns: what
+    the world said, which may hold any text, is not taken for an answer of the policy's.
+
+    Where the task's system prompt asks for the tags itself, they are a part of the answer, and all
+    of it is judged.
+    """
+    texts = [[judged_text(text, setup) for text in texts] for texts in rollouts.texts]
+    return replace(rollouts, texts=texts)
+
+
+def judged_text(text, setup):
+    """What of a completion is judged, see `without_thoughts`."""
+    answer = last_turn(text)
+    if "<think>" not in setup.task.system_prompt:
+        answer = after_thoughts(answer, rendering_on(setup.tokenizer).opens_thinking)
+    return Transcript(answer, text.turns) if isinstance(text, Transcript) else answer
+
+
+def last_turn(text):
+    """What the policy wrote last: all of a text that is no Transcript."""
+    return text.turns[-1] if isinstance(text, Transcript) else text
 
 
 def joined_rollouts(parts):

@@ -1,6 +1,7 @@
 """Tasks: what the model is asked and how it is judged. A file here is one task.
 
-To add one, write NAME.py here; `--dataset_name NAME` picks it and no other file changes (with
+To add one, write NAME.py here; `--dataset_name NAME` picks it and no other file changes; so does
+`--dataset_name FILE.py`, wherever that lies (with
 `--preset cpu`, give --max_completion_length and --temperature too). A whole task:
 
     from rldatasets import Problem
@@ -33,6 +34,7 @@ RUBRIC                   [(weight, criterion), ...], for the reward `rubric`
 GOLDEN                   [(question, better text, worse text), ...] that a referee is tried on, the
                          fourth of each, if any, the one criterion that it is about
 JUDGE                    a verifier_process.Judge that rewards and is_correct ask, and ...
+payoff, and more          of a game that the policy plays against itself, see tasks/games.py
 judge_request            (completion, problem) -> what they will ask it, or None: --reward_workers
                          then judges a step's completions side by side
 
@@ -54,12 +56,13 @@ import evaluator
 import rldatasets
 from reading.columns import Fields
 from rldatasets import BUILT_IN, Problem, Problems, hub_dataset, load_problems
+from tasks import games
 from tasks.guarded import errors_of, replied, takes, worked
 from utils import UserError, hint
 
 TASKS = Path(__file__).parent
 # The files here that are none.
-NO_TASKS = ("__init__", "expressions", "guarded", "verifier_process")
+NO_TASKS = ("__init__", "expressions", "games", "guarded", "verifier_process")
 
 
 def dataset_names():
@@ -70,7 +73,7 @@ def dataset_names():
 
 def is_on_hub(dataset_name):
     """Whether this --dataset_name is OWNER/NAME[/CONFIGURATION] of a dataset on the hub."""
-    known = dataset_name.partition("/")[0] in dataset_names()
+    known = dataset_name.partition("/")[0] in dataset_names() or dataset_name.endswith(".py")
     return not known and hub_dataset(dataset_name) is not None
 
 
@@ -91,6 +94,7 @@ class Task:
     criterion: str = "answers the question better"  # these three are for a referee
     rubric: tuple = ()
     golden: tuple = ()
+    game: games.Game | None = None  # which the policy plays against itself, for its questions
 
 
 def load_task(args):
@@ -99,17 +103,19 @@ def load_task(args):
     Raises UserError, naming file and line where there is one, for whatever is wrong with the files
     of the task and of --evaluator, and for a flag that does not fit the task.
     """
-    name, _, variant = args.dataset_name.partition("/")
+    name, path, variant = task_file(args.dataset_name)
     if is_on_hub(args.dataset_name):
         name, variant = args.dataset_name, ""
-    of_file = name in dataset_names() and name not in BUILT_IN
-    task = definitions(TASKS / f"{name}.py", f"tasks.{name}") if of_file else {}
+    of_file = path.parent != TASKS or (name in dataset_names() and name not in BUILT_IN)
+    task = _definitions_of_task(name, path) if of_file else {}
+    if game := games.game_of(task, path):
+        task = {**games.as_task(game), **task}
     _check_variant(name, variant, task.get("VARIANTS"))
     if "problems" in task:
         if args.dataset_path is not None:
             raise UserError(f"--dataset_path: {name} makes its own problems; leave it out")
         more = (variant,) if variant else ()
-        problems = partial(_made, task["problems"], TASKS / f"{name}.py", args.seed, *more)
+        problems = partial(_made, task["problems"], path, args.seed, *more)
     else:
         if args.dataset_path is None and of_file:
             raise UserError(f"--dataset_name {name}: reads files; name them by --dataset_path")
@@ -130,10 +136,30 @@ def load_task(args):
         criterion=task.get("CRITERION", Task.criterion),
         rubric=tuple(task.get("RUBRIC", ())),
         golden=tuple(task.get("GOLDEN", ())),
+        game=game,
     )
     if variant and not getattr(args, "allow_weak_verifier", False):
         return replace(whole, problems=partial(_verifiable, whole, args.dataset_name))
     return whole
+
+
+def task_file(name):
+    """(a dataset's name, its task's file, its variant) of a --dataset_name: NAME, NAME/VARIANT or
+    FILE.py, which has no variants."""
+    if name.endswith(".py"):
+        return Path(name).stem, Path(name), ""
+    name, _, variant = name.partition("/")
+    return name, TASKS / f"{name}.py", variant
+
+
+def _definitions_of_task(name, path):
+    if path.parent == TASKS:
+        return definitions(path, f"tasks.{name}")
+    if not path.is_file():
+        raise UserError(f"--dataset_name {path}: no such file; name one that is there")
+    module_name = f"task {path.absolute()}"
+    with _files_beside(path, module_name):
+        return definitions(path, module_name)
 
 
 def has_own_evaluator(args):
@@ -238,7 +264,8 @@ def definitions(path, module_name):
             raise
     found = vars(sys.modules[module_name])
     names = ("problems", *DEFAULTS, "reply", "VARIANTS", "JUDGE", "judge_request",
-             "CRITERION", "RUBRIC", "GOLDEN", "TOGETHER", "measured")  # fmt: skip
+             "CRITERION", "RUBRIC", "GOLDEN", "TOGETHER", "measured",
+             *games.NAMES)  # fmt: skip
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
     if "reply" in chosen:

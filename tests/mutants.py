@@ -40,6 +40,7 @@ class Mutant:
 
 
 TURNS = "sampling/test_turns.py"
+SELF_PLAY = "sampling/test_self_play.py"
 GRPO, OBJECTIVES, DATA, LLMS = (
     "test_grpo.py", "test_objectives.py", "test_rldatasets.py", "test_llms.py",
 )  # fmt: skip
@@ -674,6 +675,23 @@ MUTANTS = [
            "len(self) // self.together)", "tasks/test_debate.py"),
     Mutant("the other side's own answer", 'said(problem.extra["against"], other)',
            "said(problem.answer, other)", "tasks/test_debate.py"),
+    # Self-play.
+    Mutant("both players are paid what one of them has", "next(earned)[game.mover(state)]",
+           "next(earned)[0]", SELF_PLAY),
+    Mutant("both players' moves are one group",
+           'return torch.tensor(rows, dtype=torch.float64, device="cpu")  # (Q, G)',
+           'return torch.tensor(rows, dtype=torch.float64, device="cpu").T.reshape(len(rows), -1)',
+           SELF_PLAY),
+    Mutant("a mistake pays the other player", "if seat == match.fault else 0.0",
+           "if seat == match.fault else game.FORFEIT", SELF_PLAY),
+    Mutant("a position of the opponent is drawn",
+           "if match.players[game.mover(state)] is learner]", "]", SELF_PLAY),
+    Mutant("the best answer sees all cards",
+           "value(game.play(state, choice(game.prompt(state))))",
+           "max(value(game.play(state, move)) for move in game.moves(state))",
+           "evaluation/test_exploitability.py"),
+    Mutant("equal prompts are read twice", "places.setdefault(item, place) for", "place for",
+           "training/test_tree.py sampling/test_sharing.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.

@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def recorded(argv, seconds=600, columns=120):
-    """Run a command in a terminal of its own. Returns (status, [(seconds since its start, what was
+def recorded(argv, seconds=600, columns=120, typed=()):
+    """Run a command in a terminal of its own, where each of `typed` is typed when it asks for it by
+    "> ". Returns (status, [(seconds since its start, what was
     written)])."""
-    started = time.monotonic()
+    started, keys = time.monotonic(), iter(typed)
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
@@ -43,6 +44,8 @@ def recorded(argv, seconds=600, columns=120):
         if not data:
             break
         writes.append((time.monotonic() - started, data.decode(errors="replace")))
+        if data.endswith(b"> "):
+            os.write(terminal, next(keys).encode())
     else:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

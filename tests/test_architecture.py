@@ -126,7 +126,7 @@ def test_every_room_says_what_is_looked_for_in_it(room):
         ("sampling/decoder.py", "from records.run import Run\n", "imports records.run"),
         ("llms.py", "from tasks import load_task\n", "llms.py:1: imports tasks"),
         ("sampling/rollouts.py", "import sampling.groups\n",
-         "-> sampling.rollouts -> sampling.groups"),
+         "sampling.rollouts -> sampling.groups"),
         ("training/extra.py", "import training.extra\n",
          "a circle: training.extra -> training.extra"),
         ("helpers.py", "x = 1\n", "helpers: stands at the top level"),

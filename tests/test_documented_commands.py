@@ -76,6 +76,8 @@ NOT_RUN = {
     "python main.py --resume --output_dir runs/NAME": "as for runs/demo",
     "python main.py chat runs/demo/model --preset cpu": "asks; tests/evaluation/test_chat.py",
     "python main.py evaluate MODEL": "the hub: GSM8K",
+    "python main.py --preset cpu --dataset_name nim": "minutes; tests/test_self_play_run.py",
+    "python main.py play runs/demo-selfplay/model": "asks; tests/evaluation/test_play.py",
     "python main.py lint --dataset_name": "tests/evaluation/test_verdicts.py",
     "python main.py lint --preset cpu --dataset_name tell": "minutes; test_referee_run.py",
     "python main.py --preset cpu --dataset_name debate": "a referee; tests/tasks/test_debate.py",

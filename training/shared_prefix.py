@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from training.lean_layers import make_lean
 from training.pictures import positions_after, prompt_positions, shown
-from training.tree import alone, first_of_each, prefix_numbers
+from training.tree import alone, first_equal, first_of_each, prefix_numbers
 from utils import UserError, to_device
 
 ATTENTION = "shared_prefix"  # its name as a model's attention implementation
@@ -45,7 +45,7 @@ WITHOUT_GRADIENT = 4
 class MicroBatch:
     """R completions that share a forward and backward pass, and the prompts they continue."""
 
-    prompts: list  # tensors (P,)
+    prompts: list  # tensors (P,), without a copy where completions may share
     question: list  # R indices into `prompts`
     lengths: list  # R numbers of tokens
     prefixes: np.ndarray  # (R, C), the number of the prefix that ends at each token
@@ -59,8 +59,9 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
 
     prompt_ids: Q tensors (P,). lengths: Q lists of G numbers of tokens; completions of none are
     left out. budget 0: everything in one pass. A completion that exceeds the budget by itself has a
-    pass of its own. completion_ids: (Q·G, C), by which completions share; None: they do not.
-    pictures: Q, see training/pictures.py; None: no prompt shows anything.
+    pass of its own. completion_ids: (Q·G, C), by which completions share, those of equal prompts as
+    those of one; None: they do not. pictures: Q, see training/pictures.py; None: no prompt shows
+    anything.
 
     Attention, and what it keeps for the backward pass, is padded to the most own tokens of a
     completion in a pass. So long ones stand together, and a pass ends before padding takes as much
@@ -69,11 +70,14 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
     """
     budget = budget or math.inf
     group_size = len(lengths[0])
-    prefixes = _prefixes(lengths, completion_ids)
+    shared = completion_ids is not None and pictures is None  # equal ids may show other pictures
+    question = _questions(prompt_ids, shared).repeat(group_size)  # (Q·G,)
+    flat = [length for group in lengths for length in group]
+    prefixes = _prefixes(flat, completion_ids, question)
     passes, held = [], set()  # `held` and those below are of the pass being filled
     spent = longest = padded = 0  # tokens, most own tokens, completions that have some
-    for question, prompt in enumerate(prompt_ids):
-        rows = [question * group_size + g for g, length in enumerate(lengths[question]) if length]
+    for asked_first, prompt in enumerate(prompt_ids):
+        rows = [row for row in np.flatnonzero(question == asked_first).tolist() if flat[row]]
         if not rows:
             continue
         group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
@@ -94,23 +98,28 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
             passes[-1].append(row)
             held.update(group[row])
             spent, asked = spent + cost, True
-    return [_micro_batch(rows, prompt_ids, lengths, prefixes, pictures) for rows in passes]
+    return [_micro_batch(rows, prompt_ids, flat, prefixes, question, pictures) for rows in passes]
 
 
-def _prefixes(lengths, completion_ids):
-    """The number of each completion's prefixes, (Q·G, C), on the host."""
-    flat = [length for group in lengths for length in group]
+def _questions(prompt_ids, shared):
+    """For each of Q prompts the first that is equal to it, or itself where none is `shared`."""
+    if not shared:
+        return np.arange(len(prompt_ids))
+    ids = torch.cat(prompt_ids).cpu().split([len(prompt) for prompt in prompt_ids])
+    return first_equal(tuple(prompt.tolist()) for prompt in ids)
+
+
+def _prefixes(lengths, completion_ids, question):
+    """The number of each completion's prefixes, (Q·G, C), on the host. lengths: Q·G numbers."""
     if completion_ids is None:
-        return alone(flat, max(flat, default=0))
-    question = np.repeat(np.arange(len(lengths)), len(lengths[0]))
-    return prefix_numbers(completion_ids.cpu().numpy(), flat, question)
+        return alone(lengths, max(lengths, default=0))
+    return prefix_numbers(completion_ids.cpu().numpy(), lengths, question)
 
 
-def _micro_batch(rows, prompt_ids, lengths, prefixes, pictures):
-    group_size = len(lengths[0])
-    asked = [row // group_size for row in rows]
+def _micro_batch(rows, prompt_ids, lengths, prefixes, question, pictures):
+    asked = question[rows].tolist()
     questions = sorted(set(asked))
-    lengths = [lengths[row // group_size][row % group_size] for row in rows]
+    lengths = [lengths[row] for row in rows]
     return MicroBatch(
         prompts=[prompt_ids[question] for question in questions],
         question=[questions.index(question) for question in asked],

@@ -9,9 +9,9 @@ once for each distinct prefix, in sampling and in training alike:
             └─ Four ─── .                    completion 2: Four .
                                              completion 3: I think 4 .
 
-14 tokens, 8 prefixes. Every prefix has a number, a completion is the row of those it goes through,
-and whatever is computed per prefix comes back to the completions by these numbers: equal numbers
-take the same value, and give their gradients to it.
+14 tokens, 8 prefixes. Questions that ask the same are one tree. Every prefix has a number, a
+completion is the row of those it goes through, and whatever is computed per prefix comes back to
+the completions by these numbers: equal numbers take the same value, and give their gradients to it.
 """
 
 import numpy as np
@@ -38,6 +38,12 @@ def prefix_numbers(ids, lengths, question):
         numbers[rows, c] = before[rows] = count + number
         count += len(distinct)
     return numbers
+
+
+def first_equal(items):
+    """For each of these items, the place of the first that equals it, as an array on the host."""
+    places = {}
+    return np.array([places.setdefault(item, place) for place, item in enumerate(items)])
 
 
 def alone(lengths, width):

@@ -12,11 +12,11 @@ from conftest import TASK, make_tokenizer
 from evaluation import held_out
 from evaluation.comparison import evaluation_table, summarize
 from evaluation.held_out import evaluate
-from evaluation.scoring import score, truncated_thinking, without_thoughts
+from evaluation.scoring import score, truncated_thinking
 from evaluator import REWARD_FUNCTIONS, after_thoughts, is_correct, is_correct_leniently
 from llms import Rendering
 from rldatasets import Problem
-from sampling.rollouts import Rollouts
+from sampling.rollouts import Rollouts, without_thoughts
 from utils import read_jsonl
 
 

@@ -167,3 +167,20 @@ def test_a_resumed_run_knows_what_was_told_and_reads_no_file_at_every_step(tmp_p
         run.log_step(row)
     logged = [json.loads(line)["alarms"] for line in (tmp_path / "metrics.jsonl").open()]
     assert [len(lines) for lines in logged] == [1, 0, 0, 0]
+
+
+def played(step, exploitability):
+    return {"step": step, "exploitability": exploitability}
+
+
+def test_self_play_that_locks_in_is_told():
+    """Worse than at first, or with all groups flat; not where exploitability wanders a little."""
+    rows = history(20, flat_groups=lambda step: 0.3)
+    assert new_alarms(rows, [played(0, 0.34), played(20, 0.37)], "eval") == []
+    [line] = new_alarms(rows, [played(0, 0.34), played(20, 0.83)], "eval")
+    assert line.startswith("locked_in: self-play: exploitability 0.340 at first, 0.830 now")
+    assert line.endswith("see completions/eval_00020.jsonl")
+    flat = history(20, flat_groups=lambda step: 1.0)
+    [line] = new_alarms(flat[:1], [played(0, 0.34)], "eval")
+    assert "100% of the groups flat" in line
+    assert new_alarms(flat, [{"step": 20, "accuracy": 0.5}], "eval") == []

@@ -62,6 +62,20 @@ def test_a_step_has_a_row_for_every_distinct_prefix_that_goes_on(temperature, mo
     assert rows[0] <= 18 and min(rows) < 18
 
 
+def test_questions_that_ask_the_same_share_rows_and_keep_their_draws(monkeypatch):
+    model = make_model(dtype=torch.float64, vocab_size=14)
+    rows, prefill = [], Decoder.prefill
+    watched = lambda *inputs: rows.append(prefill(*inputs)) or rows[-1]  # noqa: E731
+    monkeypatch.setattr(Decoder, "prefill", watched)
+    prompts, numbers = [[5, 2, 8], [3], [5, 2, 8], [7, 7], [3]], range(5)
+    together = sample_rollouts(model, Words(0), prompts, 3, 12, 1.0, numbers)
+    assert len(rows[0][0]) == 3
+    assert rows[0][1].tolist() == [0] * 3 + [1] * 3 + [0] * 3 + [2] * 3 + [1] * 3
+    for prompt, number, texts in zip(prompts, numbers, together.texts):
+        alone = sample_rollouts(model, Words(0), [prompt], 3, 12, 1.0, [number])
+        assert alone.texts == [texts]
+
+
 def test_a_greedy_group_is_one_row(monkeypatch):
     rows, step = [], Decoder.step
     monkeypatch.setattr(

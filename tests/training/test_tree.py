@@ -74,6 +74,29 @@ def test_values_and_gradients_are_those_of_every_sequence_by_itself(family, budg
     assert_same(value_and_gradients(model, lambda m: packed(m, budget)), unshared)
 
 
+@pytest.mark.parametrize("budget", [0, 1, 20])
+def test_questions_that_ask_the_same_are_read_once(budget):
+    """Two of four prompts are equal, and so is a part of what was written to them."""
+    model = make_model(dtype=torch.float64)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0].clone(), PROMPTS[2]]
+    ids = torch.cat([IDS[:2], IDS[:1], IDS[2:]])  # (4, G, C)
+    ids[2, 0, 0] = 11
+    lengths = [*LENGTHS[:2], LENGTHS[0], LENGTHS[2]]
+    mask = torch.arange(WIDTH) < torch.tensor(lengths)[..., None]
+    result = torch.zeros(mask.shape, dtype=torch.float64).flatten(0, 1)
+    batches = micro_batches(prompts, lengths, budget, ids.flatten(0, 1))
+    for batch in batches:
+        logprobs, _ = completion_logprobs(model, batch, ids.flatten(0, 1)[batch.rows], 0.7)
+        result[batch.rows] = logprobs.detach()
+    expected = [naive_logprobs(model, p, rows, 0.7) for p, rows in zip(prompts, ids)]
+    assert (result.view(mask.shape) - torch.stack(expected).where(mask, 0)).abs().max() < 1e-12
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(16))
+    if not budget:
+        assert len(batches[0].prompts) == 3
+        # The prefixes of the first, those after another first token, and those of the others.
+        assert sum(own_tokens(batches[0])) == 6 + 4 + 3 + 10
+
+
 @pytest.mark.parametrize("budget", [0, 9])
 def test_so_are_entropies(budget):
     model = make_model(dtype=torch.float64)

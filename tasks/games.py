@@ -1,0 +1,117 @@
+"""Games of two players: what a task's file defines to be played, and the problems of a game.
+
+A task's file that defines `payoff` is a game. A state holds everything, hidden cards and whose turn
+it is included, and can be a key of a dict; what its mover is told of it is the question. States in
+which the mover is told the same are one position.
+
+start(rng)          a first state, chance included: whatever is dealt is dealt here
+mover(state)        who moves, 0 or 1
+moves(state)        the legal moves, a tuple
+play(state, move)   the state after a legal move
+payoff(state)       (what player 0 gets, what player 1 gets), None while the game goes on
+prompt(state)       the question to the mover; it does not list the legal moves, or a model that
+                    picks one of the list at random seems to know the game
+say(state, move)    the completion that makes this move
+read(completion)    the move that a completion makes, legal here or not; None where it makes none
+
+and, if it likes,
+
+FORFEIT             what an illegal move costs its player; default: 1
+perfect(state)      {move: probability} of a player that nobody beats; nothing rewards it, it is
+                    what a run is measured by
+starts()            all first states, equally likely, where they are few enough to go through:
+                    exploitability and winnings are then exact
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+
+from rldatasets import Problem, Problems
+from utils import UserError
+
+GAMES = 1024  # of random play, whose positions are the cold start's and the evaluation's
+
+
+@dataclass(frozen=True)
+class Game:
+    """What a game's file defines, see above."""
+
+    start: Callable
+    mover: Callable
+    moves: Callable
+    play: Callable
+    payoff: Callable
+    prompt: Callable
+    say: Callable
+    read: Callable
+    FORFEIT: float = 1.0
+    perfect: Callable | None = None
+    starts: Callable | None = None
+
+
+NAMES = tuple(field.name for field in fields(Game))
+
+
+def game_of(found, path):
+    """The Game of a file that defines these names; None where it defines no `payoff`. Raises
+    UserError where something is missing."""
+    if "payoff" not in found:
+        return None
+    for name in NAMES[:8]:
+        if name not in found:
+            raise UserError(f"{path}: a game needs {name} too; see tasks/games.py")
+    return Game(**{name: found[name] for name in NAMES if name in found})
+
+
+def as_task(game):
+    """What the rest of a task is where it is this game; its file may define it otherwise."""
+    return {
+        "problems": partial(problems_of, game),
+        "REWARD_FUNCTIONS": [],  # the outcome comes from playing on, see sampling/self_play.py
+        "is_correct": partial(is_best, game),
+        "worked_answer": said,
+    }
+
+
+def positions(game):
+    """{what the mover is told: a state} of all positions that random play comes by."""
+    rng, found = random.Random(0), {}
+    for _ in range(GAMES):
+        state = game.start(rng)
+        while game.payoff(state) is None:
+            found.setdefault(game.prompt(state), state)
+            state = game.play(state, rng.choice(game.moves(state)))
+    return {prompt: found[prompt] for prompt in sorted(found)}
+
+
+def problems_of(game, split, seed):
+    """Of "train": every position with each of its legal moves, from which a cold start learns how
+    moves are written, all alike, and no strategy. Of "test": the positions in which some moves are
+    worse than others, with one that is best."""
+    problems = []
+    for prompt, state in positions(game).items():
+        moves = game.moves(state)
+        if split == "test" and game.perfect:
+            best = best_moves(game, state)
+            moves = best[:1] if len(best) < len(moves) else ()
+        for move in moves:
+            text = game.say(state, move)
+            problems.append(Problem(prompt, text, text, {"state": state}))
+    return Problems(problems, seed)
+
+
+def best_moves(game, state):
+    return tuple(move for move, share in game.perfect(state).items() if share > 0)
+
+
+def is_best(game, completion, problem):
+    """Whether a completion makes a move that a perfect player may make; a legal one where the game
+    does not say what is perfect."""
+    state, move = problem.extra["state"], game.read(completion)
+    return move in (best_moves(game, state) if game.perfect else game.moves(state))
+
+
+def said(problem):
+    return problem.answer

@@ -1,0 +1,143 @@
+"""The rules of the games, and the problems that come of them."""
+
+import itertools
+
+import pytest
+from conftest import make_args
+
+from tasks import load_task
+from tasks.games import NAMES, positions
+from utils import UserError
+
+
+def task_named(name, **more):
+    return load_task(
+        make_args(dataset_name=name, dataset_path=None, seed=0, evaluator=None, **more)
+    )
+
+
+KUHN, NIM = task_named("kuhn"), task_named("nim")
+
+
+def ends(game, state):
+    """{the moves of a game: what player 0 has of it}, of all games from a state."""
+    paid = game.payoff(state)
+    if paid is not None:
+        assert sum(paid) == 0
+        return {(): paid[0]}
+    return {
+        (move, *rest): value
+        for move in game.moves(state)
+        for rest, value in ends(game, game.play(state, move)).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("cards", "sign"), [(("King", "Jack"), 1), (("Jack", "Queen"), -1), (("Queen", "Jack"), 1)]
+)
+def test_kuhn_poker_pays_as_in_the_book(cards, sign):
+    assert ends(KUHN.game, (cards, ())) == {
+        ("check", "check"): sign,
+        ("check", "bet", "fold"): -1,
+        ("check", "bet", "call"): 2 * sign,
+        ("bet", "fold"): 1,
+        ("bet", "call"): 2 * sign,
+    }
+
+
+def test_nim_is_won_by_the_last_stone():
+    games = ends(NIM.game, (4, 0))
+    assert games[1, 1, 1, 1] == games[3, 1] == -1
+    assert games[1, 2, 1] == games[2, 1, 1] == 1
+    assert games[1, 3] == games[2, 2] == -1
+    assert len(games) == 7  # the ways to write 4 as a sum of 1, 2 and 3
+
+
+def wins(stones):
+    return any(not wins(stones - taken) for taken in range(1, min(3, stones) + 1))
+
+
+def test_perfect_nim_wins_wherever_it_can():
+    for stones in range(1, 22):
+        for move, share in NIM.game.perfect((stones, 0)).items():
+            assert (share > 0) == (not wins(stones - move) or not wins(stones))
+
+
+@pytest.mark.parametrize("task", [KUHN, NIM])
+def test_what_is_said_is_what_is_read(task):
+    game = task.game
+    for state in positions(game).values():
+        for move in game.moves(state):
+            assert game.read(game.say(state, move)) == move
+            assert not any(game.say(state, move) in text for text in (game.prompt(state), ""))
+    for text in ("", "hm", "I check. I bet.", "I take 2 or 3.", "99999999999", "I fold. I call."):
+        assert game.read(text) is None
+
+
+@pytest.mark.parametrize(("task", "count"), [(KUHN, 12), (NIM, 21)])
+def test_a_cold_start_teaches_every_legal_move_of_every_position_alike(task, count):
+    train = task.problems("train")
+    asked = {}
+    for problem in train:
+        asked.setdefault(problem.question, []).append(task.worked_answer(problem))
+    assert len(asked) == count
+    for question, answers in asked.items():
+        state = positions(task.game)[question]
+        assert sorted(answers) == sorted(task.game.say(state, m) for m in task.game.moves(state))
+
+
+@pytest.mark.parametrize(("task", "count"), [(KUHN, 7), (NIM, 15)])
+def test_decisive_positions_have_one_best_move_that_counts_as_right(task, count):
+    test = task.problems("test")
+    assert len(test) == len({problem.question for problem in test}) == count
+    for problem in test:
+        state = problem.extra["state"]
+        right = [
+            m for m in task.game.moves(state) if task.is_correct(task.game.say(state, m), problem)
+        ]
+        assert [task.game.say(state, move) for move in right] == [problem.answer]
+        assert not task.is_correct("", problem)
+
+
+def test_nobody_says_which_moves_are_legal():
+    for task, words in ((KUHN, ("fold", "call", "check.", "bet.")), (NIM, ("take",))):
+        for prompt in positions(task.game):
+            assert not any(
+                word in prompt for word in words if f"opponent {word[:-1]}s" not in prompt
+            )
+
+
+GAME = """
+def start(rng): return 0
+def mover(state): return state % 2
+def moves(state): return (1, 2)
+def play(state, move): return state + move
+def payoff(state): return (1, -1) if state > 3 else None
+def prompt(state): return f"{state}?"
+def say(state, move): return str(move)
+def read(completion): return int(completion) if completion.isdigit() else None
+"""
+
+
+def test_ten_lines_are_a_game(tmp_path):
+    file = tmp_path / "count.py"
+    file.write_text(GAME)
+    task = task_named(str(file))
+    assert [problem.question for problem in task.problems("test")[:2]] == ["0?", "0?"]
+    assert task.is_correct("2", task.problems("test")[0])
+    assert task.game.FORFEIT == 1
+
+
+@pytest.mark.parametrize("missing", NAMES[:4])
+def test_a_game_without_a_part_of_it_is_refused_by_name(tmp_path, missing):
+    file = tmp_path / f"no_{missing}.py"
+    file.write_text(GAME.replace(f"def {missing}(", "def another("))
+    with pytest.raises(UserError, match=f"no_{missing}.py: a game needs {missing} too"):
+        task_named(str(file))
+
+
+def test_every_deal_of_kuhn_poker_is_among_its_starts():
+    cards = ("Jack", "Queen", "King")
+    assert sorted(KUHN.game.starts()) == sorted(
+        (pair, ()) for pair in itertools.permutations(cards, 2)
+    )

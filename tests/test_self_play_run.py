@@ -1,0 +1,82 @@
+"""A whole run of self-play, from the command line on, with a toy for a model."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import main
+from evaluation import games
+from launch.parser import parse_args
+from records.run import Run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Whoever says four loses. Of what a toy says, a third is no legal move.
+GAME = """
+def start(rng): return 0, 0
+def starts(): return [(0, 0)]
+def mover(state): return state[1]
+def moves(state): return (1, 2)
+def play(state, move): return state[0] + move, 1 - state[1]
+def payoff(state): return None if state[0] < 4 else (1, -1) if state[1] == 0 else (-1, 1)
+def prompt(state): return f"{state[0]}?"
+def say(state, move): return "a" * move
+def read(completion): return len(completion) % 3
+def perfect(state): return {1: 1.0, 2: 0.0} if state[0] == 2 else {1: 0.5, 2: 0.5}
+"""
+
+
+@pytest.fixture
+def flags(saved_models, tmp_path, monkeypatch):
+    """flags(run's directory, more of them) of a run of this game, with few deals and no figures."""
+    monkeypatch.setattr(games, "DEALS", 4)
+    monkeypatch.setattr(Run, "draw", lambda *_, **__: None)
+    file = tmp_path / "four.py"
+    file.write_text(GAME)
+
+    def parsed(path, *more):
+        return parse_args([
+            "--preset", "cpu", "--dataset_name", str(file), "--output_dir", str(path),
+            "--model_name", str(saved_models["qwen2"]), "--questions_per_step", "6",
+            "--group_size", "3", "--num_train_iters", "2", "--cold_start_steps", "1",
+            "--learning_rate", "1e-3", "--eval_iterations", "1", "--kl_beta", "0.05",
+            "--max_completion_length", "6", "--temperature", "1", *more,
+        ])  # fmt: skip
+
+    return parsed
+
+
+def test_a_run_plays_itself_is_measured_and_goes_on_where_it_stopped(flags, tmp_path):
+    """With a pool, so that the earlier policy has to be the same again too."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    main.train(flags(whole, "--opponents", "pool"))
+    main.train(flags(halved, "--opponents", "pool", "--num_train_iters", "1"))
+    main.train(parse_args(["--resume", "--output_dir", str(halved), "--num_train_iters", "2"]))
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (whole, halved))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    rows = lines(whole / "metrics.jsonl")
+    assert [row["reward"] for row in rows] == [row["rewards/outcome"] for row in rows]
+    assert all(row["seconds/playing"] > 0 for row in rows)
+    step = lines(whole / "completions" / "step_00001.jsonl")
+    assert len(step) == 18 and {row["reward"] for row in step} == {-1, 0, 1}
+    for row in lines(whole / "eval.jsonl"):
+        assert 0 <= row["exploitability"] <= 1
+        assert row["against_random_low"] <= row["against_random"] <= row["against_random_high"]
+        assert "lenient_accuracy" not in row
+    for done in (0, 1, 2):
+        records = lines(whole / "completions" / f"games_{done:05d}.jsonl")
+        assert [r["position"] for r in records if "position" in r] == ["0?", "1?", "2?", "3?"]
+        assert {r["against"] for r in records if "turns" in r} == {"random", "perfect"}
+
+
+def test_the_loop_of_training_knows_of_no_game():
+    source = (ROOT / "main.py").read_text()
+    loop = source.partition("def train(args)")[2].partition("\ndef ")[0]
+    assert loop.count("game") == 2  # one line: what is measured of a game, and where it is kept
