@@ -74,6 +74,7 @@ KUHN = {
     "lr_schedule": "constant",
     "cold_start_steps": 16,
     "cold_start_learning_rate": 3e-5,
+    "advantage_scale": "none",
     "entropy_bonus": 0.2,
     "eval_problems": 0,
     "eval_iterations": 10,
