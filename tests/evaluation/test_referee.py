@@ -147,8 +147,9 @@ def test_copies_are_not_asked_about_twice_and_earn_the_same_in_any_order():
 def test_the_win_rate_counts_copies_as_ties_and_drops_what_was_not_read():
     referee = referee_of(Stub(lambda text: 100 * len(text)))
     assert referee.win_rates(CATS, ["a", "bb", "bb", "ccc"]) == pytest.approx([0, 0.5, 0.5, 1])
-    rates = referee.win_rates(CATS, ["a", "a", "bb", "ccc"])
-    assert rates == pytest.approx([1 / 6, 1 / 6, 2 / 3, 1])
+    for one in "abcdefgh":  # in whatever order their hashes put them
+        rates = referee.win_rates(CATS, [one, one, 2 * one, 3 * one])
+        assert rates == pytest.approx([1 / 6, 1 / 6, 2 / 3, 1])
     referee = referee_of(Stub(lambda text: 100 * len(text), unread=("bb",)))
     assert referee.win_rates(CATS, ["a", "bb", "ccc", "bb"]) == pytest.approx([0, 0.5, 1, 0.5])
     assert referee.prefers(CATS, [("a", "bb"), ("a", "a")]) == [None, 0.5]
@@ -323,6 +324,17 @@ def test_the_log_odds_are_those_of_a_whole_forward_pass_of_each_prompt(family, b
         first, second = judge.tokens[ask.words]
         assert value == pytest.approx((logits[first] - logits[second]).item(), abs=1e-6)
     assert len({round(value, 6) for value in found}) == len(asks)
+
+
+def test_every_tensor_is_made_where_the_model_is():
+    judge = local(make_model())
+    asks = [Ask("is better", "Q", *texts) for texts in (("a", "bb"), ("bb", "a"), ("a", None))]
+    expected = judge.log_odds(asks)
+    torch.set_default_device("meta")  # where whatever is made without a device would be
+    try:
+        assert judge.log_odds(asks) == expected
+    finally:
+        torch.set_default_device(None)
 
 
 def test_what_exceeds_the_context_has_no_answer_and_other_weights_another_name():
