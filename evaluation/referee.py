@@ -19,11 +19,12 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from evaluator import extract_answer
 from tasks import wants
-from utils import TimedOut, UserError, not_counted, time_limit
+from utils import TimedOut, UserError, as_number, not_counted, time_limit
 
 LONGEST = 2000  # characters of a text that is judged, and of a question; the rest is not shown
 REMEMBERED = 1_000_000  # answers kept in memory, some 200 MB; the oldest go
@@ -106,7 +107,8 @@ class Lap:
 
 class Referee:
     """Asks a judge, and remembers. `judge`: has a `name`, says `log_odds(asks)`, a list with None
-    where it gave no answer that can be read, and has the `scale` of its margins."""
+    where it gave no answer that can be read, and has the `scale` of its margins; where it may fail
+    on the way, at_once is the number of asks whose answers are kept together."""
 
     def __init__(self, judge, task, opponents=0, file=None):
         self.judge, self.task, self.opponents, self.file = judge, task, opponents, file
@@ -213,14 +215,15 @@ class Referee:
         """The log-odds of every ask, from memory or from the judge."""
         keys = [self.key(ask) for ask in asks]
         new = {key: ask for key, ask in zip(keys, asks) if key not in self.answers}
-        if new:
-            values = [None if value is None else float(value)
-                      for value in self.judge.log_odds([*new.values()])]  # fmt: skip
-            self.remember(dict(zip(new, values)))
+        todo = [*new.items()]
+        size = getattr(self.judge, "at_once", 0) or len(todo) or 1
+        for part in (dict(todo[n : n + size]) for n in range(0, len(todo), size)):
+            values = (as_number(value) for value in self.judge.log_odds([*part.values()]))
+            self.remember(dict(zip(part, values)))
         answers = [self.answers[key] for key in keys]
         for key, ask, value in zip(keys, asks, answers):
             self.lap.asked.setdefault(key, (ask, value, key in new))
-        for key in [*self.answers][: max(0, len(self.answers) - REMEMBERED)]:
+        for key in [*islice(self.answers, max(0, len(self.answers) - REMEMBERED))]:
             del self.answers[key]
         return answers
 

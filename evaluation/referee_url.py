@@ -26,6 +26,7 @@ class UrlReferee:
     that is no verdict is None."""
 
     scale = Scale(tau=0.0, tie=0.0)
+    at_once = 8 * AT_ONCE  # asks whose answers are kept, whatever becomes of the next ones
 
     def __init__(self, url, model, seconds=SECONDS, retries=RETRIES):
         self.url, self.model, self.name = url, model, f"{model} of a server"

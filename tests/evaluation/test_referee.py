@@ -283,6 +283,25 @@ def test_answers_of_other_processes_are_read_and_the_oldest_forgotten(tmp_path, 
     assert len(referee.answers) == 3
 
 
+def test_what_was_answered_before_a_failure_is_kept_and_what_is_no_number_was_not_read(tmp_path):
+    class Failing(Stub):
+        at_once = 2
+
+        def log_odds(self, asks):
+            if len(self.asked) == 4:
+                raise UserError("gone")
+            return [math.nan, *super().log_odds(asks)[1:]]
+
+    file = tmp_path / "referee.jsonl"
+    with pytest.raises(UserError, match="gone"):
+        referee_of(Failing(), file=file).win_rates(CATS, ["a", "bb", "ccc"])
+    assert len(file.read_text().splitlines()) == 2
+    again = Stub()
+    referee = referee_of(again, file=file)
+    referee.win_rates(CATS, ["a", "bb", "ccc"])
+    assert len(again.asked) == 2 and shares(referee.counts())["referee/unread"] == 2
+
+
 def test_what_fails_is_told_when_it_is_scored_and_not_before():
     @of_group
     def mine(completions, problem, referee):
