@@ -199,9 +199,9 @@ def read_problems(args, task, start=None):
     train, test = (task.problems(split) for split in ("train", "test"))
     if train.taken:
         tqdm.write(train.taken)
-    # A game has few positions, and what is asked of them by an evaluation is never rewarded.
-    apart = train if task.game else without_overlap(train, test)
-    kept = whole_blocks(train, apart, task.together)
+    kept = whole_blocks(train, without_overlap(train, test), task.together)
+    if task.game:  # it has few positions, and what an evaluation asks of them is never rewarded
+        kept = list(train)
     overlap = len(train) - len(kept)
     if not kept:
         name = "dataset_path" if args.dataset_path else "dataset_name"

@@ -1,15 +1,13 @@
 """Self-play with players that are tables: the same functions as a model's, in a second."""
 
-import math
 import random
 from statistics import fmean
 
 import pytest
 import torch
-from conftest import make_args
 
+from benchmarks.self_play_tables import Table, game_named, trained
 from evaluation.games import exploitability
-from grpo import group_advantages
 from sampling.self_play import (
     Match,
     drawing_player,
@@ -20,65 +18,10 @@ from sampling.self_play import (
     trembling,
     winnings,
 )
-from tasks import load_task
 from tasks.games import best_moves, positions
 from utils import mixed_seed
 
-
-def game_named(name):
-    return load_task(make_args(dataset_name=name, dataset_path=None, seed=0, evaluator=None)).game
-
-
 KUHN, NIM = game_named("kuhn"), game_named("nim")
-
-
-GROUP = 8  # moves at a position
-
-
-class Table:
-    """A softmax over the moves of each position, and one GRPO step on moves that were drawn."""
-
-    def __init__(self, game):
-        self.game = game
-        self.logits = {
-            prompt: dict.fromkeys(game.moves(state), 0.0)
-            for prompt, state in positions(game).items()
-        }
-
-    def policy(self, state):
-        return self.at(self.game.prompt(state))
-
-    def at(self, prompt):
-        weights = {move: math.exp(logit) for move, logit in self.logits[prompt].items()}
-        total = sum(weights.values())
-        return {move: weight / total for move, weight in weights.items()}
-
-    def step(self, seed, rate, scale, tremble=0.0, entropy_bonus=0.0, questions=8):
-        """What main.draw_groups and an update do, with this for a model. Returns (Q, G) advantages
-        and the states that they belong to."""
-        game = self.game
-        player = drawing_player(game, self.policy)
-        learner = trembling(game, player, tremble)
-        seeds = [mixed_seed(seed, q) for q in range(questions)]
-        states = reached(game, learner, [learner], seeds)
-        groups = []
-        for state, at in zip(states, seeds):
-            rng = random.Random(mixed_seed(at, "moves"))
-            groups.append((state, at, player([Match(state, (), rng)] * GROUP)))
-        advantages = group_advantages(outcomes(game, learner, [learner], groups), scale)  # (Q, G)
-        slopes = {}
-        for (state, _, texts), row in zip(groups, advantages.tolist()):
-            slope = slopes.setdefault(game.prompt(state), dict.fromkeys(game.moves(state), 0.0))
-            for text, advantage in zip(texts, row):
-                for move, share in self.policy(state).items():
-                    slope[move] += advantage * ((move == game.read(text)) - share) / GROUP
-        for prompt, slope in slopes.items():
-            shares = self.at(prompt)
-            entropy = -sum(share * math.log(share) for share in shares.values())
-            for move, value in slope.items():
-                bonus = -entropy_bonus * shares[move] * (math.log(shares[move]) + entropy)
-                self.logits[prompt][move] += rate * (value + bonus)
-        return states, advantages
 
 
 def share_of_best_moves(table):
@@ -102,14 +45,9 @@ def test_nim_is_learnt_from_nothing_but_play(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_mean_policy_of_kuhn_poker_comes_close_to_balance(seed):
-    table, mean, steps = Table(KUHN), {}, 160
-    assert exploitability(KUHN, table.policy) == pytest.approx(0.458, abs=1e-3)
-    for step in range(steps):
-        table.step(mixed_seed(seed, step), rate=1.0, scale="none", tremble=0.1, entropy_bonus=0.1)
-        for prompt in table.logits:
-            for move, share in table.at(prompt).items():
-                mean[prompt, move] = mean.get((prompt, move), 0) + share / steps
-    policy = lambda s: {m: mean[KUHN.prompt(s), m] for m in KUHN.moves(s)}  # noqa: E731
+    assert exploitability(KUHN, Table(KUHN).policy) == pytest.approx(0.458, abs=1e-3)
+    settings = {"scale": "none", "tremble": 0.1, "entropy_bonus": 0.1}
+    _, policy = trained(KUHN, seed, 160, **settings)
     assert exploitability(KUHN, policy) <= 0.15
 
 
