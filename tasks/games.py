@@ -26,11 +26,13 @@ starts()            all first states, equally likely, where they are few enough 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, wraps
 
 from rldatasets import Problem, Problems
+from tasks.guarded import errors_of
 from utils import UserError
 
+LONGEST = 1000  # moves of a game
 GAMES = 1024  # of random play, whose positions are the cold start's and the evaluation's
 
 
@@ -62,7 +64,22 @@ def game_of(found, path):
     for name in NAMES[:8]:
         if name not in found:
             raise UserError(f"{path}: a game needs {name} too; see tasks/games.py")
-    return Game(**{name: found[name] for name in NAMES if name in found})
+    given = {name: found[name] for name in NAMES if name in found}
+    return Game(**{name: guarded(x, path) if callable(x) else x for name, x in given.items()})
+
+
+def guarded(function, path):
+    """The same function, whose errors are told as those of its file, without a traceback."""
+
+    @wraps(function)
+    def call(*inputs):
+        try:
+            return function(*inputs)
+        except Exception:
+            with errors_of(path):
+                raise
+
+    return call
 
 
 def as_task(game):
@@ -76,11 +93,14 @@ def as_task(game):
 
 
 def positions(game):
-    """{what the mover is told: a state} of all positions that random play comes by."""
+    """{what the mover is told: a state} of all positions that random play comes by. Raises
+    UserError where such a game does not end."""
     rng, found = random.Random(0), {}
     for _ in range(GAMES):
-        state = game.start(rng)
+        state, plies = game.start(rng), 0
         while game.payoff(state) is None:
+            if (plies := plies + 1) > LONGEST:
+                raise UserError(f"a game of random moves goes on after {LONGEST}: see its payoff")
             found.setdefault(game.prompt(state), state)
             state = game.play(state, rng.choice(game.moves(state)))
     return {prompt: found[prompt] for prompt in sorted(found)}

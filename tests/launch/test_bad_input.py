@@ -119,6 +119,8 @@ def assert_said(message, *parts):
         (["--" + LONG], ["unknown argument --aaa", "--help"]),
         # what does not go together
         (["--update_ref_model"], ["--update_ref_model", "--kl_beta above 0"]),
+        (["--opponents", "pool"], ["--opponents pool", "--kl_beta above 0"]),
+        (["--dataset_name", "none.py"], ["--dataset_name none.py", "no such file"]),
         (["--max_prompt_length", "1020"], ["--max_prompt_length 1020", "context of 1024"]),
         (["--max_prompt_length", "5"], ["--max_prompt_length 5", "raise it"]),
         (["--cold_start_steps", "1"], ["--cold_start_steps 1", "solution", "set it to 0"]),

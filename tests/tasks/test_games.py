@@ -136,6 +136,20 @@ def test_a_game_without_a_part_of_it_is_refused_by_name(tmp_path, missing):
         task_named(str(file))
 
 
+def test_an_error_of_a_game_is_told_by_its_line(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text(GAME.replace("return state + move", "return state / 0"))
+    with pytest.raises(UserError, match=r"broken.py:5: ZeroDivisionError: .*; mend this line"):
+        task_named(str(file)).problems("train")
+
+
+def test_a_game_that_does_not_end_is_told(tmp_path):
+    file = tmp_path / "endless.py"
+    file.write_text(GAME.replace("return state + move", "return state"))
+    with pytest.raises(UserError, match="a game of random moves goes on after 1000"):
+        task_named(str(file)).problems("train")
+
+
 def test_every_deal_of_kuhn_poker_is_among_its_starts():
     cards = ("Jack", "Queen", "King")
     assert sorted(KUHN.game.starts()) == sorted(
