@@ -225,7 +225,8 @@ def sampled_games(setup, opponent, name):
     shown = [replace(match, players=_names(match, learner, name), rng=None)
              for match in matches[: 2 * SHOWN]]  # fmt: skip
     parts = everyones((per_deal, shown), setup.accelerator)
-    return [value for part, _ in parts for value in part], parts[0][1]
+    shown = [match for _, part in parts for match in part]
+    return [value for part, _ in parts for value in part], shown[: 2 * SHOWN]
 
 
 def _names(match, learner, name):

@@ -1,16 +1,21 @@
 """A whole run of self-play, from the command line on, with a toy for a model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_args, make_model, make_setup, make_tokenizer
 from safetensors.torch import load_file
+from several import launch
 
 import main
 from evaluation import games
+from evaluation.games import measure
 from launch.parser import parse_args
 from records.run import Run
+from tasks import load_task
+from training.processes import make_accelerator
 
 
 def lines(path):
@@ -74,6 +79,30 @@ def test_a_run_plays_itself_is_measured_and_goes_on_where_it_stopped(flags, tmp_
         records = lines(whole / "completions" / f"games_{done:05d}.jsonl")
         assert [r["position"] for r in records if "position" in r] == ["0?", "1?", "2?", "3?"]
         assert {r["against"] for r in records if "turns" in r} == {"random", "perfect"}
+
+
+def drawn(file):
+    """What a step draws and earns, and an evaluation finds, in however many processes there are."""
+    task = load_task(make_args(dataset_name=str(file), dataset_path=None, evaluator=None))
+    tokenizer = make_tokenizer()
+    args = make_args(
+        questions_per_step=5, group_size=3, max_completion_length=6, tremble=0.2, opponents="self"
+    )
+    model = make_model(vocab_size=len(tokenizer))
+    setup = make_setup(model, args, make_accelerator(), tokenizer, task=task)
+    run = SimpleNamespace(save_step=lambda *_: None)
+    problems, rollouts, rewards = main.draw_groups(setup, None, 3, run)
+    figures, games = measure(setup)
+    return [p.question for p in problems], rollouts.texts, rewards.total.tolist(), figures, games
+
+
+def test_two_processes_play_the_games_of_one(flags, tmp_path):
+    file = tmp_path / "four.py"
+    [alone] = launch(1, lambda: drawn(file))
+    assert len(set(alone[0])) > 1 and len({value for row in alone[2] for value in row}) > 1
+    for process in launch(2, lambda: drawn(file)):
+        assert process[:3] == alone[:3] and process[4] == alone[4]
+        assert process[3] == pytest.approx(alone[3])
 
 
 def test_the_loop_of_training_knows_of_no_game():
