@@ -24,10 +24,11 @@ from transformers import (
 from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
-from training.lora import has_adapter, settle_in_bfloat16, with_adapter
+from training.lora import freeze_tower, has_adapter, has_tower, settle_in_bfloat16, with_adapter
 from training.precision import DTYPES, resolved
 from training.sharding import is_sharded, whole_copy, whole_tensor
 from utils import EMBEDDED_MODEL, UserError, base_and_adapters
+from vision.sight import in_parts, load_sight, model_class, sight_on
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # as config.json's layer_types say
 
@@ -39,6 +40,7 @@ class Rendering:
 
     date: str = "2026-01-01"  # what templates that write today's date take for it: no clock decides
     arguments: dict = field(default_factory=dict)  # of the chat template
+    image_tokens: int = 256  # placeholders of an image, at most
     system_in_user: bool = False  # where the chat takes no system message
     opens_thinking: bool = False  # where a prompt ends in <think>
 
@@ -46,7 +48,7 @@ class Rendering:
 def rendering_of(args):
     """The Rendering that these flags ask for."""
     arguments = {"enable_thinking": args.enable_thinking, **args.chat_template_kwargs}
-    return Rendering(args.prompt_date, arguments)
+    return Rendering(args.prompt_date, arguments, args.image_tokens)
 
 
 def rendering_on(tokenizer):
@@ -67,7 +69,7 @@ def load_model(model_name, device, token=None, rendering=None):
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")
     transformers_logging.disable_progress_bar()
-    flag = f"--model_name {model_name}"
+    flag, rendering = f"--model_name {model_name}", rendering or Rendering()
     base, adapters = base_and_adapters(model_name)
     with refusing(f"{flag}: cannot be loaded, fetch its files again"):
         if base == EMBEDDED_MODEL:
@@ -75,7 +77,7 @@ def load_model(model_name, device, token=None, rendering=None):
         else:
             refuse_family(AutoConfig.from_pretrained(base, token=token), flag)
             tokenizer = load_tokenizer(base, token)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = model_class(base, token).from_pretrained(
                 base, dtype=torch.float32, token=token, ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )  # fmt: skip
@@ -89,7 +91,10 @@ def load_model(model_name, device, token=None, rendering=None):
             tokenizer = tokenizer_with(folder, tokenizer)
         if adapters and torch.device(device).type == "cuda":
             settle_in_bfloat16(model)
-        settle_rendering(tokenizer, rendering or Rendering(), flag)
+        if has_tower(model):
+            freeze_tower(model)
+            tokenizer.sight = load_sight(base, tokenizer, model.config, rendering, token)
+        settle_rendering(tokenizer, rendering, flag)
         stops = stop_token_ids(model, tokenizer)
     if not stops:
         raise UserError(f"{flag}: no token ends an answer; its tokenizer_config.json needs an "
@@ -298,22 +303,41 @@ def settle_rendering(tokenizer, rendering, flag):
         )
 
 
-def chat_prompt(tokenizer, system_prompt, question):
+def prompt_of(tokenizer, task, problem):
+    """The `chat_prompt` of a Problem of this Task."""
+    return chat_prompt(tokenizer, task.system_prompt, problem.question, problem.images)
+
+
+def chat_prompt(tokenizer, system_prompt, question, images=()):
     """Token ids of one question, ready for the assistant to answer, as a list of length P.
 
-    The chat template alone writes special tokens, so a LLaMA prompt has one BOS, not two.
+    The chat template alone writes special tokens, so a LLaMA prompt has one BOS, not two. images:
+    what the question shows, of which the sizes count here (see vision/sight.py); raises UserError
+    where the model sees none.
     """
     messages = [{"role": "user", "content": question}]
     if rendering_on(tokenizer).system_in_user:
         messages[0]["content"] = f"{system_prompt}\n\n{question}"
     else:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return rendered(tokenizer, messages, add_generation_prompt=True)
+    sight = sight_on(tokenizer)
+    if sight is None:
+        if images:
+            raise UserError(
+                "--model_name: this model reads text alone, and the data has images; "
+                "name one that sees, such as HuggingFaceTB/SmolVLM-256M-Instruct"
+            )
+        return rendered(tokenizer, messages, add_generation_prompt=True)
+    messages[-1]["images"] = len(images)
+    text = rendered(tokenizer, messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(sight.expanded(text, images), add_special_tokens=False).input_ids
 
 
 def rendered(tokenizer, messages, **more):
     """A chat as its template writes it. more: arguments of tokenizer.apply_chat_template."""
     rendering = rendering_on(tokenizer)
+    if sight_on(tokenizer):
+        messages = [in_parts(**message) for message in messages]
     with _on_day(rendering.date):
         return tokenizer.apply_chat_template(
             messages, return_dict=False, **rendering.arguments, **more

@@ -48,6 +48,7 @@ from training.token_log import watch_tokens
 from training.update import update_policy
 from training.weight_meter import WeightMeter
 from utils import Stopped, UserError, mixed_seed, one_line
+from vision.sight import pictures_of
 
 
 def train(args):
@@ -58,7 +59,7 @@ def train(args):
         if args.short_eval_iterations and args.cold_start_steps:
             evaluate_shortly(setup, run, data.test, 0, before_cold_start=True)
         with phase("cold start"):
-            cold_start(setup, data.train, chat_prompt, worked_ids)
+            cold_start(setup, data.train, chat_prompt, worked_ids, pictures_of)
     optimizer, scheduler = make_optimizer(setup.policy, args, first)
     meter = WeightMeter(optimizer)
     # Last, for make_optimizer may round the weights.

@@ -25,6 +25,7 @@ import numpy as np
 
 from reading.columns import Fields, columns_of, description, parts_of
 from reading.files import arrow_splits, file_splits, is_saved, read_rows, saved_splits
+from reading.images import images_of
 from utils import UserError, is_number, mixed_seed
 
 SYSTEM_PROMPT = """Respond in the following format:
@@ -46,12 +47,15 @@ class Problem:
     """One question with its final answer and a worked solution (which may be empty).
 
     `extra` is what else a reward may need: the other fields of the problem's line in a file.
+    `images` is what the question shows: functions without arguments that return PIL images, each
+    with its `size` in pixels, (width, height), and a repr that says what it shows.
     """
 
     question: str
     answer: str
     solution: str
     extra: dict = field(default_factory=dict, repr=False, hash=False)
+    images: tuple = field(default=(), repr=False)
 
 
 class Transcript(str):
@@ -110,8 +114,10 @@ class Problems:
 
 def fingerprint(problems):
     """The SHA-256 of a list of problems."""
-    extras = [problem.extra for problem in problems]
-    text = repr(problems) + (repr(extras) if any(extras) else "")
+    text = repr(problems)
+    for name in ("extra", "images"):
+        values = [getattr(problem, name) for problem in problems]
+        text += repr(values) if any(values) else ""
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
@@ -148,11 +154,19 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1, fields=
     columns = columns_of(rows, where, fields)
     if columns.choices is None and any(is_number(row, columns.answer) for _, row in rows):
         rows = read(as_written=(columns.answer,))
-    problems = [Problem(*parts_of(row, place, columns)) for place, row in rows]
+    folder = Path(dataset_path or ".")
+    folder = folder if folder.is_dir() else folder.parent
+    problems = [
+        Problem(*parts_of(row, place, columns), images_of(row, place, folder))
+        for place, row in rows
+    ]
     taken = "" if columns.plain() else description(columns, where, problems[0])
     if held_out:
         wanted, first = split == "test", {}
-        firsts = [first.setdefault(normal(p.question), p.question) for p in problems]
+        firsts = [
+            repr(p.images) if p.images else first.setdefault(normal(p.question), p.question)
+            for p in problems
+        ]
         problems = [p for p, key in zip(problems, firsts) if is_held_out(key) == wanted]
     if not problems:
         raise nothing
@@ -215,9 +229,14 @@ def normal(question):
 
 
 def without_overlap(train, test):
-    """The training problems whose question is none of the test's, as a list, see `normal`."""
-    held_out = {normal(problem.question) for problem in test}
-    return [problem for problem in train if normal(problem.question) not in held_out]
+    """The training problems whose question is none of the test's, as a list, see `asked`."""
+    held_out = {asked(problem) for problem in test}
+    return [problem for problem in train if asked(problem) not in held_out]
+
+
+def asked(problem):
+    """What two problems that ask the same have in common: see `normal`, and what they show."""
+    return normal(problem.question), problem.images
 
 
 def whole_blocks(problems, kept, together):
@@ -231,8 +250,8 @@ def whole_blocks(problems, kept, together):
 
 
 def repeats(problems):
-    """How many of these problems ask what one before them asks, see `normal`."""
-    return len(problems) - len({normal(problem.question) for problem in problems})
+    """How many of these problems ask what one before them asks, see `asked`."""
+    return len(problems) - len({asked(problem) for problem in problems})
 
 
 def some_of(problems, count, in_order=False):

@@ -15,7 +15,8 @@ from evaluation.held_out import check_room, verdicts
 from evaluation.referees import with_referees
 from evaluation.scoring import advantages_of, score
 from evaluator import sees_group
-from llms import chat_prompt
+from llms import prompt_of
+from reading.images import image_file
 from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from sampling.probe import load_policy
@@ -26,6 +27,7 @@ from training.processes import make_accelerator
 from training.progress import phase
 from training.setup import Setup
 from utils import UserError, one_line, printable
+from vision.sight import pictures_of
 
 NO_ANSWER = "(no gold answer)"  # as a gold answer, what no completion is equal to
 NEEDS_ONE = "none given; correctness is 0 without one (--answer, or --question N)"
@@ -57,7 +59,8 @@ def asked_task(args):
 def asked_problem(args, task):
     """The Problem that the command line asks: its own text, or one of a dataset."""
     if args.question is None:
-        return Problem(args.ask, NO_ANSWER if args.answer is None else args.answer, "")
+        images = tuple(image_file(name, "--image") for name in args.image)
+        return Problem(args.ask, NO_ANSWER if args.answer is None else args.answer, "", {}, images)
     problems = task.problems(args.split)
     if args.question >= len(problems):
         raise UserError(f"--question {args.question}: the {args.split} split has "
@@ -69,12 +72,13 @@ def sample_group(setup, problem, group_size, watch=None):
     """The Rollouts (1, G, C) of one question; they depend on --seed alone."""
     model, tokenizer, args, task = setup.policy, setup.tokenizer, setup.args, setup.task
     check_room(model, tokenizer, [problem], args, task)
-    prompt = chat_prompt(tokenizer, task.system_prompt, problem.question)
+    prompt = prompt_of(tokenizer, task, problem)
     with phase("answering"), setup.accelerator.autocast():
+        pictures = pictures_of(model, tokenizer, [prompt], [problem])
         return sample_rollouts(
             model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
             [args.seed], args.top_k, args.top_p, args.min_p, stop=args.stop, watch=watch,
-            reply=replies(setup, [problem]),
+            reply=replies(setup, [problem]), pictures=pictures,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
 
+from evaluation.blind import blind_figures
 from evaluation.significance import (
     NOISE,
     gained_and_lost,
@@ -33,6 +34,7 @@ def summarize(records):
         count = sum(record[key] for record in records)
         summary[name] = count / len(records)
         summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(count, len(records))
+    summary |= blind_figures(records)
     for name, chances in pass_rates(records).items():
         summary[name] = fmean(chances)
         # Chances vary less than right and wrong do: a little too wide, and exact for all samples.
@@ -95,6 +97,9 @@ def evaluation_table(columns):
     if "mcnemar_p" in names:
         notes.append("mcnemar_p: the exact test of accuracy against step 0 on the same questions; "
                      "0.05 or more is noise.")  # fmt: skip
+    if "above_blind" in names:
+        notes.append("blind_accuracy: the same questions with other problems' pictures; "
+                     "above_blind: accuracy less that, question by question.")  # fmt: skip
     return [*lines, lines[1], *notes]
 
 

@@ -1,9 +1,12 @@
 """Answering held-out problems: greedily, and by sampling where pass@k is asked for."""
 
 import time
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
+from evaluation.blind import with_others_pictures
 from evaluation.comparison import summarize
 from evaluation.scoring import (
     call,
@@ -19,7 +22,7 @@ from evaluator import (
     last_number,
     sees_group,
 )
-from llms import chat_prompt
+from llms import prompt_of
 from rldatasets import completion_fields
 from sampling.groups import sample_rollouts
 from sampling.rollouts import judged_text, without_thoughts
@@ -28,6 +31,7 @@ from training.processes import everyones, from_main, own_part
 from training.progress import progress
 from training.sharding import whole
 from utils import UserError, context_of, mixed_seed, named
+from vision.sight import pictures_of
 
 
 def evaluate(setup, problems, seed=0, tick=None):
@@ -39,7 +43,7 @@ def evaluate(setup, problems, seed=0, tick=None):
     """
     args, task, tokenizer = setup.args, setup.task, setup.tokenizer
     timeout = args.reward_timeout
-    prompts = [chat_prompt(tokenizer, task.system_prompt, problem.question) for problem in problems]
+    prompts = [prompt_of(tokenizer, task, problem) for problem in problems]
     functions = [f for f in task.reward_functions if not sees_group(f)]  # one answer has no group
     records = [None] * len(problems)
     # Prompts of like length share a batch: less padding.
@@ -48,10 +52,12 @@ def evaluate(setup, problems, seed=0, tick=None):
     def batches(size, **sampling):
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
+            asked = [prompts[i] for i in chosen]
+            pictures = pictures_of(setup.policy, tokenizer, asked, [problems[i] for i in chosen])
             rollouts = sample_rollouts(
-                setup.policy, tokenizer, [prompts[i] for i in chosen],
-                max_new_tokens=args.max_completion_length, stop=args.stop,
-                reply=replies(setup, [problems[i] for i in chosen]), **sampling,
+                setup.policy, tokenizer, asked, max_new_tokens=args.max_completion_length,
+                stop=args.stop, reply=replies(setup, [problems[i] for i in chosen]),
+                pictures=pictures, **sampling,
             )  # fmt: skip
             judged = without_thoughts(rollouts, setup)
             judged_ahead(judged, [problems[i] for i in chosen], setup)
@@ -106,7 +112,8 @@ def verdicts(completion, problem, task, timeout):
 
 
 def evaluate_policy(setup, problems, step):
-    """`evaluate`, whose progress is shown; samples depend on (seed, step) alone.
+    """`evaluate`, whose progress is shown; samples depend on (seed, step) alone. Questions that
+    show something are asked blindly as well, see blind.py.
 
     Each process answers its part of the problems. Returns (summary, records); the summary also says
     how many seconds it took.
@@ -115,13 +122,19 @@ def evaluate_policy(setup, problems, step):
     args, accelerator = setup.args, setup.accelerator
     passes = 2 if args.eval_samples else 1
     own = own_part(problems, accelerator)
+    blind = own_part(with_others_pictures(problems), accelerator)
+    greedy = replace(setup, args=Namespace(**{**vars(args), "eval_samples": 0}))
     with (
         accelerator.autocast(),
         whole(setup.policy),
     ):
-        tick = partial(progress.tick, unit="answers", of=passes * len(own))
+        tick = partial(progress.tick, unit="answers", of=passes * len(own) + len(blind))
         records = evaluate(setup, own, mixed_seed(args.seed, step, "evaluation"), tick)
+        guesses = evaluate(greedy, [problem for _, problem in blind], tick=tick)
     records = [record for part in everyones(records, accelerator) for record in part]
+    guesses = list(zip((index for index, _ in blind), guesses))
+    for index, guess in (pair for part in everyones(guesses, accelerator) for pair in part):
+        records[index] |= {f"blind_{name}": guess[name] for name in ("completion", "correct")}
     summary = summarize(records) | measured(setup, problems, records)
     return {**summary, "seconds/evaluation": time.perf_counter() - started}, records
 
@@ -153,7 +166,7 @@ def check_room(policy, tokenizer, problems, args, task):
     where the chat has no room for the further turns of a task with replies."""
     if task.reply:
         between_turns(tokenizer)
-    longest = max(len(chat_prompt(tokenizer, task.system_prompt, p.question)) for p in problems)
+    longest = max(len(prompt_of(tokenizer, task, problem)) for problem in problems)
     context = context_of(policy.config.to_dict())
     if longest + args.max_completion_length > context:
         raise UserError(f"{named(args, 'max_completion_length')}: with the longest test prompt of "

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from launch.hub import hub_file
 from launch.interrupts import LOCK, is_main
-from launch.known_models import KNOWN_MODELS
+from launch.known_models import KNOWN_MODELS, SIGHTED_TYPES
 from launch.presets import LORA_TARGETS
 from reading.files import ELSEWHERE, file_splits, is_saved
 from rldatasets import BUILT_IN, hub_dataset
@@ -279,6 +279,7 @@ def check_model(args):
                         f"{EMBEDDED_MODEL}")  # fmt: skip
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        sees = config.get("model_type") in SIGHTED_TYPES
         kinds, context = config.get("architectures") or [], index(context_of(config))
         other = [f"{kind}" for kind in kinds if not re.search(LANGUAGE_MODEL, kind)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -289,7 +290,16 @@ def check_model(args):
         raise UserError(quantised(flag, config["quantization_config"], adapters))
     if other:
         raise UserError(f"{flag}: is a {other[0]:.60}, no causal language model")
+    if sees:
+        check_sighted(args, flag)
     check_context(args, context)
+
+
+def check_sighted(args, flag):
+    """Raise UserError for flags that a model that sees does not go with."""
+    if args.sampler != "shared_prefix":
+        raise UserError(f"--sampler {args.sampler}: does not know pictures, which {flag} sees; use "
+                        "--sampler shared_prefix")  # fmt: skip
 
 
 def quantised(flag, how, adapters):

@@ -50,7 +50,9 @@ COMMANDS = {
     "report": "write a run's report.html anew",
 }
 # The flags of a run that an evaluation depends on, and one question's answers.
-PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop")
+PROMPT_FLAGS = (
+    "enable_thinking", "chat_template_kwargs", "prompt_date", "stop", "image_tokens",
+)  # fmt: skip
 DATA_FLAGS = (
     "seed", "dataset_name", "dataset_path", "question_field", "answer_field", "solution_field",
     "train_split", "test_split", "difficulty",
@@ -159,7 +161,7 @@ def ask_as_its_run_did(args):
     """Set the PROMPT_FLAGS that are not given: to those of the run whose model this is, if any."""
     flags = flags_of_model(args.model_name)
     ours = {"enable_thinking": False, "chat_template_kwargs": {}, "stop": [],
-            "prompt_date": date.today().isoformat()}  # fmt: skip
+            "prompt_date": date.today().isoformat(), "image_tokens": 256}  # fmt: skip
     for name in PROMPT_FLAGS:
         if getattr(args, name) is None:
             setattr(args, name, flags.get(name, ours[name]))
@@ -169,6 +171,8 @@ def add_question(parser):
     # fmt: off
     parser.add_argument("--answer", metavar="GOLD", help="the right answer to the question given "
                         "as text")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="what the question "
+                        "given as text shows, for a model that sees")
     parser.add_argument("--question", type=COUNT, metavar="N",
                         help="question N of the dataset, counted from 0")
     parser.add_argument("--split", choices=("test", "train"), default="test",
@@ -247,6 +251,8 @@ def check_question(args):
                         "one of them out")  # fmt: skip
     if args.command == "group" and args.ask is None and args.question is None:
         raise UserError("which question? Give it as text, or --question N of a dataset")
+    if args.image and args.ask is None:
+        raise UserError("--image: goes with a question as text (--ask); leave it out")
     if args.answer is not None and args.ask is None:
         raise UserError("--answer: goes with a question as text; leave it out")
     for name, text in (("the question", args.ask), ("--answer", args.answer)):

@@ -59,6 +59,8 @@ def add_flags(parser):
     flag("--enable_thinking", action=argparse.BooleanOptionalAction, default=False, help="where "
          "the chat template asks: think first, in <think> tags; rewards and accuracy judge what "
          "follows")
+    flag("--image_tokens", type=POSITIVE_COUNT, default=256, metavar="TOKENS", help="of a model "
+         "that sees: what an image takes of a prompt, at most; larger ones are made smaller")
     flag("--chat_template_kwargs", type=template_arguments, default={}, metavar="JSON",
          help="further arguments of the chat template, as a JSON object")
     flag("--prompt_date", type=day, metavar="YYYY-MM-DD", help="what chat templates take for "

@@ -3,6 +3,9 @@
 One entry per pair of base and -Instruct model, whose shapes are the same. Nothing is imported here.
 """
 
+# Those that see, as config.json names them; see vision/sight.py.
+SIGHTED_TYPES = ("idefics3", "smolvlm", "llava", "qwen2_5_vl", "qwen3_vl")
+
 
 def _qwen2(hidden_size, layers, heads, kv_heads, intermediate_size, **other):
     return {

@@ -17,7 +17,7 @@ from evaluation.held_out import check_room, evaluate_policy
 from evaluation.reward_lint import warn, why_not_golden
 from evaluation.sources import sources_of
 from evaluator import is_correct, parse_number
-from llms import chat_prompt
+from llms import prompt_of
 from records.checkpoints import checkpoint_to_resume
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
@@ -127,7 +127,7 @@ def load(args, accelerator, task, start=None):
     add_adapter(policy, args)
 
     def prompt_length(problem):
-        return len(chat_prompt(tokenizer, task.system_prompt, problem.question))
+        return len(prompt_of(tokenizer, task, problem))
 
     fitting = [p for p in train_problems if prompt_length(p) <= args.max_prompt_length]
     fitting = whole_blocks(train_problems, fitting, task.together)
@@ -233,7 +233,7 @@ def held_out_problems(args, test, start=None):
 def prompts_sha256(tokenizer, problems, task):
     """A checksum of the first of these problems as prompts, in token ids: it changes with the chat
     template, its arguments, the date in it, the system prompt and the tokenizer."""
-    prompts = [chat_prompt(tokenizer, task.system_prompt, p.question) for p in problems[:16]]
+    prompts = [prompt_of(tokenizer, task, problem) for problem in problems[:16]]
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 

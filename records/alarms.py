@@ -72,6 +72,15 @@ def accuracy(history, evaluations):
             f"{pair[1]['accuracy']:.1%}; lower --learning_rate")  # fmt: skip
 
 
+def blind(history, evaluations):
+    """With their own pictures questions are answered no better than with others'."""
+    last = evaluations[-1] if evaluations else {}
+    if last.get("above_blind_low") is None or last["above_blind_low"] > 0:
+        return None
+    return (f"held-out accuracy {last['accuracy']:.1%}, with other problems' pictures "
+            f"{last['blind_accuracy']:.1%}: no sign that it looks")  # fmt: skip
+
+
 def entropy(history, evaluations):
     mean = _mean(_values(history, "entropy") or _values(history, "cross_entropy"))
     if mean is None or mean >= ENTROPY:
@@ -160,6 +169,7 @@ RULES = {
     reward_hacking: "eval",
     accuracy: "eval",
     locked_in: "eval",
+    blind: "eval",
     entropy: "step",
     kl: "step",
     completion_length: "step",

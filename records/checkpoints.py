@@ -25,18 +25,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import save_model
 from tqdm import tqdm
 
 from llms import load_model as load_whole_model
 from llms import rendering_of
-from records.exports import write_for_others
+from records.exports import load_weights, write_for_others
 from records.resuming import MANIFEST, check_same_flags, checkpoint_step, checkpoints_in
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
 from training.progress import progress
 from training.sharding import is_sharded, like, whole_state
 from utils import SIGNALS, Stopped, UserError, hub_token, parameters_of
+from vision.sight import save_reader
 
 OPTIMIZER, REFERENCE = "optimizer.pt", "reference.safetensors"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -196,7 +197,7 @@ class Saver:
     def _restore(self, start):
         device = self.policy.device
         try:
-            load = load_adapter if self.adapted else self._load_weights
+            load = load_adapter if self.adapted else load_weights
             weights = ADAPTER if self.adapted else "model.safetensors"
             load(self.policy, start.path / weights, device=str(device))
             if self.reference is not None:
@@ -213,15 +214,6 @@ class Saver:
                             f"{self.args.model_name}: {str(error)[:80]!r}") from None  # fmt: skip
         vars(self.loss_scale).update(start.loss_scale)
         self.done = self.on_disk = start.step
-
-    @torch.no_grad()
-    def _load_weights(self, model, file, device):
-        if not is_sharded(model):
-            load_model(model, file, device=device)
-            return
-        weights = load_file(file)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(like(weights[name], parameter))
 
     # --- signals and errors
 
@@ -339,7 +331,7 @@ class Saver:
             save_adapter(self.policy, new / ADAPTER)
         else:
             self.policy.save_pretrained(new, state_dict=weights, max_shard_size="1TB")  # one file
-        self.tokenizer.save_pretrained(new)
+        save_reader(self.tokenizer, new)
         write_for_others(new)
         if self.reference is not None:
             save = save_adapter if self.adapted else save_model
@@ -377,8 +369,9 @@ class Saver:
         shutil.rmtree(new, ignore_errors=True)
         if self.adapted and self.args.merge_lora:
             rendering = rendering_of(self.args)
-            for part in load_whole_model(str(checkpoint), "cpu", hub_token(), rendering):
-                part.save_pretrained(new)
+            model, tokenizer = load_whole_model(str(checkpoint), "cpu", hub_token(), rendering)
+            model.save_pretrained(new)
+            save_reader(tokenizer, new)
             write_for_others(new)
             for path in new.iterdir():
                 _flush(path)

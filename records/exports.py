@@ -7,12 +7,36 @@ tokenizer. Both versions read what is written here.
 
 import json
 
+import torch
+from safetensors.torch import load_file, load_model
+
+from training.lora import has_tower
+from training.sharding import is_sharded, like
+from vision.sight import model_class
+
+WEIGHTS = "model.safetensors"
+
 
 def write_for_others(folder):
     """Add to config.json and tokenizer_config.json, where there are such, what transformers 4 reads
     in place of rope_parameters, of the tokenizer's class and of its list of special tokens."""
     _rewrite(folder / "config.json", _with_rope)
     _rewrite(folder / "tokenizer_config.json", _with_known_class)
+
+
+@torch.no_grad()
+def load_weights(model, file, device):
+    """Set a model's weights to those in a file, whole or cut up as the model is."""
+    if not (is_sharded(model) or has_tower(model)):
+        load_model(model, file, device=device)
+        return
+    weights = load_file(file)
+    if has_tower(model) and file.name == WEIGHTS:  # where names are those of the hub's repositories
+        folder = file.parent
+        weights = model_class(folder).from_pretrained(folder, dtype=model.dtype).state_dict()
+    for name, parameter in model.named_parameters():
+        value = weights[name]
+        parameter.copy_(like(value, parameter) if is_sharded(model) else value)
 
 
 def _rewrite(file, change):
@@ -23,7 +47,10 @@ def _rewrite(file, change):
 
 
 def _with_rope(config):
-    """rope_theta and rope_scaling beside rope_parameters, which has both in one."""
+    """rope_theta and rope_scaling beside rope_parameters, which has both in one; of a model that
+    sees, in its text part."""
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": _with_rope(config["text_config"])}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" not in rope:
         return config

@@ -50,6 +50,8 @@ LABELS = {
     "exact/against_perfect": "won a game from perfect play (exact)",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",
     "lenient_accuracy": "held-out accuracy, tags not needed (95 % interval)",
+    "blind_accuracy": "held-out accuracy with other problems' pictures (95 % interval)",
+    "above_blind": "held-out accuracy above that with other pictures (95 % interval)",
     "format_rate": "held-out format rate (95 % interval)",
     "referee/first_slot": "verdicts for the text that the referee reads first",
     "referee/consistent": "pairs with one verdict in both orders",
@@ -66,8 +68,9 @@ LABELS = {
     "win_rate/referee": "held-out win rate over step 0 (95 % interval)",
     "win_rate/eval_referee": "held-out win rate over step 0, second referee (95 % interval)",
 }
-SHARES = {"accuracy", "lenient_accuracy", "format_rate", "legal_moves", "best_moves", "truncated",
-          "flat_groups", "clip_fraction", "tis_capped", "weights_changed",
+SHARES = {"accuracy", "lenient_accuracy", "blind_accuracy", "above_blind", "format_rate",
+          "legal_moves", "best_moves", "truncated", "flat_groups", "clip_fraction", "tis_capped",
+          "weights_changed",
           "weights_changed_bf16"}  # fmt: skip
 SHARE_ENDS = (
     "debate/accuracy",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from llms import chat_prompt
+from llms import prompt_of
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
 from sampling.fallback import OwnLayers, falls_back
@@ -21,6 +21,7 @@ from training.progress import progress
 from training.sharding import whole
 from training.tree import first_of_each
 from utils import release_freed_memory, to_device
+from vision.sight import pictures_of
 
 # Tokens between two looks at which rows have finished, by device type; elsewhere 1. A look makes
 # the host wait for the device. Rows that go on meanwhile are masked: the result is the same.
@@ -39,12 +40,11 @@ def sample_groups(setup, problems, seeds, group_size=None):
     now; `seeds`, a number per problem, fix the draws."""
     args, tokenizer = setup.args, setup.tokenizer
     group_size = group_size or args.group_size
-    prompts = [
-        chat_prompt(tokenizer, setup.task.system_prompt, problem.question) for problem in problems
-    ]
+    prompts = [prompt_of(tokenizer, setup.task, problem) for problem in problems]
     at_once = args.sampling_batch_size // group_size or len(prompts)  # questions
     parts = []
     with setup.accelerator.autocast(), whole(setup.policy):
+        pictures = pictures_of(setup.policy, tokenizer, prompts, problems)
         for start in range(0, len(prompts), at_once):
             now = slice(start, start + at_once)
             common = (
@@ -55,9 +55,9 @@ def sample_groups(setup, problems, seeds, group_size=None):
                 parts.append(sample_rollouts_paged(*common))
             else:
                 filters = (args.top_k, args.top_p, args.min_p)
-                fused = args.sampler == "fused"
                 parts.append(sample_rollouts(
-                    *common, *filters, fused, args.stop, reply=replies(setup, problems[now])
+                    *common, *filters, args.sampler == "fused", args.stop,
+                    reply=replies(setup, problems[now]), pictures=pictures and pictures[now],
                 ))  # fmt: skip
     release_freed_memory(setup.accelerator.device)
     return joined_rollouts(parts)

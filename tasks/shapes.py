@@ -18,6 +18,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from evaluator import correctness, soft_format, strict_format, tag_count
+from rldatasets import Problem, is_held_out
+
+REWARD_FUNCTIONS = [correctness, strict_format, soft_format, tag_count]
 VARIANTS = ("count", "colour", "position")
 SIZES = {"train": 4096, "test": 1024}
 SIDE, COLUMNS, ROWS = 128, 3, 2  # pixels, cells
@@ -91,3 +95,63 @@ def in_words(scene, with_colours=True):
     """The scene, a line for each row: "red circle, blue square"."""
     names = ([f"{c} {k}" if with_colours else k for c, k in row] for row in scene.rows())
     return "\n".join(", ".join(row) or "nothing" for row in names)
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def problems(split, seed, variant):
+    """Distinct scenes, each with one question of this variant; the test split is the same for every
+    seed."""
+    rng = random.Random(f"test {variant}" if split == "test" else f"{seed} {variant}")
+    found = {}
+    while len(found) < SIZES[split]:
+        problem = ASK[variant](rng)
+        if problem is None:
+            continue
+        [scene] = problem.images
+        if is_held_out(repr(scene.cells)) == (split == "test"):
+            found.setdefault((problem.question, scene.cells), problem)
+    return list(found.values())
+
+
+def _count(rng):
+    """The number is drawn first, and the scene until it fits: each is as likely as any other."""
+    kind, count = rng.choice(KINDS), rng.randint(1, MOST_COUNTED)
+    while True:
+        scene = random_scene(rng)
+        kinds = [cell[1] for cell in scene.cells if cell]
+        if kinds.count(kind) == count:
+            question = f"How many {kind}s are there?"
+            return Problem(question, str(count), in_words(scene, with_colours=False), {}, (scene,))
+
+
+def _colour(rng):
+    """Of a kind that is there once."""
+    scene = random_scene(rng)
+    kinds = [cell[1] for cell in scene.cells if cell]
+    single = [cell for cell in scene.cells if cell and kinds.count(cell[1]) == 1]
+    if not single:
+        return None
+    colour, kind = rng.choice(single)
+    return Problem(f"Which colour is the {kind}?", colour, in_words(scene), {}, (scene,))
+
+
+def _position(rng):
+    """Of a shape that looks as no other does."""
+    scene, (side, (down, right)) = random_scene(rng), rng.choice(list(SIDES.items()))
+    number = rng.randrange(ROWS * COLUMNS)
+    row, column = number // COLUMNS + down, number % COLUMNS + right
+    shape = scene.cells[number]
+    if shape is None or scene.cells.count(shape) > 1:
+        return None
+    if not (0 <= row < ROWS and 0 <= column < COLUMNS):
+        return None
+    beside = scene.cells[row * COLUMNS + column]
+    if beside is None:
+        return None
+    question = f"Which kind of shape is {side} the {' '.join(shape)}?"
+    return Problem(question, beside[1], in_words(scene), {}, (scene,))
+
+
+ASK = {"count": _count, "colour": _colour, "position": _position}

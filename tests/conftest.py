@@ -173,6 +173,7 @@ def make_args(**overrides):
         "cold_start_steps": 0,
         "cold_start_learning_rate": 1e-3,
         "model_name": "toy",
+        "image_tokens": 256,
         "mask_truncated": False,
         "micro_batch_tokens": 0,
         "num_inner_epochs": 1,

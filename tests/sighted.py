@@ -100,9 +100,11 @@ class Reader:
         self.sight = sight
 
 
-def make_sighted(family, dtype=torch.float32, seed=0):
+def make_sighted(family, dtype=torch.float32, seed=0, vocab_size=None, placeholder=PLACEHOLDER):
     """(a random model of the family whose distributions are far from uniform, its Reader)."""
     model_class, config, processor = SIGHTED[family]()
+    config.image_token_id = placeholder
+    config.text_config.vocab_size = vocab_size or VOCABULARY
     torch.manual_seed(seed)
     model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
     with torch.no_grad():

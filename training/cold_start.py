@@ -10,14 +10,15 @@ from training.lora import trained_parameters
 from training.optimizer import apply_gradients
 from training.processes import sum_gradients, summed
 from training.progress import progress
-from training.sharding import own_batches
+from training.sharding import own_batches, whole
 
 
-def cold_start(setup, train_problems, chat_prompt, worked_ids):
+def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None):
     """Supervised steps on worked solutions, so that GRPO finds the answer format to reinforce.
 
-    chat_prompt(tokenizer, system_prompt, question): a prompt's ids. worked_ids(tokenizer, problems,
-    task): for each the ids of its worked answer, and which of these it is to learn.
+    chat_prompt(tokenizer, system_prompt, question, images): a prompt's ids. worked_ids(tokenizer,
+    problems, task): for each the ids of its worked answer, and which of these it is to learn.
+    pictures_of(policy, tokenizer, prompts, problems): what the prompts show, see vision/sight.py.
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
     the same stream of problems, mean loss per token, a fresh AdamW at a constant rate. Solutions
@@ -31,10 +32,14 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids):
     train_problems = fitting(setup, train_problems, worked_ids) if steps else train_problems
     for step in steps:
         problems = train_problems.batch(step, args.questions_per_step)
-        asked = (
-            chat_prompt(setup.tokenizer, setup.task.system_prompt, problem.question)
-            for problem in problems
-        )
+        asked = [
+            chat_prompt(setup.tokenizer, setup.task.system_prompt, p.question, p.images)
+            for p in problems
+        ]
+        pictures = None
+        if pictures_of:
+            with accelerator.autocast(), whole(policy):
+                pictures = pictures_of(policy, setup.tokenizer, asked, problems)
         worked = worked_ids(setup.tokenizer, problems, setup.task)
         prompts, targets, written = (
             [torch.tensor(row, device=accelerator.device) for row in rows]
@@ -42,7 +47,7 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids):
         )
         ids, mask = (pad_sequence(rows, batch_first=True) for rows in (targets, written))  # (Q, C)
         lengths = [[len(target)] for target in targets]
-        own, _, batches, idle = own_batches(setup, prompts, lengths, ids)
+        own, _, batches, idle = own_batches(setup, prompts, lengths, ids, pictures)
         tokens = int(mask.sum())
         mine = torch.tensor(own, device=accelerator.device)[:, None] & mask  # (Q, C)
         loss = torch.zeros((), device=accelerator.device)

@@ -79,10 +79,9 @@ def has_tower(model):
 
 def freeze_tower(model):
     """Have all of a model that sees keep its weights but the decoder and the head, in place."""
-    if has_tower(model):
-        model.requires_grad_(False)
-        for part in (model.get_decoder(), model.get_output_embeddings()):
-            part.requires_grad_()
+    model.requires_grad_(False)
+    for part in (model.get_decoder(), model.get_output_embeddings()):
+        part.requires_grad_()
 
 
 def trained_parameters(model):

@@ -5,16 +5,32 @@ alike: transformers' own `*Processor` classes do the same where torchvision fits
 of these families fail to load where it does not.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+from transformers.utils import cached_file
 
 from training.pictures import Picture
 from utils import UserError
 
+MAY_BE_MISSING = dict.fromkeys(
+    (
+        "_raise_exceptions_for_gated_repo",
+        "_raise_exceptions_for_missing_entries",
+        "_raise_exceptions_for_connection_errors",
+    ),
+    False,
+)
 NOT_READ = ("rows", "cols")  # what an image processor says besides what the tower reads
 
 
@@ -30,6 +46,16 @@ class Sight:
         """What stands in a prompt for an image of this size, (width, height) in pixels."""
         return FAMILIES[self.config.model_type].written(self, size)
 
+    def expanded(self, text, images):
+        """A rendered chat with all placeholders of its images; the template wrote one for each.
+        Raises UserError where there are others, such as in a question."""
+        first, *rest = text.split(self.token)
+        if len(rest) != len(images):
+            raise UserError(f"a prompt has {len(rest)} times {self.token} for {len(images)} images "
+                            f"({text[-60:]!r}); take it out of the question")  # fmt: skip
+        places = (self.placeholders(image.size) for image in images)
+        return first + "".join(f"{place}{part}" for place, part in zip(places, rest))
+
 
 @dataclass(frozen=True)
 class Family:
@@ -39,26 +65,57 @@ class Family:
     bounded: Callable  # (processor, config, most) -> sizes an image processor is set to
 
 
-def load_sight(name, tokenizer, config, most, token=None):
-    """The Sight of the model `name`, whose images take at most so many placeholders.
+def model_class(name, token=None):
+    """transformers' class of the model `name`: those that see have a text part in them."""
+    config = AutoConfig.from_pretrained(name, token=token)
+    sees = config.get_text_config() is not config
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
-    Raises UserError where they cannot be that few.
+
+def load_sight(name, tokenizer, config, rendering, token=None):
+    """The Sight of the model whose image processor is at `name`.
+
+    An image takes at most rendering.image_tokens placeholders; raises UserError where this model's
+    cannot be that few. The chat template becomes the one that knows images, where there is one.
     """
-    family = FAMILIES[config.model_type]
     processor = AutoImageProcessor.from_pretrained(name, token=token, backend="pil")
-    return bounded_sight(processor, tokenizer, config, most, family)
-
-
-def bounded_sight(processor, tokenizer, config, most, family=None):
-    family = family or FAMILIES[config.model_type]
-    for attribute, value in family.bounded(processor, config, most).items():
+    bounds = FAMILIES[config.model_type].bounded(processor, config, rendering.image_tokens)
+    for attribute, value in bounds.items():
         setattr(processor, attribute, value)
+    if file := cached_file(name, "chat_template.json", token=token, **MAY_BE_MISSING):
+        whole = json.loads(Path(file).read_text(encoding="utf-8"))
+        tokenizer.chat_template = whole["chat_template"]
     return Sight(processor, config, tokenizer.convert_ids_to_tokens(config.image_token_id))
+
+
+def save_reader(tokenizer, folder):
+    """Write a model's tokenizer and, where it sees, its image processor, as transformers does."""
+    tokenizer.save_pretrained(folder)
+    if sight := sight_on(tokenizer):
+        sight.processor.save_pretrained(folder)
+
+
+def in_parts(role, content, images=0):
+    """A message as chat templates of models that see take it: its images, then its text."""
+    parts = [*[{"type": "image"}] * images, {"type": "text", "text": content}]
+    return {"role": role, "content": parts}
 
 
 def sight_on(tokenizer):
     """The tokenizer's Sight; None for a model that reads text alone."""
     return getattr(tokenizer, "sight", None)
+
+
+def pictures_of(model, tokenizer, prompts, problems):
+    """What each of these Problems' prompts (lists of ids) shows: Pictures, and None for those that
+    show nothing; None instead of a list where none of them shows anything.
+
+    The tower runs once for each, without gradient.
+    """
+    if not any(problem.images for problem in problems):
+        return None
+    pairs = zip(prompts, problems)
+    return [picture_of(model, tokenizer, prompt, problem.images) for prompt, problem in pairs]
 
 
 def picture_of(model, tokenizer, prompt, images):

@@ -123,7 +123,7 @@ def test_a_greedy_answer_and_the_task_s_own_problems_are_judged_without_it(monke
         completion_mask=pytest.importorskip("torch").ones(1, 1, 4),
     )  # fmt: skip
     monkeypatch.setattr("evaluation.held_out.sample_rollouts", lambda *args, **more: answers)
-    monkeypatch.setattr("evaluation.held_out.chat_prompt", lambda *args: [1])
+    monkeypatch.setattr("evaluation.held_out.prompt_of", lambda *args: [1])
     monkeypatch.setattr("evaluation.held_out.without_thoughts", lambda rollouts, setup: rollouts)
     args = SimpleNamespace(
         reward_timeout=1.0, max_completion_length=4, stop=[], eval_batch_size=4, eval_samples=0

@@ -73,7 +73,9 @@ def judged(monkeypatch):
 
     def judge(*texts, task=TASK, samples=0):
         monkeypatch.setattr(held_out, "sample_rollouts", saying(*texts))
-        monkeypatch.setattr(held_out, "chat_prompt", lambda tokenizer, system, question: question)
+        monkeypatch.setattr(
+            held_out, "prompt_of", lambda tokenizer, task, problem: problem.question
+        )
         problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]
         args = make_args(max_completion_length=8, eval_batch_size=2, eval_samples=samples)
         model, tokenizer = SimpleNamespace(device="cpu"), SimpleNamespace(decode=str)

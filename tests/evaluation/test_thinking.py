@@ -140,7 +140,7 @@ def test_records_hold_all_that_was_written_and_judge_the_answer(monkeypatch):
         return Rollouts([], ones, ones.bool(), ones, finished, groups)
 
     monkeypatch.setattr(held_out, "sample_rollouts", answer)
-    monkeypatch.setattr(held_out, "chat_prompt", lambda tokenizer, system, question: question)
+    monkeypatch.setattr(held_out, "prompt_of", lambda tokenizer, task, problem: problem.question)
     setup = setup_of()
     setup.args.eval_samples, setup.tokenizer = 2, SimpleNamespace(decode=str)
     problems = [Problem(f"{i}", f"{i}", "") for i in range(1, len(texts) + 1)]

@@ -1,0 +1,127 @@
+"""Whole runs of a tiny model that sees: on files with images, resumed, and chatted with."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sighted import image
+from test_sight import save
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+QUESTIONS, HELD_OUT = 3, 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(a model's directory, a directory with train.jsonl and test.jsonl)."""
+    folder, data = tmp_path_factory.mktemp("qwen"), tmp_path_factory.mktemp("data")
+    save("qwen2_5_vl", folder)
+    (data / "pictures").mkdir()
+    for split, count in (("train", 12), ("test", HELD_OUT)):
+        rows = []
+        for n in range(count):
+            file = f"pictures/{split}{n}.png"
+            image(24 + 8 * (n % 3), 32, n)().save(data / file)
+            rows.append({"question": "How many?", "answer": str(n), "image": file,
+                         "solution": "1"})  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{split}.jsonl").write_text(text)
+    return folder, data
+
+
+def flags(place, run, *more):
+    return (
+        "--preset", "cpu", "--dataset_name", "gsm8k", "--model_name", place[0], "--dataset_path",
+        place[1], "--output_dir", run, "--questions_per_step", QUESTIONS, "--group_size", 3,
+        "--num_train_iters", 2, "--max_completion_length", 5, "--cold_start_steps", 1,
+        "--eval_problems", 0, "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 1, *more,
+    )  # fmt: skip
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def test_a_run_looks_once_at_every_picture_of_a_step(place, tmp_path, command, monkeypatch):
+    looks, look = [], Qwen2_5_VLForConditionalGeneration.get_image_features
+
+    def counted(self, *args, **kwargs):
+        looks.append(torch.is_grad_enabled())
+        return look(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "get_image_features", counted)
+    status, out, error = command(*flags(place, tmp_path / "run", "--micro_batch_tokens", 200))
+    assert status == 0, error
+    # A cold start and two steps, whatever inner passes and the reference; each of two evaluations
+    # asks every question twice, with its own picture and another's.
+    assert len(looks) == 3 * QUESTIONS + 2 * 2 * HELD_OUT
+    assert not any(looks)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").open()]
+    assert {"blind_accuracy", "above_blind", "above_blind_low"} <= rows[-1].keys()
+    assert "above_blind" in out
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(row["mismatch"] for row in steps) < 1e-4
+
+    # How the step is cut changes nothing; the tower stays as it was; half a run resumes.
+    status, _, error = command(
+        *flags(place, tmp_path / "cut", "--micro_batch_tokens", 60, "--sampling_batch_size", 3)
+    )
+    assert status == 0, error
+    whole, cut = weights(tmp_path / "run"), weights(tmp_path / "cut")
+    start = load_file(place[0] / "model.safetensors")
+    for name, value in whole.items():
+        torch.testing.assert_close(value, cut[name], rtol=0, atol=2e-4)
+        assert torch.equal(value, start[name]) == ("visual" in name), name
+    text = ["--resume", tmp_path / "run" / "checkpoints" / "step_00001"]
+    status, _, error = command(*flags(place, tmp_path / "run", "--micro_batch_tokens", 200, *text))
+    assert status == 0, error
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+    file = place[1] / "pictures" / "test0.png"
+    status, out, error = command(
+        "chat", tmp_path / "run" / "model", "--ask", "How many?", "--image", file, "--preset",
+        "cpu", "--answer", "0",
+    )  # fmt: skip
+    assert status == 0, error
+    assert "gold answer" in out
+
+
+def broken(folder):
+    (folder / "half.png").write_bytes(b"\x89PNG\r\n\x1a\nand no more")
+    Image.new("1", (9000, 9000)).save(folder / "vast.png")
+    return {
+        "gone.png": "no such file",
+        "half.png": "no image that can be read",
+        "vast.png": "larger than 50 million pixels",
+        "": "expected a path",
+    }
+
+
+def test_images_that_cannot_be_used_are_named_before_a_model_is_loaded(
+    place, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr("llms.load_model", None)
+    for name, complaint in broken(tmp_path).items():
+        rows = [{"question": f"{n}?", "answer": "1"} for n in range(20)]
+        rows[3]["image"] = [name]
+        file = tmp_path / "data.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status, _, error = command(
+            "--preset", "cpu", "--dataset_name", "gsm8k", "--model_name", place[0],
+            "--dataset_path", file, "--output_dir", tmp_path / "run", "--cold_start_steps", 0,
+        )  # fmt: skip
+        [line] = error.splitlines()
+        assert status == 2
+        assert f"data.jsonl:4: `image` {name}".strip() in line
+        assert complaint in line
+
+
+@pytest.mark.parametrize("flag", [("--compile_sampler",), ("--sampler", "paged")])
+def test_samplers_that_know_no_pictures_are_refused(flag, place, tmp_path, command):
+    status, _, error = command(*flags(place, tmp_path / "run", *flag))
+    assert status == 2
+    assert "does not know pictures" in error
+    assert len(error.splitlines()) == 1
