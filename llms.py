@@ -15,7 +15,6 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,11 +23,11 @@ from transformers import (
 from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
-from training.lora import freeze_tower, has_adapter, has_tower, settle_in_bfloat16, with_adapter
+from training.lora import freeze_tower, has_adapter, settle_in_bfloat16, with_adapter
 from training.precision import DTYPES, resolved
 from training.sharding import is_sharded, whole_copy, whole_tensor
 from utils import EMBEDDED_MODEL, UserError, base_and_adapters
-from vision.sight import in_parts, load_sight, model_class, sight_on
+from vision.sight import class_of, in_parts, load_sight, sees, sight_on
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # as config.json's layer_types say
 
@@ -75,9 +74,10 @@ def load_model(model_name, device, token=None, rendering=None):
         if base == EMBEDDED_MODEL:
             model, tokenizer = _load_embedded()
         else:
-            refuse_family(AutoConfig.from_pretrained(base, token=token), flag)
+            config = AutoConfig.from_pretrained(base, token=token)
+            refuse_family(config, flag)
             tokenizer = load_tokenizer(base, token)
-            model, report = model_class(base, token).from_pretrained(
+            model, report = class_of(config).from_pretrained(
                 base, dtype=torch.float32, token=token, ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )  # fmt: skip
@@ -91,7 +91,7 @@ def load_model(model_name, device, token=None, rendering=None):
             tokenizer = tokenizer_with(folder, tokenizer)
         if adapters and torch.device(device).type == "cuda":
             settle_in_bfloat16(model)
-        if has_tower(model):
+        if sees(model.config):
             freeze_tower(model)
             tokenizer.sight = load_sight(base, tokenizer, model.config, rendering, token)
         settle_rendering(tokenizer, rendering, flag)
@@ -112,7 +112,7 @@ def load_model(model_name, device, token=None, rendering=None):
 def refuse_family(config, flag):
     """Raise UserError for what is no causal language model of transformers', and for layers that
     hand a state from token to token, by which the sequences of a packed pass would mix."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind = class_of(config)
     what = f"{flag}: model type {config.model_type}"
     if kind is None:
         raise UserError(f"{what}: transformers has no causal language model of that type")

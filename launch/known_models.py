@@ -40,7 +40,19 @@ _SHAPES = {
     "meta-llama/Llama-3.2-1B": _llama(2048, 16, 32, 8, 8192),
     "meta-llama/Llama-3.2-3B": _llama(3072, 28, 24, 8, 8192),
 }
+_QWEN2_5_VL_3B = {
+    "model_type": "qwen2_5_vl",
+    "text_config": _qwen2(2048, 36, 16, 2, 11008, max_position_embeddings=128000)
+    | {"model_type": "qwen2_5_vl_text"},
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 2048, "patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "tie_word_embeddings": True,
+}  # fmt: skip
 KNOWN_MODELS = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": _QWEN2_5_VL_3B,
     **{name + kind: shape for name, shape in _SHAPES.items() for kind in ("", "-Instruct")},
     "smollm2-135m": _llama(576, 30, 9, 3, 1536, vocab_size=49152, max_position_embeddings=8192),
 }

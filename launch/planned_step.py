@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from grpo import Batch, grpo_loss
 from launch.fake_memory import Tracker
@@ -31,13 +31,14 @@ from llms import kl_reference, refuse_family, refusing
 from sampling.fallback import falls_back, is_written_out
 from training.lean_layers import checkpointed, recompute_layers
 from training.logprobs import completion_logprobs
-from training.lora import add_adapter, trained_parameters
+from training.lora import add_adapter, freeze_tower, trained_parameters
 from training.optimizer import clip_gradients, make_optimizer
 from training.precision import DTYPES, resolved
 from training.progress import progress
 from training.shared_prefix import WITHOUT_GRADIENT, micro_batches
 from training.update import objective_of
 from utils import base_and_adapters, hub_token, parameters_of
+from vision.sight import class_of, sees
 
 GSM8K_TEST = 1319  # problems in its official test split
 PHASES = ("sampling", "reference", "policy", "optimizer", "evaluation")
@@ -80,7 +81,7 @@ def planned(args, on_gpu, machine=None, layers=None, phases=PHASES):
     with damaged(args):
         config = config_of(args.model_name)
         refuse_family(config, f"--model_name {args.model_name}")
-        layers = layers or config.num_hidden_layers
+        layers = layers or config.get_text_config().num_hidden_layers
     if layers <= MORE or not is_written_out(config):  # others have layers of several kinds
         return planned_in_full(args, on_gpu, machine, layers, phases)
     few, more = (planned_in_full(args, on_gpu, machine, depth, phases) for depth in (FEW, MORE))
@@ -128,13 +129,15 @@ def planned_in_full(args, on_gpu, machine, layers, phases=PHASES):
     with as_if(on_gpu):
         with damaged(args):
             config = config_of(args.model_name)
-            config.num_hidden_layers = layers
+            config.get_text_config().num_hidden_layers = layers
             # Some kinds read positions, which fake tensors do not have; of all, the shapes agree.
             ropes = ropes_of(config)
             kinds = [rope["rope_type"] for rope in ropes]
             for rope in ropes:
                 rope["rope_type"] = "default"
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = class_of(config)._from_config(config, dtype=torch.float32)
+            if sees(config):
+                freeze_tower(policy)
             for rope, kind in zip(ropes_of(policy.config), kinds):  # for recorder_for
                 rope["rope_type"] = kind
             for buffer in policy.buffers():  # without numbers, which small ones have and that
@@ -157,7 +160,7 @@ def config_of(model_name):
 
 def ropes_of(config):
     """The model's kinds of rotary embeddings: one, one for each kind of layers, or none."""
-    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     ropes = [ropes] if "rope_type" in ropes else ropes.values()
     return [rope for rope in ropes if isinstance(rope, dict)]
 
@@ -219,7 +222,7 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
     trained = trained_parameters(policy)
     if args.gradient_checkpointing:
         recompute_layers(policy)
-    tracker = Tracker(machine, policy.config.vocab_size)
+    tracker = Tracker(machine, policy.config.get_text_config().vocab_size)
     dtype = DTYPES[resolved(args.precision, on_gpu)]
     autocast = torch.autocast("cpu", dtype) if dtype else nullcontext()
     work, tokens = {}, {}

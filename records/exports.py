@@ -2,7 +2,7 @@
 
 transformers 5 writes some facts under new names alone, which 4.57 does not know: it then computes
 rotary embeddings from base 10,000 and without LLaMA-3's scaling, without a word, or refuses the
-tokenizer. Both versions read what is written here.
+tokenizer. Both versions read what is written here, and we read it back.
 """
 
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model
 
 from training.lora import has_tower
 from training.sharding import is_sharded, like
-from vision.sight import model_class
+from vision.sight import class_of
 
 WEIGHTS = "model.safetensors"
 
@@ -32,8 +32,8 @@ def load_weights(model, file, device):
         return
     weights = load_file(file)
     if has_tower(model) and file.name == WEIGHTS:  # where names are those of the hub's repositories
-        folder = file.parent
-        weights = model_class(folder).from_pretrained(folder, dtype=model.dtype).state_dict()
+        kind = class_of(model.config)
+        weights = kind.from_pretrained(file.parent, dtype=model.dtype).state_dict()
     for name, parameter in model.named_parameters():
         value = weights[name]
         parameter.copy_(like(value, parameter) if is_sharded(model) else value)

@@ -41,6 +41,7 @@ class Mutant:
 
 TURNS = "sampling/test_turns.py"
 SELF_PLAY = "sampling/test_self_play.py"
+TURNS, SEEING = "sampling/test_turns.py", "vision/test_seeing_families.py"
 GRPO, OBJECTIVES, DATA, LLMS = (
     "test_grpo.py", "test_objectives.py", "test_rldatasets.py", "test_llms.py",
 )  # fmt: skip
@@ -692,6 +693,20 @@ MUTANTS = [
            "evaluation/test_exploitability.py"),
     Mutant("equal prompts are read twice", "places.setdefault(item, place) for", "place for",
            "training/test_tree.py sampling/test_sharing.py"),
+    # pictures
+    Mutant("positions in a picture count up", "return index[:, 0].numpy()", "return None", SEEING),
+    Mutant("a picture's features stand in another order",
+           "features = torch.cat(list(seen.pooler_output))",
+           "features = torch.cat(list(seen.pooler_output)).flip(0)", SEEING),
+    Mutant("all pictures are the first", "common = min(common, first_place(pictures))", "pass",
+           SEEING),
+    Mutant("what follows a picture counts its places", "[p.max() + 1 for p in positions]",
+           "lengths", SEEING),
+    Mutant("one question about two pictures is a repeat",
+           "return normal(problem.question), problem.images", "return normal(problem.question)",
+           "vision/test_runs.py"),
+    Mutant("the blind see", "images=problems[other].images", "images=problems[i].images",
+           "evaluation/test_blind.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.

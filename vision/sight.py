@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
 )
 from transformers.utils import cached_file
 
@@ -65,11 +64,15 @@ class Family:
     bounded: Callable  # (processor, config, most) -> sizes an image processor is set to
 
 
-def model_class(name, token=None):
-    """transformers' class of the model `name`: those that see have a text part in them."""
-    config = AutoConfig.from_pretrained(name, token=token)
-    sees = config.get_text_config() is not config
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+def sees(config):
+    """Whether a model of this configuration is of one of the FAMILIES that see."""
+    return config.model_type in FAMILIES
+
+
+def class_of(config):
+    """transformers' class of the models that this configuration is of, None where there is none."""
+    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return kinds.get(type(config), None)
 
 
 def load_sight(name, tokenizer, config, rendering, token=None):
