@@ -11,6 +11,12 @@ from test_sight import save
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 QUESTIONS, HELD_OUT = 3, 4
+REWARDS = """
+def letters(completion, problem):
+    return sum(map(ord, completion)) % 7 / 7
+
+REWARD_FUNCTIONS = [letters]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,7 @@ def place(tmp_path_factory):
                          "solution": "1"})  # fmt: skip
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (data / f"{split}.jsonl").write_text(text)
+    (data / "rewards.py").write_text(REWARDS)
     return folder, data
 
 
@@ -37,7 +44,8 @@ def flags(place, run, *more):
         place[1], "--output_dir", run, "--questions_per_step", QUESTIONS, "--group_size", 3,
         "--num_train_iters", 2, "--max_completion_length", 5, "--cold_start_steps", 1,
         "--eval_problems", 0, "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 1,
-        "--short_eval_iterations", 0, *more,
+        "--short_eval_iterations", 0,
+        "--evaluator", place[1] / "rewards.py", *more,
     )  # fmt: skip
 
 
@@ -70,10 +78,13 @@ def test_a_run_looks_once_at_every_picture_of_a_step(place, tmp_path, command, m
         *flags(place, tmp_path / "cut", "--micro_batch_tokens", 60, "--sampling_batch_size", 3)
     )
     assert status == 0, error
-    whole, cut = weights(tmp_path / "run"), weights(tmp_path / "cut")
-    start = load_file(place[0] / "model.safetensors")
+    cut = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    for one, other in zip(steps, cut, strict=True):
+        assert one["grad_norm"] > 0.01
+        for name in ("reward", "loss", "grad_norm", "kl"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6)
+    whole, start = weights(tmp_path / "run"), load_file(place[0] / "model.safetensors")
     for name, value in whole.items():
-        torch.testing.assert_close(value, cut[name], rtol=0, atol=2e-4)
         assert torch.equal(value, start[name]) == ("visual" in name), name
     text = ["--resume", tmp_path / "run" / "checkpoints" / "step_00001"]
     status, _, error = command(*flags(place, tmp_path / "run", "--micro_batch_tokens", 200, *text))
