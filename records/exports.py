@@ -27,11 +27,12 @@ def write_for_others(folder):
 @torch.no_grad()
 def load_weights(model, file, device):
     """Set a model's weights to those in a file, whole or cut up as the model is."""
-    if not (is_sharded(model) or has_tower(model)):
+    of_the_hub = has_tower(model) and file.name == WEIGHTS  # where names are its repositories'
+    if not (is_sharded(model) or of_the_hub):
         load_model(model, file, device=device)
         return
     weights = load_file(file)
-    if has_tower(model) and file.name == WEIGHTS:  # where names are those of the hub's repositories
+    if of_the_hub:
         kind = class_of(model.config)
         weights = kind.from_pretrained(file.parent, dtype=model.dtype).state_dict()
     for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ GSM8K = os.environ.get("GSM8K_DIR", str(ROOT.parent / "shared" / "gsm8k"))
 LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "transformers.generation",
              "transformers.models.qwen2.modeling_qwen2", "accelerate", "datasets", "hypothesis",
              "matplotlib.figure")  # fmt: skip
-FOLDERS = ("sampling", "training", "evaluation", "records", "launch", "tasks", "reading")
+FOLDERS = ("sampling", "training", "evaluation", "records", "launch", "tasks", "reading", "vision")
 
 
 @dataclass(frozen=True)
