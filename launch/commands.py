@@ -50,9 +50,7 @@ COMMANDS = {
     "report": "write a run's report.html anew",
 }
 # The flags of a run that an evaluation depends on, and one question's answers.
-PROMPT_FLAGS = (
-    "enable_thinking", "chat_template_kwargs", "prompt_date", "stop", "image_tokens",
-)  # fmt: skip
+PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop", "image_tokens")
 DATA_FLAGS = (
     "seed", "dataset_name", "dataset_path", "question_field", "answer_field", "solution_field",
     "train_split", "test_split", "difficulty",
@@ -251,10 +249,9 @@ def check_question(args):
                         "one of them out")  # fmt: skip
     if args.command == "group" and args.ask is None and args.question is None:
         raise UserError("which question? Give it as text, or --question N of a dataset")
-    if args.image and args.ask is None:
-        raise UserError("--image: goes with a question as text (--ask); leave it out")
-    if args.answer is not None and args.ask is None:
-        raise UserError("--answer: goes with a question as text; leave it out")
+    for flag in ("answer", "image"):
+        if getattr(args, flag) not in (None, []) and args.ask is None:
+            raise UserError(f"--{flag}: goes with a question as text; leave it out")
     for name, text in (("the question", args.ask), ("--answer", args.answer)):
         if text is not None and (not text.strip() or re.search("[\ud800-\udfff]", text)):
             raise UserError(f"{name} {text!r}: is empty, or holds characters that are not text")
