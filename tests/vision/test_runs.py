@@ -94,7 +94,7 @@ def test_a_run_looks_once_at_every_picture_of_a_step(place, tmp_path, command, m
 
     file = place[1] / "pictures" / "test0.png"
     status, out, error = command(
-        "chat", tmp_path / "run" / "model", "--ask", "How many?", "--image", file, "--preset",
+        "chat", tmp_path / "run" / "model", "How many?", "--image", file, "--preset",
         "cpu", "--answer", "0",
     )  # fmt: skip
     assert status == 0, error
