@@ -204,7 +204,9 @@ MUTANTS = [
     Mutant("a file's test problems in training",
            "zip(problems, firsts) if is_held_out(key) == wanted]", "zip(problems, firsts)]", DATA),
     # --- prompts, log-probs, reference
-    Mutant("no generation prompt", "messages, add_generation_prompt=True", "messages",
+    Mutant("no generation prompt",
+           "return rendered(tokenizer, messages, add_generation_prompt=True)",
+           "return rendered(tokenizer, messages)",
            LLMS),
     Mutant("two BOS",
            "return tokenizer.apply_chat_template(\n"
@@ -331,8 +333,8 @@ MUTANTS = [
     Mutant("the default judges every task", "call(task.is_correct, completion",
            "call(is_correct_leniently, completion", TASKS),
     Mutant("a cold start without the task's prompt",
-           "chat_prompt(setup.tokenizer, setup.task.system_prompt, problem.question)",
-           "chat_prompt(setup.tokenizer, '', problem.question)", TASKS),
+           "chat_prompt(setup.tokenizer, setup.task.system_prompt, p.question, p.images)",
+           "chat_prompt(setup.tokenizer, '', p.question, p.images)", TASKS),
     Mutant("any numbers will do", "sorted(expression.numbers) == problem", "None != problem",
            COUNTDOWN),
     Mutant("a minus takes all that follows it", "value = CALCULATE[take()](value, operand(depth))",
@@ -356,8 +358,8 @@ MUTANTS = [
     Mutant("a terminal obeys what a model wrote", 'print(printable(text, kept="\\n"), end=',
            "print(text, end=", CHAT),
     Mutant("a question without the system prompt",
-           "chat_prompt(tokenizer, task.system_prompt, problem.question)\n    with phase",
-           'chat_prompt(tokenizer, "", problem.question)\n    with phase', CHAT),
+           "return chat_prompt(tokenizer, task.system_prompt, problem.question, problem.images)",
+           'return chat_prompt(tokenizer, "", problem.question, problem.images)', CHAT),
     Mutant("advantages of another baseline", "args.advantage_scale, chosen, args.baseline)",
            'args.advantage_scale, chosen, "leave_one_out")', CHAT),
     # --- templates, tokenizers, thoughts and exports
