@@ -135,7 +135,7 @@ class Run:
 
     def log_evaluation(self, step, summary, records, games=()):
         """Write an evaluation. Returns its summary, with McNemar's p-value against step 0."""
-        if self.writes and step > 0 and (first := self.first_records()):
+        if self.writes and step > 0 and (first := self.first_records()) is not None:
             summary = {**summary, "mcnemar_p": p_against(first, records)}
         self._write(f"completions/eval_{step:05d}.jsonl", records)
         if games:
@@ -153,7 +153,8 @@ class Run:
         """Write a short evaluation, of which no answers are kept."""
         self.short_evaluations.add(step)
         self._write("short_eval.jsonl", [{"step": step, **summary}], mode="a")
-        log_row(self.trackers, {"step": step, "short_accuracy": summary["accuracy"]})
+        if "before_cold_start" not in summary:
+            log_row(self.trackers, {"step": step, "short_accuracy": summary["accuracy"]})
 
     def first_records(self):
         """The records of the evaluation at step 0; None where there are none."""

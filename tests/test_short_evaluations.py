@@ -58,6 +58,7 @@ def test_they_change_nothing_that_is_trained(short):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_those_after_its_step_again_once(short, saved_models, tmp_path):
     argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--num_train_iters", "2",
             "--eval_problems", "17", "--short_eval_iterations", "1", "--lr_schedule", "constant",

@@ -7,6 +7,7 @@ import torch
 
 from evaluation.scoring import score
 from grpo import group_advantages, has_signal, overlong_penalty
+from rldatasets import Problem
 
 # (rewards that are equal on paper, in every order of adding)
 EQUAL = [
@@ -66,6 +67,6 @@ def test_a_weight_of_a_million_makes_no_signal_of_rounding():
         texts = (("a", "b", "a"),)
 
     weights = {"left": 1e6, "right": 1e6}
-    rewards = score(Rollouts, [None], [left, right], weights)
+    rewards = score(Rollouts, [Problem("", "", "")], [left, right], weights)
     assert rewards.total.dtype == torch.float64
     assert (group_advantages(rewards.total, "none") == 0).all()

@@ -126,7 +126,7 @@ def assert_said(message, *parts):
         (["--cold_start_steps", "1"], ["--cold_start_steps 1", "solution", "set it to 0"]),
         (["--dataset_name", "arithmetic"], ["--dataset_path", "gsm8k"]),
         (["--dataset_name", "gsm8k\n"], ["--dataset_name", r"'gsm8k\n'", "did you mean gsm8k?"]),
-        (["--dataset_name", "xyz"], ["--dataset_name", "'xyz'", "arithmetic, countdown"]),
+        (["--dataset_name", "xyz"], ["--dataset_name", "'xyz'", "arithmetic, calculator"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

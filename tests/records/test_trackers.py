@@ -87,6 +87,7 @@ def test_tensorboard_has_the_numbers_of_a_run_s_files_after_resuming_too(
     scalars, reader = events_of(run)
     expected = numbers_of(run)
     assert expected["reward"].keys() == {0, 1, 2} and expected["accuracy"].keys() == {0, 1, 2, 3}
+    assert scalars.pop("short_accuracy").keys() == expected["accuracy"].keys()
     assert scalars.keys() == expected.keys()
     for name, values in expected.items():
         assert scalars[name] == pytest.approx(values, rel=1e-6), name

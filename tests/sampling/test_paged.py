@@ -136,7 +136,9 @@ def test_the_flags_choose_the_engine_of_a_training_step(
     flags, engine, filters, accelerator, monkeypatch
 ):
     called = []
-    monkeypatch.setattr(groups, engine, lambda *arguments: called.append(arguments) or "rollouts")
+    monkeypatch.setattr(
+        groups, engine, lambda *arguments, **_: called.append(arguments) or "rollouts"
+    )
     monkeypatch.setattr(groups, "joined_rollouts", lambda parts: "".join(parts))
     args = make_args(top_k=5, temperature=0.8, **flags)
     setup = make_setup(None, args, accelerator, make_tokenizer())
