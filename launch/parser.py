@@ -145,6 +145,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     saved = take_up_saved_flags(parser, argv)
     args = parse_known(parser, argv)
     args.typed |= {*saved}
+    if args.precision == "auto":  # of a run that goes on: what it was when that began
+        args.precision = saved.get("precision", "auto")
     idle = idle_flags(args, parser.get_default)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon

@@ -57,6 +57,14 @@ def test_a_finished_run_goes_on_where_more_is_asked_of_it(tmp_path):
     assert not has_finished(resumed(run, "--resume", str(run / "checkpoints" / "step_00002")))
 
 
+def test_auto_is_the_precision_that_the_run_began_with(tmp_path):
+    """As a scheduler has it, which gives the same command again."""
+    argv = ["--resume_or_start", "--precision", "auto", *CPU, "--output_dir", str(tmp_path / "run")]
+    assert parse_args(argv).precision == "auto"
+    write_run(tmp_path / "run", last=3, precision="bf16")
+    assert parse_args(argv).precision == "bf16"
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_before_torch_is_there(saved_models, tmp_path, command):
     run = tmp_path / "run"
