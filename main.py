@@ -56,7 +56,8 @@ def train(args):
     setup, run, data, start = begin(args)
     first = start.step if start else 0
     if not start:
-        if args.short_eval_iterations and args.cold_start_steps:
+        looks = args.short_eval_iterations and args.cold_start_steps
+        if looks and not run.short_evaluations:  # of a start that came to no checkpoint
             evaluate_shortly(setup, run, data.test, 0, before_cold_start=True)
         with phase("cold start"):
             cold_start(setup, data.train, chat_prompt, worked_ids, pictures_of)

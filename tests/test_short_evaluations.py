@@ -1,6 +1,7 @@
 """Short evaluations: a curve between those that decide, and nothing else."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_resumed_run_makes_those_after_its_step_again_once(short, saved_models
     main.train(parse_args(more))
     assert [row["step"] for row in rows(file)] == [0, 0, 1, 2, 3]
     assert rows(file)[-1]["accuracy"] != 0.9
+
+
+def test_a_run_that_starts_over_does_not_look_twice_before_its_cold_start(saved_models, tmp_path):
+    """It was stopped before its first checkpoint, with its evaluations of step 0 in their files."""
+    argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--num_train_iters", "1",
+            "--eval_problems", "17", "--short_eval_iterations", "1",
+            "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    main.train(parse_args(argv))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    main.train(parse_args(["--resume", "--output_dir", str(tmp_path / "run")]))
+    found = rows(tmp_path / "run" / "short_eval.jsonl")
+    assert [(row["step"], "before_cold_start" in row) for row in found] == [
+        (0, True), (0, False), (1, False)
+    ]  # fmt: skip
 
 
 def test_the_curve_is_in_the_figure_and_on_the_page(tmp_path):
