@@ -51,23 +51,21 @@ COMMANDS = {
 }
 # The flags of a run that an evaluation depends on, and one question's answers.
 PROMPT_FLAGS = ("enable_thinking", "chat_template_kwargs", "prompt_date", "stop", "image_tokens")
-DATA_FLAGS = (
-    "seed", "dataset_name", "dataset_path", "question_field", "answer_field", "solution_field",
-    "train_split", "test_split", "difficulty",
-)  # fmt: skip
+DATA_FLAGS = ("seed", "dataset_name", "dataset_path", "question_field", "answer_field",
+              "solution_field", "train_split", "test_split", "difficulty")  # fmt: skip
 EVALUATION_FLAGS = (
     *PROMPT_FLAGS, *DATA_FLAGS, "preset", "output_dir",
     "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
     "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier",
 )  # fmt: skip
+# And those by which a game is played, which cannot be given.
+GAME_FLAGS = ("sampler", "sampling_batch_size", "micro_batch_tokens", "top_k", "top_p", "min_p")
 CHAT_FLAGS = (
     *PROMPT_FLAGS, *DATA_FLAGS, "preset", "evaluator",
     "max_completion_length", "reward_weights", "reward_timeout", "allow_weak_verifier",
 )  # fmt: skip
-PLAY_FLAGS = (
-    *PROMPT_FLAGS, "preset", "seed", "dataset_name", "max_completion_length", "temperature",
-    "top_k", "top_p", "min_p",
-)  # fmt: skip
+PLAY_FLAGS = (*PROMPT_FLAGS, "preset", "seed", "dataset_name", "max_completion_length",
+              "temperature", "top_k", "top_p", "min_p")  # fmt: skip
 LINT_FLAGS = (
     "reward_weights", "evaluator", *DATA_FLAGS, "reward_timeout", "preset", "model_name", "referee",
     "referee_url", "referee_model", "eval_referee",
@@ -220,7 +218,8 @@ def _check_evaluate(args):
         args.output_dir = run_directory(args, model)
     for check in (check_flags, check_dataset, check_model, check_output_dir):
         check(args)
-    kept = (*EVALUATION_FLAGS, "model_name", "command")
+    kept = [*EVALUATION_FLAGS, "model_name", "command"]
+    kept += GAME_FLAGS if load_task(args).game else ()
     args.__dict__ = {name: value for name, value in vars(args).items() if name in kept}
 
 

@@ -12,6 +12,8 @@ from several import launch
 import main
 from evaluation import games
 from evaluation.games import measure
+from launch import commands
+from launch.loading import evaluate_and_save
 from launch.parser import parse_args
 from records.run import Run
 from tasks import load_task
@@ -103,6 +105,17 @@ def test_two_processes_play_the_games_of_one(flags, tmp_path):
     for process in launch(2, lambda: drawn(file)):
         assert process[:3] == alone[:3] and process[4] == alone[4]
         assert process[3] == pytest.approx(alone[3])
+
+
+def test_a_model_is_evaluated_as_a_run_measures_it(flags, saved_models, tmp_path):
+    asked = ["evaluate", str(saved_models["qwen2"]), "--preset", "cpu", "--dataset_name",
+             str(tmp_path / "four.py"), "--max_completion_length", "6", "--temperature", "1",
+             "--output_dir", str(tmp_path / "evaluated")]  # fmt: skip
+    evaluate_and_save(commands.parse_command(asked))
+    main.train(flags(tmp_path / "run", "--num_train_iters", "0", "--cold_start_steps", "0"))
+    alone, [first] = (lines(tmp_path / run / "eval.jsonl") for run in ("evaluated", "run"))
+    first.pop("seconds/evaluation"), alone[0].pop("seconds/evaluation")
+    assert alone == [first]
 
 
 def test_the_loop_of_training_knows_of_no_game():
