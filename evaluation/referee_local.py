@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from evaluation.referee import SYSTEM, Scale
 from llms import chat_prompt
+from training.head import capped_, head_of
 from training.progress import progress
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
-from utils import UserError, release_freed_memory
+from utils import UserError, context_of, release_freed_memory
 
 
 class LocalReferee:
@@ -42,7 +43,7 @@ class LocalReferee:
     def log_odds(self, asks):
         """N numbers, None for an ask that is longer than the model's context."""
         prompts = [chat_prompt(self.tokenizer, SYSTEM, ask.text) for ask in asks]
-        room = self.model.config.max_position_embeddings
+        room = context_of(self.model.config.to_dict())
         fit = [n for n in range(len(asks)) if len(prompts[n]) < room]
         fit.sort(key=lambda n: asks[n].question)
         groups = [[*of_one] for _, of_one in groupby(fit, key=lambda n: asks[n].question)]
@@ -69,7 +70,7 @@ class LocalReferee:
             lengths.append([len(ids) for ids in rest])
             rests += [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in rest]
         ids = pad_sequence(rests, batch_first=True).to(device)  # (Q·G, C)
-        weight, values = self.model.get_output_embeddings().weight, {}
+        head, values = head_of(self.model), {}
         batches = micro_batches(starts, lengths, self.budget, ids)
         for batch in batches:
             with self.accelerator.autocast():
@@ -80,11 +81,13 @@ class LocalReferee:
             last = hidden.index_select(0, packing.same.index_select(0, ends.to(device)))  # (R, D)
             places = [divmod(row, most) for row in batch.rows.tolist()]
             pairs = [self.tokens[asks[groups[q][g]].words] for q, g in places]
+            last = last.to(head.weight.dtype) * head.scale
+            sides = (torch.tensor(side, device=device) for side in zip(*pairs))  # (R,) each
             first, second = (
-                weight.index_select(0, torch.tensor(side, device=device)) for side in zip(*pairs)
-            )  # (R, D) each
-            found = (last.to(weight.dtype) * (first - second)).sum(-1)  # (R,), in fp32
-            values |= dict(zip(places, found.tolist()))
+                capped_(torch.linalg.vecdot(last, head.weight.index_select(0, side)), head.cap)
+                for side in sides
+            )  # (R,) each, in fp32
+            values |= dict(zip(places, (first - second).tolist()))
             progress.tick(1, "passes", of=len(batches))
         return values
 

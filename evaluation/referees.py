@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from evaluation.referee import Referee, bound, shares
@@ -12,6 +11,7 @@ from evaluation.referee_local import LocalReferee
 from llms import frozen_copy, load_model, rendering_of
 from sampling.probe import probe
 from training.lora import has_adapter
+from training.precision import DTYPES, resolved
 from training.processes import make_accelerator, summed
 from training.progress import phase
 from training.setup import Setup
@@ -58,7 +58,7 @@ def judge_of(setup, role):
     else:
         model, tokenizer = load_model(name, device, hub_token(), rendering_of(args))
         probe(model, f"--{role} {name}")
-        model = frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None)
+        model = frozen(model, args)
     return LocalReferee(model, tokenizer, setup.accelerator, args.micro_batch_tokens, name)
 
 
@@ -77,7 +77,13 @@ def start_model(setup):
         return setup.reference, setup.tokenizer
     device = setup.accelerator.device
     model, tokenizer = load_model(args.model_name, device, hub_token(), rendering_of(args))
-    return frozen_copy(model, torch.bfloat16 if device.type == "cuda" else None), tokenizer
+    return frozen(model, args), tokenizer
+
+
+def frozen(model, args):
+    """The model as it judges: with matrices in what --precision computes in, as those of
+    llms.kl_reference are."""
+    return frozen_copy(model, DTYPES[resolved(args.precision)])
 
 
 def report(args, task):

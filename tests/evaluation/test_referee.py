@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TASK, make_args, make_model, make_setup, make_tokenizer
+from families import make_family
 from scipy.stats import kendalltau
 
 from evaluation import referee as module
@@ -23,6 +24,7 @@ from evaluator import of_group, pivot, rubric, tournament
 from grpo import group_advantages, has_signal
 from llms import chat_prompt
 from rldatasets import Problem
+from training.shared_prefix import own_attention
 from utils import UserError
 
 CATS = Problem("Tell me about cats.", "cats", "")
@@ -337,12 +339,24 @@ def test_the_log_odds_are_those_of_a_whole_forward_pass_of_each_prompt(family, b
     ][:-2]  # the questions have unequal numbers of asks
     random.Random(0).shuffle(asks)
     found = judge.log_odds(asks)
-    for ask, value in zip(asks, found):
-        ids = torch.tensor([chat_prompt(judge.tokenizer, module.SYSTEM, ask.text)])
-        logits = model(ids).logits[0, -1]
-        first, second = judge.tokens[ask.words]
-        assert value == pytest.approx((logits[first] - logits[second]).item(), abs=1e-6)
+    assert found == pytest.approx([*naive_log_odds(judge, asks)], abs=1e-6)
     assert len({round(value, 6) for value in found}) == len(asks)
+
+
+def naive_log_odds(judge, asks):
+    own_attention(judge.model)
+    for ask in asks:
+        ids = torch.tensor([chat_prompt(judge.tokenizer, module.SYSTEM, ask.text)])
+        logits = judge.model(ids).logits[0, -1]
+        first, second = judge.tokens[ask.words]
+        yield (logits[first] - logits[second]).item()
+
+
+@pytest.mark.parametrize("name", ["Granite 3.3", "Command R7B", "Gemma-2"])
+def test_so_they_are_of_a_family_that_scales_or_bounds_its_logits(name):
+    judge = local(make_family(name, vocab_size=300, max_position_embeddings=4096))
+    asks = [Ask("is better", "Q", *texts) for texts in (("a", "bb"), ("bb", "a"), ("a", None))]
+    assert judge.log_odds(asks) == pytest.approx([*naive_log_odds(judge, asks)], abs=1e-3)
 
 
 def test_every_tensor_is_made_where_the_model_is():

@@ -15,7 +15,7 @@ from toys import record
 import main
 from evaluation import referees
 from evaluation.referee import Referee, bound
-from evaluation.referees import referee_metrics, start_model, try_out, with_referees
+from evaluation.referees import judge_of, referee_metrics, start_model, try_out, with_referees
 from evaluation.scoring import judged_ahead, score
 from evaluation.win_rate import against_start, win_rate
 from evaluator import tournament
@@ -173,6 +173,17 @@ def test_start_is_the_model_of_the_file_and_shared_where_the_reference_is_that(
     assert start_model(setup)[0] is reference
     args.update_ref_model = True
     assert start_model(setup)[0] is not reference
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_its_matrices_are_in_what_the_run_computes_in(precision, dtype, saved_models, monkeypatch):
+    monkeypatch.setattr(referees, "rendering_of", lambda args: None)
+    model = str(saved_models["qwen2"])
+    flags = {"referee_url": None, "micro_batch_tokens": 0, "precision": precision}
+    for who in ("start", model):
+        args = make_args(model_name=model, cold_start_steps=1, referee=who, **flags)
+        judge = judge_of(make_setup(make_model(), args), "referee")
+        assert judge.model.model.layers[0].mlp.up_proj.weight.dtype == dtype
 
 
 def test_without_a_referee_nothing_changes():
