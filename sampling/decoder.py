@@ -3,7 +3,7 @@
 A group shares its prompt for good: the prompt's keys and values are computed, stored and read once
 per question, and what all prompts begin with (chat template, system prompt) is computed once per
 batch. Completions that are equal so far share a row, until their draws part (see training/tree.py).
- Norms, activations and weights are the model's own; the order of operations is that of Qwen2,
+Norms, activations and weights are the model's own; the order of operations is that of Qwen2,
 Qwen3 and LLaMA, with the attention and its cache written out.
 
 Letters: Q questions, G completions per question, R rows (at most Q·G), W rows of a question (the

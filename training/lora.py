@@ -29,9 +29,6 @@ def add_adapter(policy, args, on_gpu=None):
     computes in, as those of llms.kl_reference are and for the same reason; the adapter is fp32 as
     any weight that learns.
     Raises UserError where the model lacks one of --lora_targets, which peft would leave out unsaid.
-    A is drawn from torch's global generator. On a GPU the frozen matrices are stored in bf16, as
-    those of llms.kl_reference are and for the same reason; the adapter is fp32 as any weight that
-    learns.
     """
     if not args.lora_rank:
         return
