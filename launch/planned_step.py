@@ -260,12 +260,18 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
             work["reference"] = (tracker.work - before) * passes
         if "policy" in phases:
             largest, read, passes = step.cut(1)
+            looks = args.top_entropy < 1  # see update.on_most_uncertain
             with tracker.phase("policy"):
                 before = tracker.work
+                with torch.no_grad():
+                    for batch in largest if looks else ():
+                        step.logprobs(policy, batch, with_entropy=True)
+                looked = tracker.work
                 for batch in largest:
                     step.backward(batch)
-            work["policy"] = (tracker.work - before) * (passes * args.num_inner_epochs)
-            tokens["policy"] = read * args.num_inner_epochs
+            epochs = (tracker.work - looked) * args.num_inner_epochs
+            work["policy"] = (looked - before + epochs) * passes
+            tokens["policy"] = read * (args.num_inner_epochs + looks)
             with tracker.phase("optimizer"):
                 before = tracker.work
                 clip_gradients(trained, args.max_grad_norm)

@@ -1,6 +1,7 @@
 """One planned step against the same step with real tensors, parameter counts, and its work."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -186,8 +187,13 @@ def test_work_is_that_of_the_formulas(four_layers):
     assert work["policy"].flops == pytest.approx(6 * (body * read + head * completions), rel=0.15)
     sampled = 2 * body * (prompts + completions) + 2 * head * (4 + completions)
     assert work["sampling"].flops == pytest.approx(sampled, rel=0.15)
-    epochs = planned(planning(*whole, "--num_inner_epochs", "3"), False, ONE).work
-    assert epochs["policy"].flops == pytest.approx(3 * work["policy"].flops)
+    policy = partial(planned, on_gpu=False, machine=ONE, phases=["policy"])
+    epochs = policy(planning(*whole, "--num_inner_epochs", "3")).work["policy"].flops
+    assert epochs == pytest.approx(3 * work["policy"].flops)
+    # Once for all epochs, every pass goes forward to see which tokens are most uncertain.
+    more = policy(planning(*whole, "--num_inner_epochs", "3", "--top_entropy", "0.2"))
+    assert more.work["policy"].flops - epochs == pytest.approx(epochs / 9, rel=0.1)
+    assert more.tokens["policy"] == 4 * read
 
 
 def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
