@@ -20,7 +20,7 @@ ARITHMETIC = ["--preset", "cpu", "--eval_problems", "4", "--max_completion_lengt
     [
         ([""], ["main.py: error:", "unknown command"]),
         (["comapre", "a", "b"], ["unknown command comapre; did you mean compare?"]),
-        (["xyz"], ["unknown command xyz; there are lint, compare, evaluate, chat, group"]),
+        (["xyz"], ["unknown command xyz; there are lint, compare, evaluate, chat, play"]),
         (["compare", "a"], ["main.py compare: error:", "RUN"]),
         (["compare", "a", "b", "--sho", "3"], ["unknown argument --sho; did you mean --show?"]),
         (["compare", "a", "b", "--show", "-1"], ["--show", "'-1' is not a whole number"]),
