@@ -108,6 +108,7 @@ def joined_rollouts(parts):
         tensors = [getattr(part, name) for part in parts]
         return torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=padding) for x in tensors])
 
+    pictures = [one for part in parts for one in part.pictures or [None] * len(part.prompt_ids)]
     return Rollouts(
         prompt_ids=[ids for part in parts for ids in part.prompt_ids],
         completion_ids=joined("completion_ids"),
@@ -115,5 +116,5 @@ def joined_rollouts(parts):
         logprobs=joined("logprobs"),
         finished=torch.cat([part.finished for part in parts]),
         texts=[texts for part in parts for texts in part.texts],
-        pictures=parts[0].pictures and [one for part in parts for one in part.pictures],
+        pictures=pictures if any(pictures) else None,
     )

@@ -1,6 +1,7 @@
 """Sampling: the right distribution, the right masks, the right log-probs."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +230,11 @@ def test_draws_joined_are_padded_and_otherwise_unchanged():
         assert torch.equal(whole[2:], getattr(parts[1], name))
         assert not whole[:2, :, first:].any()
     assert torch.equal(joined.finished, torch.cat([part.finished for part in parts]))
+    # Of parts some of which show nothing, as those of several processes may be.
+    assert joined.pictures is None
+    showing = replace(parts[0], pictures=["a picture", None])
+    assert joined_rollouts([showing, parts[1]]).pictures == ["a picture", None, None]
+    assert joined_rollouts([parts[1], showing]).pictures == [None, "a picture", None]
 
 
 # --- what a GPU would have to wait for ---------------------------------------------------------
