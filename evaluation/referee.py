@@ -38,7 +38,8 @@ ALONE = (
     "or No."
 )
 LABEL = re.compile(r"(?i)\b(question|reply|reply [ab])\s*:")
-SPECIAL = re.compile(r"<\|[^<>\n]{1,60}\|>|</?s>|\[/?INST\]")  # how chats mark turns
+# How chats mark turns, and pictures.
+SPECIAL = re.compile(r"<\|[^<>\n]{1,60}\|>|</?s>|\[/?INST\]|<image>")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Ask:
 
 def fenced(text):
     """A text fit to stand behind its label: one line without a label of its own, nothing in it that
-    a chat template takes for the end of a turn, and no longer than LONGEST.
+    a chat template takes for the end of a turn or for a picture, and no longer than LONGEST.
 
     Line ends are the fence. Quotes around the texts cost a small model much of its judgement.
     """
