@@ -179,6 +179,9 @@ def check_data(args, train_problems, test_problems, processes):
                    f"--cold_start_steps is 0, not {args.cold_start_steps} as in --preset "
                    f"{args.preset}")  # fmt: skip
         args.cold_start_steps = 0
+    if args.save_rollouts and any(problem.images for problem in train_problems):
+        raise UserError("--save_rollouts: its files hold no pictures, and the data has some; leave "
+                        "it out")  # fmt: skip
     held_out = f"{len(test_problems)} held-out problems"
     if len(test_problems) == args.eval_problems:
         held_out = named(args, "eval_problems")

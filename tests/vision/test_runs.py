@@ -131,8 +131,12 @@ def test_images_that_cannot_be_used_are_named_before_a_model_is_loaded(
         assert complaint in line
 
 
-def test_a_sampler_that_knows_no_pictures_is_refused(place, tmp_path, command):
-    status, _, error = command(*flags(place, tmp_path / "run", "--sampler", "paged"))
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [(["--sampler", "paged"], "does not know pictures"), (["--save_rollouts"], "no pictures")],
+)
+def test_what_knows_no_pictures_is_refused(more, complaint, place, tmp_path, command):
+    status, _, error = command(*flags(place, tmp_path / "run", *more))
     assert status == 2
-    assert "does not know pictures" in error
+    assert complaint in error
     assert len(error.splitlines()) == 1
