@@ -16,9 +16,9 @@ from sampling.groups import sample_tokens
 
 def worst_prompts(questions, args):
     """Q prompts of the greatest length, as lists of ids, that have but their first tokens in common
-    (a chat template begins all prompts alike)."""
-    rest = [0] * max(0, args.max_prompt_length - 2)
-    prompts = ([0, question % 2, *rest] for question in range(questions))
+    (a chat template begins all prompts alike). No two are equal, or they would be read as one."""
+    rest = [0] * max(0, args.max_prompt_length - 3)
+    prompts = ([0, question % 64, question // 64, *rest] for question in range(questions))
     return [prompt[: args.max_prompt_length] for prompt in prompts]
 
 

@@ -66,7 +66,9 @@ def assert_peaks(plan, model, args, mixed_precision):
     "on_gpu, extra",
     [
         (True, ["--kl_beta", "0.04", "--gradient_checkpointing"]),
-        (False, ["--lora_rank", "4", "--max_completion_length", "40"]),
+        pytest.param(
+            False, ["--lora_rank", "4", "--max_completion_length", "40"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_few_layers_tell_what_all_take_to_the_byte(on_gpu, extra, tmp_path):
@@ -169,7 +171,8 @@ def test_known_models_have_the_published_number_of_parameters(name):
 
 
 def test_base_models_are_known_with_their_instruct_models():
-    assert len(KNOWN_MODELS) == 2 * (len(PARAMETERS) - 1) + 1
+    reading = [name for name in KNOWN_MODELS if "-VL-" not in name]
+    assert len(reading) == 2 * (len(PARAMETERS) - 1) + 1
     for name in PARAMETERS:
         assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
 
