@@ -33,10 +33,10 @@ def against_start(setup, first_records, summary, records):
         summary |= win_rate(won[role], role)
         summary |= shares(summed(referee.counts(), setup.accelerator), role)
     wins = {
-        (after["question"], after["answer"]): {role: chances[n] for role, chances in won.items()}
+        id(after): {role: chances[n] for role, chances in won.items()}
         for n, (_, after) in enumerate(zip(*pairs))
     }
-    return summary, [{**row, "wins": wins[row["question"], row["answer"]]} for row in records]
+    return summary, [{**row, "wins": wins[id(row)]} for row in records]
 
 
 def judged(referee, pairs, setup):
