@@ -22,6 +22,7 @@ from evaluator import tournament
 from launch.parser import parse_args
 from records.alarms import first_slot, second_referee
 from rldatasets import Problem
+from training.lora import add_adapter, trained_parameters
 from training.processes import everyones, make_accelerator, own_part
 from utils import UserError
 
@@ -186,6 +187,23 @@ def test_its_matrices_are_in_what_the_run_computes_in(precision, dtype, saved_mo
         assert judge.model.model.layers[0].mlp.up_proj.weight.dtype == dtype
 
 
+def test_it_has_one_name_whatever_the_adapter_beside_it_has_learnt(saved_models):
+    """On --resume the adapter is new when the referee is made, and its answers are to be found."""
+    model, names = str(saved_models["qwen2"]), []
+    for learnt in (0.0, 0.5):
+        args = make_args(
+            model_name=model, referee="start", referee_url=None, micro_batch_tokens=0,
+            lora_rank=2, lora_alpha=4.0, lora_targets=["q_proj"],
+        )  # fmt: skip
+        setup = make_setup(make_model(), args, tokenizer=make_tokenizer())
+        add_adapter(setup.policy, args)
+        with torch.no_grad():
+            for parameter in trained_parameters(setup.policy):
+                parameter.add_(learnt)
+        names.append(judge_of(setup, "referee").name)
+    assert names[0] == names[1]
+
+
 def test_without_a_referee_nothing_changes():
     setup = make_setup(make_model())
     assert with_referees(setup) is setup
@@ -235,6 +253,10 @@ def test_answers_meet_those_of_step_0_question_by_question():
     assert summary["win_rate/referee"] == pytest.approx(4.5 / 6)
     assert summary["win_rate/referee_p"] == pytest.approx(2 * 6 / 32)  # 4 won, 1 lost
     assert summary["referee/first_slot"] == pytest.approx(0.7, abs=0.31)
+    # A question that stands there twice has two answers, and each its own verdict.
+    twice = [after[1], {**after[1], "completion": "x"}]
+    _, records = against_start(setup, lambda: [before[1]] * 2, {}, twice)
+    assert records[0]["wins"]["referee"] > 0.5 > records[1]["wins"]["referee"]
     others = [record("another?", True)]
     assert against_start(setup, lambda: others, {}, after) == ({}, after)
 
