@@ -134,10 +134,14 @@ def point(file, step, model, names, flags):
     from llms import load_model
     from records.rollout_file import load_rollouts
     from training.processes import make_accelerator
+    from utils import UserError
 
     accelerator = make_accelerator()
     policy, _ = load_model(model, accelerator.device)
     rollouts, rewards, _, chosen = load_rollouts(file, accelerator.device)
+    if rewards.weights is None and "gdpo" in names:
+        raise UserError(f"{file}: an older file, without the weights of the rewards, which gdpo "
+                        "needs; leave it out by --objective")  # fmt: skip
     print(f"\nrollouts of step {step}, seen by {model}", flush=True)
     gradients, clipped = {}, {}
     for name in names:

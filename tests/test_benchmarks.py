@@ -1,12 +1,14 @@
 """The benchmarks run and measure what they say; what they measured is in docs/log.md."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, make_model
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
@@ -236,6 +238,20 @@ def test_replay_answers_a_mistake_in_one_line(replayable, flags, reason, capfd):
     assert ended.value.code == 2
     err = capfd.readouterr().err
     assert reason in err and err.count("\n") == 1
+
+
+@pytest.mark.benchmark
+def test_replay_says_what_an_older_file_lacks(replayable, tmp_path, capfd):
+    run = shutil.copytree(replayable, tmp_path / "run")
+    for file in (run / "rollouts").iterdir():
+        tensors = load_file(file)
+        del tensors["weights"]
+        save_file(tensors, file, metadata={"rewards": '["spread"]'})
+    with pytest.raises(SystemExit) as ended:
+        replay.main([str(run), "--objective", "grpo,gdpo"])
+    assert ended.value.code == 2
+    assert "without the weights of the rewards, which gdpo needs" in capfd.readouterr().err
+    assert replayed(run, capfd, "--objective", "grpo", "--step", "0")
 
 
 def test_replay_needs_saved_rollouts(tmp_path, capfd):
