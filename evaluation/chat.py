@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from evaluation.held_out import check_room, verdicts
 from evaluation.referees import with_referees
-from evaluation.scoring import advantages_of, score
+from evaluation.scoring import advantages_of, score, with_another
 from evaluator import sees_group
 from llms import prompt_of
 from reading.images import image_file
@@ -21,6 +21,7 @@ from rldatasets import Problem
 from sampling.groups import sample_rollouts
 from sampling.probe import load_policy
 from sampling.rollouts import without_thoughts
+from sampling.self_play import played_on
 from sampling.turns import replies
 from tasks import check_weights, load_task
 from training.processes import make_accelerator
@@ -154,9 +155,15 @@ def show_group(args):
     """Sample one group and print each completion with its rewards and its advantage."""
     task = asked_task(args)
     problem = asked_problem(args, task)
+    if task.game and "state" not in problem.extra:
+        raise UserError("a move earns what the game then ends in: ask for one in a position of the "
+                        "game, by --question N")  # fmt: skip
     setup = with_referees(load(args, task))
     rollouts = sample_group(setup, problem, args.group_size)
     rewards = score_group(without_thoughts(rollouts, setup), problem, args, setup.task)
+    if task.game:
+        outcomes = played_on(setup, [problem], rollouts, [args.seed])
+        rewards = with_another(rewards, "outcome", outcomes)
     advantages = advantages_of(rewards, args)  # (1, G)
     print("\n".join(group_lines(problem, rollouts, rewards, advantages, args)), flush=True)
 

@@ -118,6 +118,18 @@ def test_a_model_is_evaluated_as_a_run_measures_it(flags, saved_models, tmp_path
     assert alone == [first]
 
 
+def test_a_group_of_moves_earns_what_the_games_end_in(flags, saved_models, tmp_path, command):
+    flags(tmp_path / "run")
+    asked = ["group", saved_models["qwen2"], "--preset", "cpu", "--dataset_name",
+             tmp_path / "four.py", "--max_completion_length", 6, "--temperature", 1]  # fmt: skip
+    status, out, error = command(*asked, "--question", "0", "--group_size", "12")
+    assert status == 0, error
+    assert out.count("outcome -1") + out.count("outcome 0") + out.count("outcome 1") == 12
+    assert out.count("outcome -1") in range(1, 12) and "All earned the same" not in out
+    status, _, error = command(*asked, "3?", "--group_size", "12")
+    assert status == 2 and "by --question N" in error and error.count("\n") == 1
+
+
 def test_the_loop_of_training_knows_of_no_game():
     source = (ROOT / "main.py").read_text()
     loop = source.partition("def train(args)")[2].partition("\ndef ")[0]
