@@ -60,6 +60,9 @@ def asked_task(args):
 def asked_problem(args, task):
     """The Problem that the command line asks: its own text, or one of a dataset."""
     if args.question is None:
+        if task.game:
+            raise UserError(f"--dataset_name {args.dataset_name}: a text is no position of its "
+                            "game; name one by --question N")  # fmt: skip
         images = tuple(image_file(name, "--image") for name in args.image)
         return Problem(args.ask, NO_ANSWER if args.answer is None else args.answer, "", {}, images)
     problems = task.problems(args.split)
@@ -162,7 +165,7 @@ def show_group(args):
     rollouts = sample_group(setup, problem, args.group_size)
     rewards = score_group(without_thoughts(rollouts, setup), problem, args, setup.task)
     if task.game:
-        outcomes = played_on(setup, [problem], rollouts, [args.seed])
+        outcomes = played_on(setup, [problem], rollouts, [args.seed])  # (1, G)
         rewards = with_another(rewards, "outcome", outcomes)
     advantages = advantages_of(rewards, args)  # (1, G)
     print("\n".join(group_lines(problem, rollouts, rewards, advantages, args)), flush=True)

@@ -108,7 +108,10 @@ def _cell(key, summary):
     if value is None:
         return ""
     if f"{key}_low" in summary:
-        return interval(value, summary[f"{key}_low"], summary[f"{key}_high"])
+        ends = value, summary[f"{key}_low"], summary[f"{key}_high"]
+        if key.startswith("against_"):  # what was won a game is no share
+            return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends)
+        return interval(*ends)
     if key.startswith("truncated"):
         return f"{value:.1%}"
     return f"{value:.3g}"

@@ -122,13 +122,14 @@ def move_probabilities(setup):
         logprobs = logprobs_without_gradient(
             setup.policy, prompts, lengths, ids, setup.args
         )  # (N, C)
-    chances = iter(logprobs.double().sum(-1).exp().tolist())
-    shares, legal = {}, []
-    for prompt, state in places.items():
-        mine = {move: next(chances) for move in game.moves(state)}
-        legal.append(sum(mine.values()))
-        shares[prompt] = {move: chance / legal[-1] for move, chance in mine.items()}
-    return shares, fmean(legal)
+    moves = [game.moves(state) for state in places.values()]
+    parts = logprobs.double().sum(-1).cpu().split([*map(len, moves)])  # one for each position
+    # Of logarithms, for all of the probabilities may be too small to be numbers.
+    shares = {
+        prompt: dict(zip(legal, part.softmax(0).tolist()))
+        for prompt, legal, part in zip(places, moves, parts)
+    }
+    return shares, fmean(part.exp().sum().item() for part in parts)
 
 
 def expected(game, policies):
