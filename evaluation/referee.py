@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -37,9 +38,12 @@ ALONE = (
     "Question: {question}\n\nReply: {first}\n\nIs it true that this reply {criterion}? Answer Yes "
     "or No."
 )
-LABEL = re.compile(r"(?i)\b(question|reply|reply [ab])\s*:")
-# How chats mark turns, and pictures.
-SPECIAL = re.compile(r"<\|[^<>\n]{1,60}\|>|</?s>|\[/?INST\]|<image>")
+LABEL = re.compile(r"(?i)\b(question|reply|reply [ab])(?:\s*[:\uff1a\ufe55])+")
+# How chats mark turns, and pictures; DeepSeek's bars are wide ones.
+SPECIAL = re.compile(
+    r"<\|[^<>\n]{1,60}\|>|<\uff5c[^<>\n]{1,60}\uff5c>|</?s>|\[/?INST\]|"
+    r"<(?:image|bos|eos|(?:start|end)_of_\w{1,20})>"
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,13 @@ def fenced(text):
     Line ends are the fence. Quotes around the texts cost a small model much of its judgement.
     """
     text = text[:LONGEST] + (" [...]" if len(text) > LONGEST else "")
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # which nobody sees
     while SPECIAL.search(text):  # what is left may form another
         text = SPECIAL.sub(" ", text)
-    return LABEL.sub(r"\1", " ".join(text.split()))
+    text = " ".join(text.split())
+    while LABEL.search(text):  # as "Reply: A:" does
+        text = LABEL.sub(r"\1", text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,8 @@ class Scale:
             return None
         if abs(margin) <= self.tie:
             return 0.5
-        return float(margin > 0) if self.tau == 0 else 1 / (1 + math.exp(-margin / self.tau))
+        # The sigmoid of margin / tau, however large that is.
+        return float(margin > 0) if self.tau == 0 else (1 + math.tanh(margin / self.tau / 2)) / 2
 
 
 @dataclass
@@ -120,6 +129,7 @@ class Referee:
         if file is not None:  # and those of the run's other processes beside it
             for path in sorted(Path(file).parent.glob("referee*.jsonl")):
                 self.answers |= answers_in(path, judge.name)
+            cut_torn_end(file)
 
     @property
     def rubric(self):
@@ -284,6 +294,13 @@ def answers_in(path, name):
                 raise UserError(f"{path}:{number}: no referee's answers; remove the line, and they "
                                 "are asked anew") from None  # fmt: skip
     return answers
+
+
+def cut_torn_end(path):
+    """Take away a last line of a file that was cut off, lest the next one be written behind it."""
+    if Path(path).exists():
+        with open(path, "rb+") as lines:
+            lines.truncate(lines.read().rfind(b"\n") + 1)
 
 
 def bound(function, **given):
