@@ -77,6 +77,12 @@ def completion_fields(text):
     return {"completion": text, **turns}
 
 
+def completion_of(record):
+    """The completion that such a record holds: of an episode a Transcript again."""
+    text = record["completion"]
+    return Transcript(text, record["turns"]) if "turns" in record else text
+
+
 class Problems:
     """A fixed list of problems and the endless, shuffled stream of batches drawn from it.
 
@@ -254,18 +260,20 @@ def repeats(problems):
     return len(problems) - len({asked(problem) for problem in problems})
 
 
-def some_of(problems, count, in_order=False):
+def some_of(problems, count, in_order=False, together=1):
     """`count` of the test problems, a list, or all where count is 0 or more than there are.
 
     They are the first of a shuffle that is the same for every seed, in their old order, so that
     fewer are among more. in_order: the first themselves, for problems that come in random order.
+    together: they come in whole blocks, see Problems, the last of which may be beyond `count`.
     """
     if count == 0 or count >= len(problems):
         return list(problems)
     if in_order:
         return problems[:count]
-    order = np.random.default_rng(mixed_seed("test")).permutation(len(problems))
-    return [problems[index] for index in sorted(order[:count])]
+    order = np.random.default_rng(mixed_seed("test")).permutation(len(problems) // together)
+    blocks = sorted(order[: -(-count // together)])
+    return [problems[block * together + place] for block in blocks for place in range(together)]
 
 
 # --- arithmetic: generated word problems -------------------------------------------------------

@@ -23,14 +23,14 @@ from evaluator import (
     sees_group,
 )
 from llms import prompt_of
-from rldatasets import completion_fields
+from rldatasets import completion_fields, completion_of
 from sampling.groups import sample_rollouts
 from sampling.rollouts import judged_text, without_thoughts
 from sampling.turns import between_turns, replies
 from training.processes import everyones, from_main, own_part
 from training.progress import progress
 from training.sharding import whole
-from utils import UserError, context_of, mixed_seed, named
+from utils import UserError, as_number, context_of, mixed_seed, named
 from vision.sight import pictures_of
 
 
@@ -145,15 +145,26 @@ def measured(setup, problems, records):
     task, accelerator = setup.task, setup.accelerator
     if task.measured is None:
         return {}
-    answers = [judged_text(record["completion"], setup) for record in records]
+    answers = [judged_text(completion_of(record), setup) for record in records]
     referee = setup.referees.get("referee")
     figures = from_main(lambda: task.measured(problems, answers, referee), accelerator)
+    if referee:
+        referee.counts()  # what was asked here is no step's
+    values = [*figures.values()] if isinstance(figures, dict) else [None]
+    if not all(isinstance(row, list) and all(map(is_share, row)) for row in values):
+        raise UserError(f"the task's measured returned {figures!r:.60}, not {{name: [numbers from "
+                        "0 to 1]}")  # fmt: skip
     summary = {}
     for name, values in figures.items():
         if values:
             low, high = wilson_interval(sum(values), len(values))
             summary |= {name: fmean(values), f"{name}_low": low, f"{name}_high": high}
     return summary
+
+
+def is_share(value):
+    number = as_number(value)
+    return number is not None and 0 <= number <= 1
 
 
 def an_eighth(held_out):

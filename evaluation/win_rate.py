@@ -8,6 +8,7 @@ rewarded anything.
 from evaluation.comparison import paired
 from evaluation.referee import shares
 from evaluation.significance import mcnemar_p, wilson_interval
+from rldatasets import completion_of
 from sampling.rollouts import judged_text
 from training.processes import everyones, from_main, own_part, summed
 from training.progress import progress
@@ -42,7 +43,7 @@ def against_start(setup, first_records, summary, records):
 def judged(referee, pairs, setup):
     """The chance that each later answer beats the earlier one: 0.5 for a tie, None unread."""
     rows = [
-        (after["question"], *(referee.shown(judged_text(one["completion"], setup))
+        (after["question"], *(referee.shown(judged_text(completion_of(one), setup))
                               for one in (after, before)))
         for before, after in pairs
     ]  # fmt: skip

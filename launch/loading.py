@@ -213,12 +213,12 @@ def read_problems(args, task, start=None):
     if overlap:
         tqdm.write(f"{overlap} of {len(train)} training questions left out: they are in the test "
                    "split too")  # fmt: skip
-    held_out = held_out_problems(args, test, start)
+    held_out = held_out_problems(args, test, start, task.together)
     counts = {"overlap": overlap, "train_repeats": repeats(kept), "test_repeats": repeats(held_out)}
     return kept, held_out, counts
 
 
-def held_out_problems(args, test, start=None):
+def held_out_problems(args, test, start=None, together=1):
     """The problems of the test split that --eval_problems asks for; those that ask the same as
     another are told.
 
@@ -226,7 +226,7 @@ def held_out_problems(args, test, start=None):
     shuffle.
     """
     in_order = args.dataset_name == "arithmetic" or (start and "overlap" not in start.data)
-    chosen = some_of(test, args.eval_problems, in_order)
+    chosen = some_of(test, args.eval_problems, in_order, together)
     if count := repeats(chosen):
         print(f"main.py: warning: {count} of {len(chosen)} held-out questions stand there before; "
               "intervals and p-values take them for further ones", file=sys.stderr)  # fmt: skip
@@ -260,7 +260,7 @@ def evaluate_and_save(args):
     test = task.problems("test")
     if test.taken:
         tqdm.write(test.taken)
-    problems = held_out_problems(args, test)
+    problems = held_out_problems(args, test, together=task.together)
     policy, tokenizer = load_policy(args, accelerator)
     check_room(policy, tokenizer, problems, args, task)
     run = Run(args.output_dir)

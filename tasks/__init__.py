@@ -270,6 +270,8 @@ def definitions(path, module_name):
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
     if "reply" in chosen:
         chosen["reply"] = replied(chosen["reply"], path)
+    if "measured" in chosen:
+        chosen["measured"] = games.guarded(chosen["measured"], path)
     if "worked_answer" in chosen:
         make = chosen["worked_answer"]
         chosen["worked_answer"] = partial(worked, make, path, chosen.get("reply"))

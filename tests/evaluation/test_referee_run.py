@@ -21,7 +21,8 @@ from evaluation.win_rate import against_start, win_rate
 from evaluator import tournament
 from launch.parser import parse_args
 from records.alarms import first_slot, second_referee
-from rldatasets import Problem
+from rldatasets import Problem, completion_fields
+from sampling.turns import transcript
 from training.lora import add_adapter, trained_parameters
 from training.processes import everyones, make_accelerator, own_part
 from utils import UserError
@@ -259,6 +260,17 @@ def test_answers_meet_those_of_step_0_question_by_question():
     assert records[0]["wins"]["referee"] > 0.5 > records[1]["wins"]["referee"]
     others = [record("another?", True)]
     assert against_start(setup, lambda: others, {}, after) == ({}, after)
+
+
+def test_of_an_episode_the_last_turn_meets_the_last_turn_of_step_0():
+    """Step 0 comes from the disk, where an episode is one long text and its turns."""
+    text = transcript(("ask", "a long reply", "fine"))
+    now = [{**record("0?", True), **completion_fields(text)}]
+    before = json.loads(json.dumps(now))
+    setup = make_setup(None, make_args(), task=ASKING, tokenizer=SimpleNamespace())
+    setup = replace(setup, referees={"referee": Referee(Stub(), ASKING)})
+    summary, _ = against_start(setup, lambda: before, {}, now)
+    assert summary["win_rate/referee"] == 0.5 and summary["referee/calls"] == 0  # the same text
 
 
 # --- alarms ------------------------------------------------------------------------------------

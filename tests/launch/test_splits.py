@@ -23,7 +23,7 @@ def task_of(train, test):
         name: Problems([Problem(question, "1", "") for question in questions], 0)
         for name, questions in (("train", train), ("test", test))
     }
-    return SimpleNamespace(together=1, problems=splits.__getitem__)
+    return SimpleNamespace(together=1, game=None, problems=splits.__getitem__)
 
 
 def flags(eval_problems=0, dataset_name="gsm8k", dataset_path=None):

@@ -11,9 +11,11 @@ from evaluation.held_out import measured
 from evaluation.referee import Referee, Scale, bound
 from evaluation.scoring import judged_ahead, score
 from grpo import has_signal
+from launch.loading import held_out_problems
 from rldatasets import Problem, Problems, whole_blocks
 from tasks import Task, debate, load_task, tell
 from tasks.debate import is_correct, persuasion, said, sides, slip
+from utils import UserError
 
 ASKED = Problem("How many?", "13", "8 + 5 = 13")
 FLAGS = {"dataset_path": None, "difficulty": 1, "evaluator": None, "seed": 3}
@@ -114,6 +116,14 @@ def test_a_side_whose_other_is_missing_earns_nothing_either_way():
     assert scored(Stub(len), [["a", "bbb"]], [one]).tolist() == [[0.5, 0.5]]
 
 
+@pytest.mark.parametrize(("count", "whole"), [(7, 8), (64, 64), (0, 256)])
+def test_held_out_questions_have_both_their_sides(count, whole):
+    test = task().problems("test")
+    args = SimpleNamespace(dataset_name="debate", eval_problems=count)
+    chosen = held_out_problems(args, test, together=task().together)
+    assert len(chosen) == whole and whole_blocks(list(test), chosen, 2) == chosen
+
+
 def test_the_referee_s_accuracy_is_measured_with_and_without_debate():
     problems = [side for n in range(8) for side in sides(replace(ASKED, question=f"{n}?"))]
     referee = Referee(Stub(lambda text: 2.0 * ("true" in text) - ("13" in text)), task())
@@ -123,9 +133,13 @@ def test_the_referee_s_accuracy_is_measured_with_and_without_debate():
     assert measured(setup, problems, records) == {}  # nobody to ask
     summary = measured(replace(setup, referees={"referee": referee}), problems, records)
     assert summary["debate/accuracy"] == 1.0 and summary["debate/without"] == 0.0
+    assert referee.counts()["calls"] == 0  # a step that follows has not asked for this
     assert summary["debate/accuracy_low"] == pytest.approx(0.676, abs=1e-3)
     assert debate.measured(problems[::2], answers[::2], referee) == {}  # no two sides
     assert measured(make_setup(None), problems, records) == {}
+    mine = replace(task(), measured=lambda *_: {"good": [1.5]})
+    with pytest.raises(UserError, match=r"measured returned .*, not {name: \[numbers from 0 to 1"):
+        measured(replace(setup, task=mine), problems, records)
 
 
 def test_an_argument_is_checked_for_its_own_side():
