@@ -5,6 +5,7 @@ same, and a wrong answer earns no more than the right one written alike. (What a
 about, referee_lint.py tries on the task's own golden pairs.)
 """
 
+from evaluation.referee import bound
 from evaluator import sees_group
 from tasks import wants_referee
 from utils import TimedOut, as_number, time_limit
@@ -39,9 +40,11 @@ def _findings(function, golden, problem, timeout):
 
 def _earned(function, texts, problem, timeout):
     """A list of a float for each of the texts. Raises ValueError that says what came instead."""
+    function = bound(function, step={problem.question: list(texts)})
     try:
         with time_limit(timeout):
             value = function(list(texts), problem)
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
     except Exception as error:
         text = " ".join(str(error).split())[:60]
         raise ValueError(f"raises {type(error).__name__}: {text}") from None

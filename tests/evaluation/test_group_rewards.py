@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import TASK
 from toys import written
@@ -177,6 +178,18 @@ def test_the_lint_finds_what_is_planted(kind, said):
 def test_the_lint_passes_the_example_alone_and_beside_others():
     assert found(shortest_right) == ""
     assert lint([shortest_right]).findings == []
+
+
+def test_the_lint_takes_what_a_run_takes():
+    @of_group
+    def of_numpy(completions, problem):
+        return np.array(shortest_right(completions, problem))
+
+    @of_group
+    def of_the_step(completions, problem, step):
+        return shortest_right(step[problem.question], problem)
+
+    assert found(of_numpy) == found(of_the_step) == ""
 
 
 def test_the_lint_command_takes_the_file(tmp_path, capsys):
