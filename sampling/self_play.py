@@ -21,8 +21,9 @@ import torch
 from rldatasets import Problem
 from sampling.groups import sample_groups
 from sampling.rollouts import without_thoughts
+from tasks.games import LONGEST
 from training.processes import everyones, own_part
-from utils import mixed_seed
+from utils import UserError, mixed_seed
 
 
 @dataclass
@@ -48,8 +49,11 @@ def take_turn(game, match, said):
 
 
 def play(game, matches):
-    """Play these Matches to their ends, in lock-step: a player is asked once a ply."""
+    """Play these Matches to their ends, in lock-step: a player is asked once a ply. Raises
+    UserError where one does not end."""
     while going := [m for m in matches if m.fault is None and game.payoff(m.state) is None]:
+        if max(len(match.turns) for match in going) >= LONGEST:
+            raise UserError(f"a game goes on after {LONGEST} moves: see its payoff")
         asked = {}
         for match in going:
             asked.setdefault(match.players[game.mover(match.state)], []).append(match)

@@ -30,7 +30,7 @@ from functools import partial, wraps
 
 from rldatasets import Problem, Problems
 from tasks.guarded import errors_of
-from utils import UserError
+from utils import UserError, as_number
 
 LONGEST = 1000  # moves of a game
 GAMES = 1024  # of random play, whose positions are the cold start's and the evaluation's
@@ -94,28 +94,44 @@ def as_task(game):
 
 def positions(game):
     """{what the mover is told: a state} of all positions that random play comes by. Raises
-    UserError where such a game does not end."""
+    UserError where such a game does not end, or its functions contradict each other."""
     rng, found = random.Random(0), {}
     for _ in range(GAMES):
         state, plies = game.start(rng), 0
-        while game.payoff(state) is None:
+        while (paid := game.payoff(state)) is None:
             if (plies := plies + 1) > LONGEST:
                 raise UserError(f"a game of random moves goes on after {LONGEST}: see its payoff")
-            found.setdefault(game.prompt(state), state)
+            prompt = game.prompt(state)
+            if prompt not in found:
+                found[prompt] = state
+                _check(game, state)
             state = game.play(state, rng.choice(game.moves(state)))
+        if not isinstance(paid, tuple) or [*map(type, map(as_number, paid))] != [float] * 2:
+            raise UserError(f"payoff returned {paid!r:.60}, neither None nor two numbers")
     return {prompt: found[prompt] for prompt in sorted(found)}
+
+
+def _check(game, state):
+    """Raise UserError where a move that is legal in a state cannot be made."""
+    if not game.moves(state) or game.mover(state) not in (0, 1):
+        raise UserError(f"the game has no legal move, or no mover 0 or 1, in {state!r:.60}")
+    for move in game.moves(state):
+        said = game.say(state, move)
+        if not isinstance(said, str) or game.read(said) != move:
+            raise UserError(f"say writes the move {move!r:.40} as {said!r:.40}, which read does "
+                            "not read as that")  # fmt: skip
 
 
 def problems_of(game, split, seed):
     """Of "train": every position with each of its legal moves, from which a cold start learns how
     moves are written, all alike, and no strategy. Of "test": the positions in which some moves are
-    worse than others, with one that is best."""
+    worse than others, with one that is best; all positions where the game does not say that."""
     problems = []
     for prompt, state in positions(game).items():
         moves = game.moves(state)
-        if split == "test" and game.perfect:
-            best = best_moves(game, state)
-            moves = best[:1] if len(best) < len(moves) else ()
+        if split == "test":
+            best = best_moves(game, state) if game.perfect else moves
+            moves = best[:1] if len(best) < len(moves) or not game.perfect else ()
         for move in moves:
             text = game.say(state, move)
             problems.append(Problem(prompt, text, text, {"state": state}))

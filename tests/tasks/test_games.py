@@ -1,10 +1,13 @@
 """The rules of the games, and the problems that come of them."""
 
 import itertools
+import random
+from dataclasses import replace
 
 import pytest
 from conftest import make_args
 
+from sampling.self_play import Match, play
 from tasks import load_task
 from tasks.games import NAMES, positions
 from utils import UserError
@@ -123,7 +126,10 @@ def test_ten_lines_are_a_game(tmp_path):
     file = tmp_path / "count.py"
     file.write_text(GAME)
     task = task_named(str(file))
-    assert [problem.question for problem in task.problems("test")[:2]] == ["0?", "0?"]
+    assert [problem.question for problem in task.problems("test")] == [
+        "0?", "1?", "2?", "3?"
+    ]  # fmt: skip
+    assert [problem.question for problem in task.problems("train")[:2]] == ["0?", "0?"]
     assert task.is_correct("2", task.problems("test")[0])
     assert task.game.FORFEIT == 1
 
@@ -148,6 +154,27 @@ def test_a_game_that_does_not_end_is_told(tmp_path):
     file.write_text(GAME.replace("return state + move", "return state"))
     with pytest.raises(UserError, match="a game of random moves goes on after 1000"):
         task_named(str(file)).problems("train")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("return str(move)", 'return f"{move}."', "say writes the move 1 as '1.', which read does"),
+        ("return (1, 2)", "return ()", "the game has no legal move, or no mover 0 or 1, in 0"),
+        ("return (1, -1)", "return 1", "payoff returned 1, neither None nor two numbers"),
+    ],
+)
+def test_functions_that_contradict_each_other_are_told(tmp_path, right, wrong, said):
+    file = tmp_path / "odd.py"
+    file.write_text(GAME.replace(right, wrong))
+    with pytest.raises(UserError, match=said):
+        task_named(str(file)).problems("train")
+
+
+def test_a_game_that_only_random_moves_end_is_told():
+    game = replace(NIM.game, play=lambda state, move: (state[0], 1 - state[1]))
+    with pytest.raises(UserError, match="a game goes on after 1000 moves"):
+        play(game, [Match((2, 0), (lambda _: ["I take 1."],) * 2, random.Random(0))])
 
 
 def test_every_deal_of_kuhn_poker_is_among_its_starts():
