@@ -17,7 +17,7 @@ KL = 1.0  # nats per token: the policy's tokens are e times likelier than under 
 DRIFT = 2.0  # factor between lengths; healthy runs stay within 1.3
 FLAT = 0.8  # of the groups; towards the end of a healthy run two thirds may be flat
 SLOT = 0.8  # of the verdicts; beyond it, or for the second as often, the place decides
-WORSE = 0.05  # exploitability above the first; who learns from each other goes round a little
+WORSE = 0.05  # exploitability above the first, or above 0; learners of each other go round a bit
 TRUNCATED = 0.5  # of the completions; what is cut off rarely has an answer to reward
 
 
@@ -157,7 +157,8 @@ def locked_in(history, evaluations):
         return None
     first, last = rows[0]["exploitability"], rows[-1]["exploitability"]
     flat = _share(history, "flat_groups")
-    if last <= first + WORSE and (flat is None or flat < FLAT):
+    solved = last <= WORSE  # then nearly all groups are flat, as they should be
+    if solved or (last <= first + WORSE and (flat is None or flat < FLAT)):
         return None
     flat = "" if flat is None else f", {flat:.0%} of the groups flat"
     return (f"self-play: exploitability {first:.3f} at first, {last:.3f} now{flat}; raise "

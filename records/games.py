@@ -55,12 +55,13 @@ def draw_moves(axes, ends):
         if perfect is not None:
             label = "perfect play" if n == 0 else None
             axes.hlines(perfect, n - 0.45, n + 0.45, color="#dc2626", linewidth=2, label=label)
-    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
+    # A game's texts are text, two $ in them no formula.
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7, parse_math=False)
     axes.set_ylim(0, 1.05)
     rows = [record for record in ends[0][1] if "position" in record]
     few = all(len(row["moves"]) <= FEW_MOVES for row in rows)
     said = " / ".join(dict.fromkeys([*row["moves"]][-1] for row in rows)) if few else "a best move"
-    axes.set_title(f"probability of: {said}")
+    axes.set_title(f"probability of: {said}", parse_math=False)
     axes.set_ylabel("probability")
     axes.legend(frameon=False, fontsize=8)
 

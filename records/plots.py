@@ -21,7 +21,7 @@ from records.files import (
     title,
     unit,
 )
-from records.games import draw_moves, first_and_last
+from records.games import bars, draw_moves, first_and_last
 
 BUDGET = ("seconds/", "tokens/", "completions/")
 COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b"]
@@ -233,7 +233,8 @@ def plot_runs(runs, folder):
                 axes.set_title(_title(runs, key, held_out=True))
                 figure.savefig(folder / f"eval_{key.replace('/', '_')}.png")
         alone = len(runs) == 1 and isinstance(runs[0], Series)
-        if ends := first_and_last(runs[0].path) if alone else []:
+        ends = first_and_last(runs[0].path) if alone else []
+        if ends and bars(ends[0][1]):  # none of many moves where no move is known to be better
             figure, [axes] = _figure(size=(9, 5.2))
             draw_moves(axes, ends)
             figure.savefig(folder / "moves.png")

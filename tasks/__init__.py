@@ -138,6 +138,9 @@ def load_task(args):
         golden=tuple(task.get("GOLDEN", ())),
         game=game,
     )
+    if game and "outcome" in [function.__name__ for function in whole.reward_functions]:
+        raise UserError(f"--dataset_name {args.dataset_name}: how a game ends is a reward called "
+                        "outcome already; rename yours")  # fmt: skip
     if variant and not getattr(args, "allow_weak_verifier", False):
         return replace(whole, problems=partial(_verifiable, whole, args.dataset_name))
     return whole
@@ -174,9 +177,10 @@ def check_weights(weights, reward_functions, overlong_buffer=0):
     if overlong_buffer and "overlong" in names:
         raise UserError(f"--overlong_buffer {overlong_buffer}: its reward is called overlong, and "
                         "so is one of yours; rename that, or leave the flag out")  # fmt: skip
+    known = " ".join(names) or "none"
     for name in weights:
         if name not in names:
-            raise UserError(f"--reward_weights {name}: no such reward; there are {' '.join(names)}")
+            raise UserError(f"--reward_weights {name}: no such reward; there are {known}")
 
 
 def own_evaluator(path):

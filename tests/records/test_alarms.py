@@ -184,3 +184,4 @@ def test_self_play_that_locks_in_is_told():
     [line] = new_alarms(flat[:1], [played(0, 0.34)], "eval")
     assert "100% of the groups flat" in line
     assert new_alarms(flat, [{"step": 20, "accuracy": 0.5}], "eval") == []
+    assert new_alarms(flat, [played(0, 0.34), played(20, 0.01)], "eval") == []  # it is learnt

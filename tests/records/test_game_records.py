@@ -53,6 +53,18 @@ def test_the_first_and_the_last_evaluation_are_drawn(tmp_path):
     assert first_and_last(tmp_path / "elsewhere") == []
 
 
+def test_two_dollars_in_what_a_mover_is_told_are_no_formula(tmp_path):
+    figure = Figure()
+    row = position("You have $5_{ left, the pot $3.", {"I bet $1_{.": 0.5, "I bet $2.": 0.5}, None)
+    draw_moves(figure.subplots(), [(0, [row])])
+    figure.savefig(tmp_path / "moves.png")
+    assert figure.axes[0].get_xticklabels()[0].get_text() == row["position"]
+
+
+def test_of_many_moves_without_a_best_one_nothing_is_drawn():
+    assert bars([position("10 left", {"1": 0.2, "2": 0.5, "3": 0.3}, None)]) == []
+
+
 def test_games_stand_side_by_side_and_what_was_said_is_text(tmp_path):
     assert games_section(tmp_path) == ""
     write(tmp_path, 0, [*POKER, game("random", "<script>x</script>", -2, legal=False)])

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_args
 
 from sampling.self_play import Match, play
-from tasks import load_task
+from tasks import check_weights, load_task
 from tasks.games import NAMES, positions
 from utils import UserError
 
@@ -147,6 +147,16 @@ def test_an_error_of_a_game_is_told_by_its_line(tmp_path):
     file.write_text(GAME.replace("return state + move", "return state / 0"))
     with pytest.raises(UserError, match=r"broken.py:5: ZeroDivisionError: .*; mend this line"):
         task_named(str(file)).problems("train")
+
+
+def test_a_reward_called_as_the_outcome_is_refused(tmp_path):
+    file = tmp_path / "taken.py"
+    mine = "def outcome(completion, problem): return 1.0\nREWARD_FUNCTIONS = [outcome]\n"
+    file.write_text(GAME + mine)
+    with pytest.raises(UserError, match=r"taken.py: how a game ends is a reward called outcome"):
+        task_named(str(file))
+    with pytest.raises(UserError, match="--reward_weights outcome: no such reward; there are none"):
+        check_weights({"outcome": 2.0}, KUHN.reward_functions)
 
 
 def test_a_game_that_does_not_end_is_told(tmp_path):
