@@ -662,8 +662,8 @@ MUTANTS = [
            "return _digest(ask.first, ask.second or str())", REFEREE),
     Mutant("another referee's answers are taken", 'row["log_odds"] if row["referee"] == name else',
            'row["log_odds"] if row["referee"] else', REFEREE),
-    Mutant("a text may begin a line", 'LABEL.sub(r"\\1", " ".join(text.split()))',
-           'LABEL.sub(r"\\1", text)', REFEREE),
+    Mutant("a text may begin a line", 'text = " ".join(text.split())', "text = text.strip()",
+           REFEREE),
     Mutant("the state of the dummy token", "cumsum(0) - 1  # (R,), of scored ones",
            "cumsum(0) - 2  # (R,), of scored ones", REFEREE),
     Mutant("golden pairs in one order", "share_right(of_kind) for kind, of_kind in margins.items()",
@@ -709,6 +709,17 @@ MUTANTS = [
            "vision/test_runs.py"),
     Mutant("the blind see", "images=problems[other].images", "images=problems[i].images",
            "evaluation/test_blind.py"),
+    # --- where a game, a referee and episodes meet ---
+    Mutant("a label within a label stays", "while LABEL.search(text):", "if LABEL.search(text):",
+           REFEREE),
+    Mutant("an answer is written behind a torn line", "            cut_torn_end(file)\n", "",
+           REFEREE),
+    Mutant("a whole episode meets a last turn", "judged_text(completion_of(one), setup)",
+           'judged_text(one["completion"], setup)', "evaluation/test_referee_run.py"),
+    Mutant("one side of a debate is held out", "in_order, together)", "in_order)",
+           "tasks/test_debate.py"),
+    Mutant("chips are told as a share", 'if key.startswith("against_"):', "if False:",
+           "evaluation/test_game_commands.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.
