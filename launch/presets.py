@@ -78,6 +78,7 @@ KUHN = {
     "entropy_bonus": 0.2,
     "eval_problems": 0,
     "eval_iterations": 10,
+    "short_eval_iterations": 0,  # an eighth of a few positions says nothing
 }
 # What a preset changes for a dataset that is not its own.
 PRESETS_ON = {
