@@ -139,6 +139,9 @@ def check_objective(args):
 def check_referee(args):
     """Raise UserError where the flags of the referees do not go together."""
     if args.referee_url:
+        if "@" in args.referee_url:  # config.json and the report would show it
+            raise UserError("--referee_url: holds a name or password; leave them out, a key goes "
+                            "into REFEREE_API_KEY")  # fmt: skip
         if args.referee:
             raise UserError(f"--referee {args.referee}: --referee_url names one already; leave one "
                             "of them out")  # fmt: skip

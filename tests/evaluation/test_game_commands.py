@@ -1,6 +1,5 @@
-"""A game where other tasks go: evaluated, asked, one group of it, and its figures in a table."""
+"""A game where other tasks go: asked, one group of it, and its figures."""
 
-import json
 import math
 
 import pytest
@@ -18,7 +17,6 @@ from tasks.games import positions
 def said(saved_models, capsys, monkeypatch):
     """Runs a command on Kuhn poker with a toy model: (status, what it prints, its errors)."""
     monkeypatch.setattr(commands, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(games, "DEALS", 2)
 
     def run(name, *argv):
         flags = ("--preset", "cpu", "--dataset_name", "kuhn", "--max_completion_length", "4")
@@ -26,14 +24,6 @@ def said(saved_models, capsys, monkeypatch):
         return status, *capsys.readouterr()
 
     return run
-
-
-def test_any_model_is_evaluated_on_a_game_as_a_run_is(said, tmp_path):
-    status, out, _ = said("evaluate", "--output_dir", tmp_path / "run")
-    assert status == 0 and "exploitability" in out
-    [row] = map(json.loads, (tmp_path / "run" / "eval.jsonl").read_text().splitlines())
-    assert 0 < row["exploitability"] < 1 and row["against_random"] == -2  # a toy says no move
-    assert (tmp_path / "run" / "completions" / "games_00000.jsonl").exists()
 
 
 def test_a_group_of_moves_earns_what_playing_on_does(said):

@@ -129,6 +129,7 @@ def test_flags_that_do_not_go_together_are_named(flags, more, said, command, tmp
         ([], "the reward tournament asks a referee, and there is none"),
         (["--referee_pairs", "2"], "--referee_pairs 2: there is no referee"),
         (["--referee_url", "x"], "--referee_url x: no http:// or https://"),
+        (["--referee_url", "http://me:secret@x/v1"], "--referee_url: holds a name or password"),
         (["--referee_url", "http://x/v1"], "which of its models? Name it with --referee_model"),
     ],
 )
