@@ -158,9 +158,6 @@ def show_group(args):
     """Sample one group and print each completion with its rewards and its advantage."""
     task = asked_task(args)
     problem = asked_problem(args, task)
-    if task.game and "state" not in problem.extra:
-        raise UserError("a move earns what the game then ends in: ask for one in a position of the "
-                        "game, by --question N")  # fmt: skip
     setup = with_referees(load(args, task))
     rollouts = sample_group(setup, problem, args.group_size)
     rewards = score_group(without_thoughts(rollouts, setup), problem, args, setup.task)

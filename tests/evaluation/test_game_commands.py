@@ -1,4 +1,4 @@
-"""A game where other tasks go: asked, one group of it, and its figures."""
+"""A game where other tasks go: asked by its positions alone, and its figures no shares."""
 
 import math
 
@@ -24,11 +24,6 @@ def said(saved_models, capsys, monkeypatch):
         return status, *capsys.readouterr()
 
     return run
-
-
-def test_a_group_of_moves_earns_what_playing_on_does(said):
-    status, out, _ = said("group", "--question", "0", "--group_size", "2", "--temperature", "1")
-    assert status == 0 and out.count("outcome -2") == 2 and "reward mean -2.000" in out
 
 
 @pytest.mark.parametrize("name", ["chat", "group"])
