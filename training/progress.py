@@ -13,6 +13,9 @@ from utils import UserError
 LOWER = {
     "cold start": "--micro_batch_tokens",
     "sampling": "--sampling_batch_size, --questions_per_step or --max_completion_length",
+    "playing": "--sampling_batch_size or --questions_per_step",
+    "referee": "--micro_batch_tokens",
+    "rewards": "--micro_batch_tokens where a referee judges",
     "reference": "--micro_batch_tokens",
     "policy": "--micro_batch_tokens",
     "evaluation": "--eval_batch_size",

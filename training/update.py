@@ -95,7 +95,8 @@ def objective_of(args):
 
 def objective_now(args, rollouts):
     """The Objective of this step: with --entropy_target, the bonus depends on the entropy, here the
-    mean of -log-prob over the sampled tokens, an estimate without bias that costs nothing."""
+    mean of -log-prob over the sampled tokens, an estimate without bias that costs nothing. Of
+    tokens that a filter chose (top_k, top_p, min_p) it is less, see run.step_metrics."""
     objective = objective_of(args)
     if args.entropy_target == 0:
         return objective

@@ -215,7 +215,8 @@ def test_a_call_that_hangs_is_ended_even_where_it_swallows_what_ends_it():
 @pytest.mark.parametrize(
     ("name", "flag"),
     [("sampling", "--questions_per_step"), ("policy", "--micro_batch_tokens"),
-     ("evaluation", "--eval_batch_size"), ("loading", "--plan")],
+     ("evaluation", "--eval_batch_size"), ("loading", "--plan"),
+     ("playing", "--questions_per_step"), ("referee", "--micro_batch_tokens")],
 )  # fmt: skip
 def test_memory_that_is_full_names_the_phase_and_the_flag_to_lower(name, flag):
     def allocate():
