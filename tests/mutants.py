@@ -720,6 +720,27 @@ MUTANTS = [
            "tasks/test_debate.py"),
     Mutant("chips are told as a share", 'if key.startswith("against_"):', "if False:",
            "evaluation/test_game_commands.py"),
+    # --- where two features meet ---
+    Mutant("auto, given again, is another precision than the run's",
+           'args.precision = saved.get("precision", "auto")', "pass",
+           "records/test_where_to_resume.py"),
+    Mutant("joined draws show what the first of them shows",
+           "pictures=pictures if any(pictures) else None,", "pictures=parts[0].pictures,", SAMPLER),
+    Mutant("a referee's logits are not scaled", "last.to(head.weight.dtype) * head.scale",
+           "last.to(head.weight.dtype)", "evaluation/test_referee.py"),
+    Mutant("a referee's logits are not bounded",
+           "capped_(torch.linalg.vecdot(last, head.weight.index_select(0, side)), head.cap)",
+           "torch.linalg.vecdot(last, head.weight.index_select(0, side))",
+           "evaluation/test_referee.py"),
+    Mutant("a referee's name changes with the adapter beside it",
+           'if ".lora_" not in name:\n            numbers', "if True:\n            numbers",
+           "evaluation/test_referee_run.py"),
+    Mutant("a text may show a referee a picture", "<(?:image|bos", "<(?:bos",
+           "evaluation/test_referee.py"),
+    Mutant("twice the same look before the cold start",
+           "if looks and not run.short_evaluations:", "if looks:", "test_short_evaluations.py"),
+    Mutant("a plan without the look for uncertain tokens", "for batch in largest if looks else ():",
+           "for batch in ():", "launch/test_planned_step.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.
