@@ -74,6 +74,7 @@ def test_a_resumed_run_makes_those_after_its_step_again_once(short, saved_models
     assert rows(file)[-1]["accuracy"] != 0.9
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_does_not_look_twice_before_its_cold_start(saved_models, tmp_path):
     """It was stopped before its first checkpoint, with its evaluations of step 0 in their files."""
     argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--num_train_iters", "1",

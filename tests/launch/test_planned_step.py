@@ -29,8 +29,12 @@ ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0
     "mixed_precision, extra",
     [
         ("no", []),
-        ("no", ["--gradient_checkpointing"]),
-        ("no", ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"]),
+        pytest.param("no", ["--gradient_checkpointing"], marks=pytest.mark.slow),
+        pytest.param(
+            "no",
+            ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"],
+            marks=pytest.mark.slow,
+        ),
         ("bf16", ["--kl_beta", "0.04"]),
     ],
 )

@@ -53,6 +53,7 @@ def weights(run):
     return load_file(run / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_looks_once_at_every_picture_of_a_step(place, tmp_path, command, monkeypatch):
     looks, look = [], Qwen2_5_VLForConditionalGeneration.get_image_features
 
