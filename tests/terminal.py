@@ -33,7 +33,7 @@ def recorded(argv, seconds=600, columns=120, typed=()):
     if child == 0:
         fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
         os.execvp(argv[0], argv)
-    writes = []
+    writes, shown = [], b""
     while time.monotonic() - started < seconds:
         if not select.select([terminal], [], [], 0.2)[0]:
             continue
@@ -44,7 +44,8 @@ def recorded(argv, seconds=600, columns=120, typed=()):
         if not data:
             break
         writes.append((time.monotonic() - started, data.decode(errors="replace")))
-        if data.endswith(b"> "):
+        shown = (shown + data)[-2:]  # what is written at once may be read in parts
+        if typed and shown == b"> ":
             os.write(terminal, next(keys).encode())
     else:
         os.kill(child, signal.SIGKILL)
