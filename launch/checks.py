@@ -19,6 +19,7 @@ from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS, SIGHTED_TYPES
 from launch.presets import LORA_TARGETS
 from reading.files import ELSEWHERE, file_splits, is_saved
+from records.resuming import holds_run
 from rldatasets import BUILT_IN, hub_dataset
 from tasks import has_own_evaluator, is_on_hub, load_task, wants_referee
 from utils import (
@@ -274,7 +275,8 @@ def check_model(args):
         if not config_file.is_file():
             raise UserError(f"{flag}: no config.json there; expected a Hugging Face model")
         if not (args.plan or any(local.glob("*.safetensors")) or any(local.glob("*.bin"))):
-            raise UserError(f"{flag}: no weights there (*.safetensors)")
+            model = f"; did you mean {local / 'model'}?" if (local / "model").is_dir() else ""
+            raise UserError(f"{flag}: no weights there (*.safetensors){model}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
         config_file = hub_file(name, "config.json", "model", flag)
     else:
@@ -334,8 +336,8 @@ def check_output_dir(args):
     try:
         found = set(os.listdir(path)) - {LOCK} if existing == path and path.is_dir() else set()
         if found and args.resume is None:
-            raise UserError(f"--output_dir {path}: is not empty; go on with the run in it by "
-                            "--resume, or name another directory")  # fmt: skip
+            way = "go on with the run in it by --resume, or " if holds_run(path) else ""
+            raise UserError(f"--output_dir {path}: is not empty; {way}name another directory")
         if found and not found & {"config.json", "completions", "checkpoints"}:
             raise UserError(f"--output_dir {path}: holds other files and no run to --resume")
         tempfile.TemporaryFile(dir=existing).close()

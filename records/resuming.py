@@ -37,8 +37,7 @@ def run_to_resume(resume, output_dir, may_start=False):
         if output_dir is None:
             raise UserError("--resume: which run? Name it with --output_dir DIR, or a checkpoint")
         if not (may_start or holds_run(output_dir)):
-            raise UserError(f"--resume: no run in {output_dir}{_nearest_run(output_dir)}; "
-                            "--resume_or_start begins one")  # fmt: skip
+            raise UserError(f"--resume: {_what_is_there(output_dir)}")
         return output_dir
     path = Path(resume)
     if not path.is_dir():
@@ -62,13 +61,30 @@ def holds_run(path):
     return bool(flags) or (Path(path) / "checkpoints").is_dir()
 
 
+def _what_is_there(name):
+    """What stands in place of a run, and what to do. Raises UserError for a damaged config.json."""
+    path, nearest = Path(name), _nearest_run(name)
+    if (path / "config.json").is_file():
+        try:
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError:  # else it is something else's, a model's say
+            saved_flags(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        kind = "a file" if path.is_file() else "other files"
+        return f"{name}: {kind} and no run there{nearest}; name another directory"
+    return f"no run in {name}{nearest}; --resume_or_start, with a run's flags, begins one"
+
+
 def _nearest_run(path):
-    """What a message says of the run whose name is most like `path`'s, of those beside it and in
-    runs/; nothing where there is none."""
-    folders = (Path(path).parent, Path("runs"))
+    """What a message says of the run that `path` is inside of, or else of the one whose name is
+    like its, of those beside it and in runs/; nothing where there is none."""
+    path = Path(path)
+    if path.parent != path and holds_run(path.parent):
+        return f"; the nearest is {path.parent}"
+    folders = (path.parent, Path("runs"))
     found = (file.parent for folder in folders for file in sorted(folder.glob("*/config.json")))
     names = {run.name: str(run) for run in found if holds_run(run)}
-    close = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0)
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3)
     return f"; the nearest is {names[close[0]]}" if close else ""
 
 

@@ -10,7 +10,7 @@ from toys import flags_of
 
 from launch.interrupts import stopped_line
 from launch.parser import parse_args
-from records.resuming import has_finished, run_to_resume
+from records.resuming import LATEST, has_finished, run_to_resume
 from utils import Stopped, UserError
 
 CPU = ["--preset", "cpu"]
@@ -120,8 +120,10 @@ def test_a_path_that_is_no_run_is_refused(tmp_path, monkeypatch):
     for place in ("empty", "model"):
         with pytest.raises(UserError, match=rf"--resume {place}: holds no run$"):
             run_to_resume(place, None)
-        with pytest.raises(UserError, match=rf"--resume: no run in {place}; --resume_or_start"):
-            run_to_resume("latest", place)
+    with pytest.raises(UserError, match=r"--resume: no run in empty; --resume_or_start"):
+        run_to_resume("latest", "empty")
+    with pytest.raises(UserError, match=r"--resume: model: other files and no run there; name"):
+        run_to_resume("latest", "model")
     write_run(tmp_path / "demo")
     with pytest.raises(UserError, match=r"no such directory.*; the nearest is demo$"):
         run_to_resume("dem", None)
@@ -150,3 +152,27 @@ def test_what_a_signal_leaves_is_named_with_its_step_and_place(tmp_path):
         f"main.py: interrupted by SIGINT; step 12 is saved in {tmp_path}/checkpoints/step_00012; "
         f"to go on: --resume --output_dir {tmp_path}"
     )
+
+
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        ("foreign", "foreign: other files and no run there"),
+        ("foreign/notes.txt", "notes.txt: a file and no run there"),
+        ("demo/checkpoints", "no run there; the nearest is demo;"),
+        ("empty", "no run in empty; --resume_or_start, with a run's flags, begins one"),
+        ("damaged", "damaged"),
+    ],
+)
+def test_what_stands_in_place_of_a_run_is_said_and_the_way_out_is_one(
+    place, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("foreign", "demo/checkpoints/step_00001", "empty", "damaged"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(UserError) as told:
+        run_to_resume(LATEST, place)
+    assert said in str(told.value)
+    assert ("name another directory" in str(told.value)) == (place not in ("empty", "damaged"))
