@@ -36,6 +36,9 @@ def recorded(argv, seconds=600, columns=120, typed=()):
     writes, shown = [], b""
     while time.monotonic() - started < seconds:
         if not select.select([terminal], [], [], 0.2)[0]:
+            if typed and shown == b"> " and time.monotonic() - writes[-1][0] - started > 3:
+                os.write(terminal, key)  # it came while the terminal was not ready for it
+                writes.append((time.monotonic() - started, ""))
             continue
         try:
             data = os.read(terminal, 65536)
@@ -46,7 +49,8 @@ def recorded(argv, seconds=600, columns=120, typed=()):
         writes.append((time.monotonic() - started, data.decode(errors="replace")))
         shown = (shown + data)[-2:]  # what is written at once may be read in parts
         if typed and shown == b"> ":
-            os.write(terminal, next(keys).encode())
+            key = next(keys).encode()
+            os.write(terminal, key)
     else:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
