@@ -26,14 +26,14 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def recorded(argv, seconds=600, columns=120, typed=()):
     """Run a command in a terminal of its own, where each of `typed` is typed when it asks for it by
-    "> ". Returns (status, [(seconds since its start, what was
-    written)])."""
+    "> ". Returns (status, [(seconds since its start, what was written)]).
+    """
     started, keys = time.monotonic(), iter(typed)
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
         os.execvp(argv[0], argv)
-    writes, shown = [], b""
+    writes, shown, key = [], b"", b""
     while time.monotonic() - started < seconds:
         if not select.select([terminal], [], [], 0.2)[0]:
             if typed and shown == b"> " and time.monotonic() - writes[-1][0] - started > 3:
