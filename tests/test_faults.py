@@ -303,11 +303,11 @@ def guard_parameters():
     """An update that is skipped must have left weights and moments alone."""
     original = update.apply_gradients
 
-    def guarded(optimizer, loss, max_grad_norm):
+    def guarded(optimizer, loss, max_grad_norm, loss_scale):
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in tensors]
         moments = copy.deepcopy(optimizer.state_dict()["state"])
-        norm, skipped = original(optimizer, loss, max_grad_norm)
+        norm, skipped = original(optimizer, loss, max_grad_norm, loss_scale)
         if skipped:
             assert all(torch.equal(p, q) for p, q in zip(tensors, before))
             after = optimizer.state_dict()["state"]
