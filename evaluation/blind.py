@@ -7,7 +7,7 @@ rises all the same.
 
 from dataclasses import replace
 
-from evaluation.significance import paired_difference, wilson_interval
+from evaluation.significance import paired_difference, wilson_interval, with_interval
 
 
 def with_others_pictures(problems):
@@ -30,12 +30,9 @@ def blind_figures(records):
     if not asked:
         return {}
     blind = [record["blind_correct"] for record in asked]
-    figures = {
-        "blind_accuracy": (sum(blind) / len(blind), *wilson_interval(sum(blind), len(blind))),
-        "above_blind": paired_difference(blind, [record["correct"] for record in asked]),
-    }
+    count, bounds = sum(blind), wilson_interval(sum(blind), len(blind))
+    above = paired_difference(blind, [record["correct"] for record in asked])
     return {
-        f"{name}{end}": value
-        for name, values in figures.items()
-        for end, value in zip(("", "_low", "_high"), values)
+        **with_interval("blind_accuracy", count / len(blind), *bounds),
+        **with_interval("above_blind", *above),
     }

@@ -19,6 +19,7 @@ from evaluation.significance import (
     paired_difference,
     pass_at_k,
     wilson_interval,
+    with_interval,
 )
 from utils import UserError, read_jsonl, table
 
@@ -32,14 +33,13 @@ def summarize(records):
     summary = {"problems": len(records)}
     for name, key in SHARES.items():
         count = sum(record[key] for record in records)
-        summary[name] = count / len(records)
-        summary[f"{name}_low"], summary[f"{name}_high"] = wilson_interval(count, len(records))
+        bounds = wilson_interval(count, len(records))
+        summary |= with_interval(name, count / len(records), *bounds)
     summary |= blind_figures(records)
     for name, chances in pass_rates(records).items():
-        summary[name] = fmean(chances)
         # Chances vary less than right and wrong do: a little too wide, and exact for all samples.
         bounds = wilson_interval(sum(chances), len(chances))
-        summary[f"{name}_low"], summary[f"{name}_high"] = bounds
+        summary |= with_interval(name, fmean(chances), *bounds)
     summary["completion_length"] = fmean(record["length"] for record in records)
     summary["truncated"] = fmean(not record["finished"] for record in records)
     if any("truncated_thinking" in record for record in records):

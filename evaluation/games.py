@@ -17,7 +17,7 @@ from statistics import fmean
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluation.significance import mean_interval
+from evaluation.significance import mean_interval, with_interval
 from llms import chat_prompt
 from rldatasets import Problem
 from sampling.self_play import (
@@ -82,8 +82,7 @@ def measure(setup):
         if game.starts:
             figures[f"exact/against_{name}"] = both_seats(game, policy, opponent)
         won, matches = sampled_games(setup, opponent, name)
-        for part, value in zip(("", "_low", "_high"), mean_interval(won)):
-            figures[f"against_{name}{part}"] = value
+        figures |= with_interval(f"against_{name}", *mean_interval(won))
         records += [game_record(game, match, name) for match in matches]
     return figures, records
 

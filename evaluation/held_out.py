@@ -8,13 +8,8 @@ from statistics import fmean
 
 from evaluation.blind import with_others_pictures
 from evaluation.comparison import summarize
-from evaluation.scoring import (
-    call,
-    cut_off_thinking,
-    judged_ahead,
-    score,
-)
-from evaluation.significance import wilson_interval
+from evaluation.scoring import call, cut_off_thinking, judged_ahead, score
+from evaluation.significance import wilson_interval, with_interval
 from evaluator import (
     extract_answer,
     has_format,
@@ -157,8 +152,8 @@ def measured(setup, problems, records):
     summary = {}
     for name, values in figures.items():
         if values:
-            low, high = wilson_interval(sum(values), len(values))
-            summary |= {name: fmean(values), f"{name}_low": low, f"{name}_high": high}
+            bounds = wilson_interval(sum(values), len(values))
+            summary |= with_interval(name, fmean(values), *bounds)
     return summary
 
 

@@ -24,6 +24,11 @@ def mean_interval(values):
     return mean, mean - margin, mean + margin
 
 
+def with_interval(name, value, low, high):
+    """A figure and the bounds of its interval under the names that they have in a summary."""
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def pass_at_k(samples, correct, k):
     """The chance that one of k samples is right, from `correct` right ones among `samples` >= k.
 

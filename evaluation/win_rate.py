@@ -7,7 +7,7 @@ rewarded anything.
 
 from evaluation.comparison import paired
 from evaluation.referee import shares
-from evaluation.significance import mcnemar_p, wilson_interval
+from evaluation.significance import mcnemar_p, wilson_interval, with_interval
 from rldatasets import completion_of
 from sampling.rollouts import judged_text
 from training.processes import everyones, from_main, own_part, summed
@@ -65,11 +65,5 @@ def win_rate(chances, role):
         return {}
     won, lost = (sum(map(test, read)) for test in (lambda c: c > 0.5, lambda c: c < 0.5))
     share = (won + (len(read) - won - lost) / 2) / len(read)
-    low, high = wilson_interval(share * len(read), len(read))
-    name = f"win_rate/{role}"
-    return {
-        name: share,
-        f"{name}_low": low,
-        f"{name}_high": high,
-        f"{name}_p": mcnemar_p(won, lost),
-    }
+    bounds, name = wilson_interval(share * len(read), len(read)), f"win_rate/{role}"
+    return with_interval(name, share, *bounds) | {f"{name}_p": mcnemar_p(won, lost)}
