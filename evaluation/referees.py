@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.referee import Referee, bound, shares
+from evaluation.referee import START, Referee, bound, shares
 from evaluation.referee_lint import cards, complaint, lines_of, remarks
 from evaluation.referee_local import LocalReferee
 from llms import frozen_copy, load_model, rendering_of
@@ -17,7 +17,6 @@ from training.progress import phase
 from training.setup import Setup
 from utils import UserError, hub_token
 
-START = "start"  # as the name of a referee: the model that the run starts with
 ROLES = ("referee", "eval_referee")  # whom the rewards ask, and who only measures
 
 

@@ -14,6 +14,7 @@ from operator import index
 from pathlib import Path
 from types import SimpleNamespace
 
+from evaluation.referee import START
 from launch.hub import hub_file
 from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS, SIGHTED_TYPES
@@ -34,7 +35,6 @@ from utils import (
 
 EMBEDDED_CONTEXT = 8192
 LANGUAGE_MODEL = "(CausalLM|LMHeadModel|ConditionalGeneration)$"  # the end of such a class's name
-START = "start"  # as --referee: the model that the run starts with
 OPENAI = "openai==3.57.0"  # needed for --referee_url alone; as in requirements-dev.txt
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
 # (flags, when they do nothing, in words); those of LoRA are an error, see check_lora.

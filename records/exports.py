@@ -31,10 +31,11 @@ def load_weights(model, file, device):
     if not (is_sharded(model) or of_the_hub):
         load_model(model, file, device=device)
         return
-    weights = load_file(file)
     if of_the_hub:
         kind = class_of(model.config)
         weights = kind.from_pretrained(file.parent, dtype=model.dtype).state_dict()
+    else:
+        weights = load_file(file)
     for name, parameter in model.named_parameters():
         value = weights[name]
         parameter.copy_(like(value, parameter) if is_sharded(model) else value)

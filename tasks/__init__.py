@@ -57,7 +57,7 @@ import rldatasets
 from reading.columns import Fields
 from rldatasets import BUILT_IN, Problem, Problems, hub_dataset, load_problems
 from tasks import games
-from tasks.guarded import errors_of, replied, takes, worked
+from tasks.guarded import errors_of, guarded, replied, takes, worked
 from utils import UserError, hint
 
 TASKS = Path(__file__).parent
@@ -275,7 +275,7 @@ def definitions(path, module_name):
     if "reply" in chosen:
         chosen["reply"] = replied(chosen["reply"], path)
     if "measured" in chosen:
-        chosen["measured"] = games.guarded(chosen["measured"], path)
+        chosen["measured"] = guarded(chosen["measured"], path)
     if "worked_answer" in chosen:
         make = chosen["worked_answer"]
         chosen["worked_answer"] = partial(worked, make, path, chosen.get("reply"))

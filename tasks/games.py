@@ -26,10 +26,10 @@ starts()            all first states, equally likely, where they are few enough 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial, wraps
+from functools import partial
 
 from rldatasets import Problem, Problems
-from tasks.guarded import errors_of
+from tasks.guarded import guarded
 from utils import UserError, as_number
 
 LONGEST = 1000  # moves of a game
@@ -66,20 +66,6 @@ def game_of(found, path):
             raise UserError(f"{path}: a game needs {name} too; see tasks/games.py")
     given = {name: found[name] for name in NAMES if name in found}
     return Game(**{name: guarded(x, path) if callable(x) else x for name, x in given.items()})
-
-
-def guarded(function, path):
-    """The same function, whose errors are told as those of its file, without a traceback."""
-
-    @wraps(function)
-    def call(*inputs):
-        try:
-            return function(*inputs)
-        except Exception:
-            with errors_of(path):
-                raise
-
-    return call
 
 
 def as_task(game):

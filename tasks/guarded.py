@@ -32,6 +32,20 @@ def errors_of(path):
         raise UserError(f"{place}: {text[:80]}; mend this line") from None
 
 
+def guarded(function, path):
+    """The same function, whose errors are told as those of its file, without a traceback."""
+
+    @wraps(function)
+    def call(*inputs):
+        try:
+            return function(*inputs)
+        except Exception:
+            with errors_of(path):
+                raise
+
+    return call
+
+
 def worked(make, path, reply, problem):
     """The worked answer from a task's own function; its errors are told as those of `_made`. Where
     there is a reply, several turns become a Transcript, as a completion of several would be."""
