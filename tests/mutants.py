@@ -411,6 +411,12 @@ MUTANTS = [
            "values.new_zeros(len(packing.same)).index_copy(\n"
            "            0, packing.same.unique(), values)", TREE),
     Mutant("own tokens see the whole completion", "c <= depth[:, :, None]", "c <= c.max()", TREE),
+    Mutant("a prompt ends where it would if none shared its beginning",
+           "prompts[question, prompt_lengths[question] - 1, None]",
+           "(starts + prompt_lengths - 1)[question, None]", TREE),
+    Mutant("the budget counts what prompts share once for each",
+           "cost = own + sum(number not in read for number in begins)",
+           "cost = own + len(begins)", TREE),
     # --- numbers
     Mutant("the ratio compares with the sampler",
            "logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs",

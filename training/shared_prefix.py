@@ -1,13 +1,13 @@
 """One forward pass over several groups: every distinct prefix once (see tree.py), no padding.
 
-All prompts, and of every completion what no completion before it shares, its own tokens, stand
-behind one another in a single row of N tokens, so projections, norms and MLPs see each of them once
-and no padding. Attention alone knows who belongs to whom: a prompt attends to itself, own tokens to
-their prompt and to all of their completion up to them, wherever that stands. It is an attention
-function registered with transformers, so the layers stay the model's own, with whatever hooks,
-adapters or activation checkpointing they carry, and the gradient of what is shared is the sum over
-those who share it by itself. Sharing the prompt in training is Prefix Grouper's idea (arXiv
-2506.05433).
+Of every prompt and of every completion what none before it shares, its own tokens, stand behind one
+another in a single row of N tokens, so projections, norms and MLPs see each of them once and no
+padding. Prompts share how they begin, which is the system message at least. Attention alone knows
+who belongs to whom: a prompt attends to itself, own tokens to their prompt and to all of their
+completion up to them, wherever that stands. It is an attention function registered with
+transformers, so the layers stay the model's own, with whatever hooks, adapters or activation
+checkpointing they carry, and the gradient of what is shared is the sum over those who share it by
+itself. Sharing the prompt in training is Prefix Grouper's idea (arXiv 2506.05433).
 
 Letters: Q questions, R completions, P prompt tokens (the longest), C completion tokens (the
 longest), O own tokens (the most), N tokens in the row, T scored tokens, U distinct ones, H heads, K
@@ -16,10 +16,12 @@ key-value heads, S head size.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -49,6 +51,7 @@ class MicroBatch:
     question: list  # R indices into `prompts`
     lengths: list  # R numbers of tokens
     prefixes: np.ndarray  # (R, C), the number of the prefix that ends at each token
+    beginnings: np.ndarray  # (Q, P), the same of the prompts' tokens
     rows: torch.Tensor  # (R,), which of the step's Q·G completions they are
     pictures: list | None = None  # what each prompt shows: a Picture, or None
 
@@ -71,42 +74,49 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
     budget = budget or math.inf
     group_size = len(lengths[0])
     shared = completion_ids is not None and pictures is None  # equal ids may show other pictures
-    question = _questions(prompt_ids, shared).repeat(group_size)  # (Q·G,)
+    asked, beginnings = _prompts(prompt_ids, shared)
+    question = asked.repeat(group_size)  # (Q·G,)
     flat = [length for group in lengths for length in group]
     prefixes = _prefixes(flat, completion_ids, question)
-    passes, held = [], set()  # `held` and those below are of the pass being filled
+    passes, held, read = [], set(), set()  # these and those below are of the pass being filled:
     spent = longest = padded = 0  # tokens, most own tokens, completions that have some
     for asked_first, prompt in enumerate(prompt_ids):
         rows = [row for row in np.flatnonzero(question == asked_first).tolist() if flat[row]]
         if not rows:
             continue
+        begins = beginnings[asked_first, : len(prompt)].tolist()
         group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
         # Copies behind each other, whose prefixes have equal numbers.
         order = sorted(rows, key=lambda row: (len(group[row]), group[row], row), reverse=True)
-        asked = False  # whether the pass being filled holds this question's prompt
-        whole = len(prompt) + len({number for numbers in group.values() for number in numbers})
-        if spent + whole > budget >= whole:
+        distinct = len({number for numbers in group.values() for number in numbers})
+        added = distinct + sum(number not in read for number in begins)
+        if spent + added > budget >= distinct + len(prompt):
             spent = math.inf  # the pass being filled is full
         for row in order:
             own = sum(number not in held for number in group[row])
-            cost = own + (0 if asked else len(prompt))
+            cost = own + sum(number not in read for number in begins)
             longest, padded = max(longest, own), padded + (own > 0)
             if not passes or spent + cost > budget or padded * longest > 2 * budget:
                 passes.append([])
-                held, longest, padded = set(), len(group[row]), 1
+                held, read, longest, padded = set(), set(), len(group[row]), 1
                 spent, cost = 0, len(group[row]) + len(prompt)
             passes[-1].append(row)
             held.update(group[row])
-            spent, asked = spent + cost, True
-    return [_micro_batch(rows, prompt_ids, flat, prefixes, question, pictures) for rows in passes]
+            read.update(begins)
+            spent += cost
+    cut = partial(_micro_batch, prompt_ids, beginnings, flat, prefixes, question, pictures)
+    return [cut(rows) for rows in passes]
 
 
-def _questions(prompt_ids, shared):
-    """For each of Q prompts the first that is equal to it, or itself where none is `shared`."""
+def _prompts(prompt_ids, shared):
+    """For each of Q prompts the first that is equal to it (Q,), and the numbers of its prefixes
+    (Q, P), on the host. Where they are not `shared`, each is its own."""
+    lengths = [len(prompt) for prompt in prompt_ids]
     if not shared:
-        return np.arange(len(prompt_ids))
-    ids = torch.cat(prompt_ids).cpu().split([len(prompt) for prompt in prompt_ids])
-    return first_equal(tuple(prompt.tolist()) for prompt in ids)
+        return np.arange(len(prompt_ids)), alone(lengths, max(lengths))
+    ids = pad_sequence(prompt_ids, batch_first=True).cpu().numpy()  # (Q, P)
+    numbers = prefix_numbers(ids, lengths, [0] * len(lengths))
+    return first_equal(map(tuple, numbers.tolist())), numbers
 
 
 def _prefixes(lengths, completion_ids, question):
@@ -116,7 +126,7 @@ def _prefixes(lengths, completion_ids, question):
     return prefix_numbers(completion_ids.cpu().numpy(), lengths, question)
 
 
-def _micro_batch(rows, prompt_ids, lengths, prefixes, question, pictures):
+def _micro_batch(prompt_ids, beginnings, lengths, prefixes, question, pictures, rows):
     asked = question[rows].tolist()
     questions = sorted(set(asked))
     lengths = [lengths[row] for row in rows]
@@ -125,6 +135,7 @@ def _micro_batch(rows, prompt_ids, lengths, prefixes, question, pictures):
         question=[questions.index(question) for question in asked],
         lengths=lengths,
         prefixes=prefixes[rows, : max(lengths)],
+        beginnings=beginnings[questions],
         rows=to_device(torch.tensor(rows, device="cpu"), prompt_ids[0].device),
         pictures=pictures and [pictures[question] for question in questions],
     )
@@ -144,7 +155,7 @@ def own_tokens(batch):
 class Packing:
     """Where everything stands in the row of N tokens; padded places point at its first token."""
 
-    ids: torch.Tensor  # (1, N), all prompts, then all completions' own tokens
+    ids: torch.Tensor  # (1, N), what prompts do not share, then what completions do not
     positions: torch.Tensor  # (1, N), from the start of the prompt; (3, 1, N): see pictures.py
     shown: object  # what prompts show and where in the row, a pictures.Shown or None
     prompts: torch.Tensor  # (Q, P)
@@ -197,7 +208,11 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     prompt_lengths = np.array([len(prompt) for prompt in batch.prompts])  # (Q,)
     starts, in_prompt = _consecutive(prompt_lengths)  # (Q,), (Q, P)
     p, c = np.arange(in_prompt.shape[1]), np.arange(batch.prefixes.shape[1])
-    prompts = np.where(in_prompt, starts[:, None] + p, 0)  # (Q, P)
+    begins, same = first_of_each(batch.beginnings[:, : len(p)][in_prompt])
+    prompts = np.zeros(in_prompt.shape, dtype=np.int64)  # (Q, P)
+    prompts[in_prompt] = same
+    is_begun = np.zeros(in_prompt.shape, dtype=bool)  # (Q, P), where a prefix stands first
+    is_begun.flat[np.flatnonzero(in_prompt)[begins]] = True
 
     # Of the tokens that end a prefix the first is read, the others find it there. A completion's
     # last token predicts nothing, and is not read.
@@ -205,14 +220,14 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     is_read, is_scored = c < lengths[:, None] - 1, c < lengths[:, None]  # (R, C)
     first, same = first_of_each(batch.prefixes[is_read])
     path = np.zeros(is_read.shape, dtype=np.int64)  # (R, C), where a completion's tokens stand
-    path[is_read] = prompt_lengths.sum() + same
+    path[is_read] = len(begins) + same
     is_own = np.zeros(is_read.shape, dtype=bool)  # (R, C)
     is_own.flat[np.flatnonzero(is_read)[first]] = True
     count = is_own.sum(-1)  # (R,), they are the last that it reads
     rows = np.flatnonzero(count) if count.any() else np.array([0])  # (R',)
     own_starts, in_own = _consecutive(count[rows])  # (R',), (R', O)
     o = np.arange(in_own.shape[1])
-    own = np.where(in_own, prompt_lengths.sum() + own_starts[:, None] + o, 0)  # (R', O)
+    own = np.where(in_own, len(begins) + own_starts[:, None] + o, 0)  # (R', O)
     depth = (lengths - 1 - count)[rows, None] + o  # (R', O), in the completion
     after = positions_after(batch.pictures, prompt_lengths)  # (Q,)
     position = (after[question[rows], None] + depth)[in_own]
@@ -220,14 +235,14 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         position = np.broadcast_to(position, (3, len(position)))
         positions = np.concatenate([*turned, position], axis=1)[:, None]  # (3, 1, N)
     else:
-        of_prompts = np.broadcast_to(p, in_prompt.shape)[in_prompt]
+        of_prompts = np.broadcast_to(p, in_prompt.shape)[is_begun]
         positions = np.concatenate([of_prompts, position])[None]  # (1, N)
     path, c = path[:, :-1], c[:-1]
     of_prompt = np.broadcast_to(in_prompt[question[rows], None], (*in_own.shape, len(p)))
     of_itself = c <= depth[:, :, None]  # (R', O, C - 1)
 
     # A token is scored from the one before it, the first from the prompt's end.
-    last = (starts + prompt_lengths - 1)[question, None]  # (R, 1)
+    last = prompts[question, prompt_lengths[question] - 1, None]  # (R, 1)
     before = np.concatenate([last, path], axis=1)  # (R, C)
     scored = places[is_scored]  # (T,)
     distinct, same = first_of_each(batch.prefixes[is_scored])
@@ -243,9 +258,10 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         values = torch.zeros(hidden.shape, dtype=dtype, device=device)
         return values.masked_fill(hidden, -torch.inf)[..., :width]
 
-    flat_ids = completion_ids.flatten()
+    prompt_ids = torch.cat(batch.prompts).index_select(0, on_device(begins))
+    own_ids = completion_ids.flatten().index_select(0, on_device(places[is_own]))
     return Packing(
-        ids=torch.cat([*batch.prompts, flat_ids.index_select(0, on_device(places[is_own]))])[None],
+        ids=torch.cat([prompt_ids, own_ids])[None],
         positions=on_device(positions),
         shown=shown(batch.pictures, starts, device),
         prompts=on_device(prompts),
@@ -253,7 +269,7 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         keys=on_device(np.concatenate([prompts[question[rows]], path[rows]], axis=1)),
         prompt_bias=bias(p <= p[:, None]),
         bias=bias(np.concatenate([of_prompt, of_itself], axis=-1)[:, None]),
-        unpad=on_device(np.flatnonzero(np.concatenate([in_prompt.ravel(), in_own.ravel()]))),
+        unpad=on_device(np.flatnonzero(np.concatenate([is_begun.ravel(), in_own.ravel()]))),
         before=on_device(before[is_scored][distinct]),
         distinct=on_device(scored[distinct]),
         scored=on_device(scored),

@@ -12,7 +12,8 @@ from training.logprobs import completion_logprobs
 from training.shared_prefix import micro_batches, own_tokens
 from training.tree import alone, first_of_each, prefix_numbers
 
-PROMPTS = [torch.tensor(ids) for ids in ([5, 17, 2, 88], [9, 9], [41, 7, 3])]
+# Two begin alike, as all do that have a system message.
+PROMPTS = [torch.tensor(ids) for ids in ([5, 17, 2, 88], [9, 9], [5, 17, 3])]
 # Per question: copies, a completion that is the beginning of another, late and early partings.
 GROUPS = [
     [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3], [1, 2, 9, 4]],
@@ -125,7 +126,8 @@ def test_every_distinct_prefix_is_read_once_and_scored_once(monkeypatch):
     trees = [{tuple(row[:n]) for row in group for n in range(1, len(row) + 1)} for group in GROUPS]
     inner = [{tuple(row[:n]) for row in group for n in range(1, len(row))} for group in GROUPS]
     assert scored == [sum(map(len, trees))] == [19]
-    assert read == [sum(map(len, PROMPTS)) + sum(map(len, inner))]
+    begun = {tuple(prompt[:n].tolist()) for prompt in PROMPTS for n in range(1, len(prompt) + 1)}
+    assert read == [len(begun) + sum(map(len, inner))] == [7 + 12]
 
 
 def test_a_budget_counts_distinct_tokens():
@@ -133,6 +135,11 @@ def test_a_budget_counts_distinct_tokens():
     prompt = [torch.tensor([1, 2])]
     assert len(micro_batches(prompt, [[4] * 8], 6, copies)) == 1
     assert len(micro_batches(prompt, [[4] * 8], 6)) == 8
+    alike = [torch.tensor([1, 2, 3, 4, 5 + q]) for q in range(4)]  # 8 distinct tokens
+    ids = torch.arange(8)[:, None]
+    assert len(micro_batches(alike, [[1, 1]] * 4, 16, ids)) == 1
+    assert len(micro_batches(alike, [[1, 1]] * 4, 15, ids)) == 2
+    assert len(micro_batches(alike, [[1, 1]] * 4, 16)) == 2
 
 
 @pytest.mark.parametrize("seed", range(20))
