@@ -187,7 +187,11 @@ def _title(runs, key, held_out=False):
 
 
 def _figure(rows=1, columns=1, size=(7, 4.2)):
-    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    figure = Figure(figsize=size, dpi=120)
+    if rows * columns > 1:
+        figure.set_layout_engine("constrained")
+    else:  # margins that fit any metric: to look for the narrowest takes as long as to draw
+        figure.subplots_adjust(left=0.12, right=0.98, bottom=0.12, top=0.88)
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
