@@ -72,8 +72,9 @@ def how_long(args, steps, past):
     if args.short_eval_iterations:  # of an eighth
         evaluations += (steps - 1) // args.short_eval_iterations / 8
     return (
-        f"about {in_words(steps * step + evaluations * evaluation)} for {steps} steps: if "
-        "sampling is as fast as the first evaluation was, an update as the cold start"
+        f"about {in_words(steps * step + evaluations * evaluation)} for {steps} "
+        f"step{'s' * (steps != 1)}: if sampling is as fast as the first evaluation was, an update "
+        "as the cold start"
     )
 
 

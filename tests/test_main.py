@@ -56,7 +56,8 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.figures
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved_models, tmp_path):
     run = tmp_path / "run"
     main.train(
@@ -126,6 +127,7 @@ def test_a_saved_model_trains_and_the_run_leaves_everything_behind(family, saved
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
+@pytest.mark.figures
 def test_a_sixth_reward_needs_its_function_and_one_list_entry(
     saved_models, tmp_path, monkeypatch, capsys
 ):

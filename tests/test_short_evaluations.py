@@ -27,11 +27,14 @@ def rows(path):
 def short(saved_models, tmp_path_factory):
     """A run of three steps that looks at three of 17 problems after each, and one that does not."""
     folder = tmp_path_factory.mktemp("short")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("records.run.plot_run", lambda path: path / "plots")
     for every in (0, 1):
         argv = [*TINY, "--model_name", str(saved_models["qwen2"]), "--num_train_iters", "3",
                 "--eval_problems", "17", "--short_eval_iterations", str(every),
                 "--output_dir", str(folder / str(every))]  # fmt: skip
         main.train(parse_args(argv))
+    monkeypatch.undo()
     return folder
 
 

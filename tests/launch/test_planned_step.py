@@ -35,7 +35,7 @@ ONE = Machine("all rates 1", {torch.float32: 1.0, torch.bfloat16: 1.0}, 1.0, 0.0
             ["--kl_beta", "0.04", "--micro_batch_tokens", "0", "--entropy_bonus", "0.01"],
             marks=pytest.mark.slow,
         ),
-        ("bf16", ["--kl_beta", "0.04"]),
+        pytest.param("bf16", ["--kl_beta", "0.04"], marks=pytest.mark.slow),
     ],
 )
 def test_every_phase_peaks_within_a_tenth_of_its_real_tensors(mixed_precision, extra, four_layers):
@@ -66,13 +66,12 @@ def assert_peaks(plan, model, args, mixed_precision):
         assert predicted == pytest.approx(peak, rel=0.1), phase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "on_gpu, extra",
     [
         (True, ["--kl_beta", "0.04", "--gradient_checkpointing"]),
-        pytest.param(
-            False, ["--lora_rank", "4", "--max_completion_length", "40"], marks=pytest.mark.slow
-        ),
+        (False, ["--lora_rank", "4", "--max_completion_length", "40"]),
     ],
 )
 def test_a_few_layers_tell_what_all_take_to_the_byte(on_gpu, extra, tmp_path):
@@ -107,6 +106,7 @@ def test_what_reads_numbers_is_not_planned_and_named(tmp_path):
         planned(planning("--model_name", str(tmp_path), *SMALL), on_gpu=False)
 
 
+@pytest.mark.slow
 def test_smaller_micro_batches_and_checkpointing_plan_less_memory(four_layers):
     _, folder = four_layers
     peaks = [

@@ -140,6 +140,7 @@ def test_a_plan_touches_nothing_and_is_a_page_to_read(tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan_without_the_hub(four_layers, tmp_path):
     _, folder = four_layers
     result = subprocess.run(
