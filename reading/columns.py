@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from reading.images import COLUMN
+from reading.images import COLUMNS
 from utils import UserError
 
 # Tiers: a name in an earlier one wins; two in one are not for us to choose from.
@@ -134,7 +134,7 @@ def parts_of(row, where, columns):
     worked = _text_at(row, columns.solution, where) if columns.solution else ""
     # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
     solution = re.sub(r"<<[^<>]*>>", "", worked or solution)
-    used = {columns.question, columns.answer, columns.solution, columns.context, COLUMN}
+    used = {columns.question, columns.answer, columns.solution, columns.context, *COLUMNS}
     extra = {name: row[name] for name in row if name not in used}
     return question, answer.strip(), solution.strip(), extra
 

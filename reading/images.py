@@ -1,26 +1,29 @@
-"""Images of a data set: files that its rows name. Of a file the header alone is read at first.
+"""Images of a data set: files that its rows name, or what a table holds as datasets' Image feature
+writes it. Of an image the header alone is read at first.
 
 PIL is imported where there is an image, so that the command line stays quick without.
 """
 
+import hashlib
+import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import UserError
 
-COLUMN = "image"
+COLUMNS = ("image", "images")
 MOST_PIXELS = 50_000_000  # of an image; a photo of today's has 12 to 48 million
 ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF's tag, and those whose width is the file's height
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image on the disk, which a call reads. Its repr, and so the fingerprint of the data, is
-    the name that the data gives it and what its header says."""
+    """An image on the disk, which a call reads, or in memory. Its repr, and so the fingerprint of
+    the data, is the name that the data gives it, or what it holds, and what its header says."""
 
     name: str
-    path: str = field(repr=False, compare=False)
+    source: str | bytes = field(repr=False, compare=False)  # a path, or what is in such a file
     size: tuple  # (width, height) as it is seen
     bytes: int
 
@@ -29,31 +32,49 @@ class ImageFile:
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(self.path) as image:
+            with Image.open(_file(self.source)) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{self.path}: cannot be read ({error!s:.80}); save it anew") from None
+            where = self.source if isinstance(self.source, str) else f"image {self.name}"
+            raise UserError(f"{where}: cannot be read ({error!s:.80}); save it anew") from None
+
+
+def _file(source):
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 def images_of(row, where, folder):
-    """The ImageFiles that a row names, from this folder: none, one or several. Raises UserError,
-    naming `where`, the row's place."""
-    names = row.get(COLUMN)
-    names = [names] if isinstance(names, str) else names
-    names = [] if names is None else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: `{COLUMN}` is {str(row[COLUMN])[:40]}; expected a path, or "
-                        "several as a list")  # fmt: skip
-    return tuple(image_file(name, f"{where}: `{COLUMN}`", folder) for name in names)
+    """The ImageFiles of a row, from this folder where it names files: none, one or several. Raises
+    UserError, naming `where`, the row's place."""
+    column = next((name for name in COLUMNS if row.get(name) is not None), None)
+    values = row[column] if column else []
+    values = values if isinstance(values, list) else [values]
+    return tuple(_image(value, f"{where}: `{column}`", folder) for value in values)
+
+
+def _image(value, where, folder):
+    """The ImageFile of a path, or of the dict that a table has for an image."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        held = value["bytes"]
+        return _described(hashlib.sha256(held).hexdigest()[:16], held, len(held), where)
+    value = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where} is {str(value)[:40]}; expected a path, an image, or several as a "
+                        "list")  # fmt: skip
+    return image_file(value, where, folder)
 
 
 def image_file(name, where, folder="."):
     """The ImageFile of this name. Raises UserError for one that is missing, damaged or enormous."""
+    path = Path(folder) / name
+    return _described(name, str(path), path.stat().st_size if path.is_file() else 0, where)
+
+
+def _described(name, source, size, where):
     from PIL import Image
 
-    path = Path(folder) / name
     try:
-        with Image.open(path) as image:
+        with Image.open(_file(source)) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION) in TURNED
     except FileNotFoundError:
@@ -67,5 +88,4 @@ def image_file(name, where, folder="."):
     if width * height > MOST_PIXELS:
         raise UserError(f"{where} {name}: larger than {MOST_PIXELS // 10**6} million pixels; make "
                         "it smaller")  # fmt: skip
-    size = (height, width) if turned else (width, height)
-    return ImageFile(name, str(path), size, path.stat().st_size)
+    return ImageFile(name, source, (height, width) if turned else (width, height), size)
