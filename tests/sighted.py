@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from conftest import make_tokenizer
 from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
@@ -34,6 +35,15 @@ TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
 TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 QWEN = {"image_token_id": PLACEHOLDER, "vision_start_token_id": OPENS, "video_token_id": 99,
         "vision_end_token_id": CLOSES, "tie_word_embeddings": True}  # fmt: skip
+
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>",
+           *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2))]  # fmt: skip
 
 
 def _idefics3():
@@ -114,10 +124,31 @@ def make_sighted(family, dtype=torch.float32, seed=0, vocab_size=None, placehold
     return model, Reader(Sight(processor, config, "<image>"))
 
 
+def make_seeing(family, dtype=torch.float32):
+    """(the same, a tokenizer whose chats show images)."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = PARTS
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    model, reader = make_sighted(family, dtype, 0, len(tokenizer), placeholder)
+    tokenizer.sight = reader.sight
+    return model, tokenizer
+
+
 def image(width, height, seed):
     """A function that returns an image of noise, as a Problem's images are."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return lambda: Image.fromarray(pixels)
+
+
+class Sized:
+    """An image as a Problem has it."""
+
+    def __init__(self, width, height, seed=0):
+        self.size, self.draw = (width, height), image(width, height, seed)
+
+    def __call__(self):
+        return self.draw()
 
 
 def prompt_with(model, reader, text, images):

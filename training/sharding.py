@@ -107,7 +107,14 @@ def whole_state(policy, optimizer, keep):
         value = whole_tensor(value.detach())
         return value.cpu() if keep else None
 
-    return _mapped(gathered, dict(policy.named_parameters())), _mapped(gathered, moments)
+    weights = {**dict(policy.named_parameters()), **saved_buffers(policy)}
+    return _mapped(gathered, weights), _mapped(gathered, moments)
+
+
+def saved_buffers(model):
+    """Those that are saved with its weights, such as the means of a batch norm; none is cut up."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _mapped(function, tree):
@@ -121,10 +128,10 @@ def whole_copy(policy):
     """An ordinary model with a sharded policy's weights."""
     kind = AutoModelForImageTextToText if has_tower(policy) else AutoModelForCausalLM
     copy = kind.from_config(policy.config, dtype=policy.dtype).to(policy.device)
-    parameters = dict(copy.named_parameters())
+    weights = {**dict(copy.named_parameters()), **saved_buffers(copy)}
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameters[name].copy_(whole_tensor(parameter))
+        for name, value in {**dict(policy.named_parameters()), **saved_buffers(policy)}.items():
+            weights[name].copy_(whole_tensor(value))
     return copy
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, TASK, make_args, make_model, make_setup, make_tokenizer
 from safetensors.torch import load_file
 from several import launch
+from sighted import Sized, make_seeing
 from toys import flags_of, rollouts_from
 
 import main
@@ -27,11 +28,13 @@ from rldatasets import Problem, Problems
 from sampling.groups import sample_groups
 from sampling.turns import worked_ids
 from training.cold_start import cold_start
+from training.lora import freeze_tower, trained_parameters
 from training.optimizer import make_optimizer
 from training.processes import everyones, everyones_rollouts, from_main, own_groups, own_part
 from training.sharding import shard, shard_if_configured, whole_tensor
 from training.update import update_policy
 from utils import Stopped, UserError, read_jsonl
+from vision.sight import pictures_of
 
 PROBLEMS = [Problem(f"{n} + {n * n}?", str(n + n * n), f"{n} + {n * n}") for n in range(7)]
 
@@ -87,11 +90,16 @@ UNEVEN = {
 }  # fmt: skip
 
 
-def step_of(settings, accelerator, sharded=False):
+def reading():
+    """A model, its tokenizer, and problems for it."""
+    tokenizer = make_tokenizer()
+    return make_model(vocab_size=len(tokenizer), dtype=torch.float64), tokenizer, PROBLEMS
+
+
+def step_of(settings, accelerator, sharded=False, made=reading):
     """One step of the loop by hand in fp64: texts, the gradient of each update, what is measured,
     answers afterwards."""
-    tokenizer = make_tokenizer()
-    policy = make_model(vocab_size=len(tokenizer), dtype=torch.float64)
+    policy, tokenizer, problems = made()
     args = make_args(
         **{
             "questions_per_step": 6, "group_size": 3, "sampling_batch_size": 6, "seed": 1,
@@ -104,13 +112,14 @@ def step_of(settings, accelerator, sharded=False):
         shard(policy)
     task = replace(TASK, reward_functions=[spread])
     setup = make_setup(policy, args, accelerator, tokenizer, task)
-    cold_start(setup, Problems(PROBLEMS, 0), chat_prompt, worked_ids)
+    cold_start(setup, Problems(problems, 0), chat_prompt, worked_ids, pictures_of)
     setup = replace(setup, reference=frozen_copy(policy) if args.kl_beta else None)
     optimizer, _ = make_optimizer(policy, args)
     gradients = []
 
     def keep(*_):
-        gradients.append(torch.cat([whole_tensor(p.grad).flatten() for p in policy.parameters()]))
+        trained = trained_parameters(policy)
+        gradients.append(torch.cat([whole_tensor(p.grad).flatten() for p in trained]))
 
     optimizer.register_step_pre_hook(keep)
 
@@ -118,14 +127,14 @@ def step_of(settings, accelerator, sharded=False):
         def save_step(self, *_):
             return None
 
-    _, rollouts, rewards = main.draw_groups(setup, Problems(PROBLEMS, 0), 0, Nowhere())
+    _, rollouts, rewards = main.draw_groups(setup, Problems(problems, 0), 0, Nowhere())
     chosen = main.choose(rewards.total, args)
     advantages = group_advantages(rewards.total, "std", chosen)
     if "only" in settings:
         advantages[:] = 0.0
         advantages[0] = torch.tensor([1.0, -0.5, -0.5])
     metrics = update_policy(setup, optimizer, rollouts, advantages, chosen)
-    summary, records = evaluate_policy(replace(setup, task=TASK), PROBLEMS, 1)
+    summary, records = evaluate_policy(replace(setup, task=TASK), problems, 1)
     del summary["seconds/evaluation"]
     return rollouts.texts, torch.stack(gradients).numpy(), metrics, summary, records
 
@@ -163,6 +172,25 @@ def test_a_step_of_a_sharded_policy_is_that_of_a_whole_one(accelerator):
             2, lambda several, settings=settings: step_of(settings, several, sharded=True)
         ):
             assert_same_step(step, alone, gap=1e-6)
+
+
+def seeing():
+    """The same of one that sees, whose problems show one image, two, or none."""
+    policy, tokenizer = make_seeing("qwen2_5_vl", torch.float64)
+    freeze_tower(policy)
+    sizes = [(40, 32), (64, 48), (32, 32)]
+    shown = [tuple(Sized(*size, n) for size in sizes[: n % 3]) for n in range(7)]
+    problems = [replace(p, images=images) for p, images in zip(PROBLEMS, shown)]
+    return policy, tokenizer, problems
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_step_of_several_processes_that_see_is_that_of_one(sharded, accelerator):
+    settings = {"kl_beta": 0.1, **UNEVEN, "max_completion_length": 5}
+    alone = step_of(settings, accelerator, made=seeing)
+    assert abs(alone[1]).max() > 1e-3 and alone[3]["blind_accuracy"] is not None
+    for step in in_processes(2, lambda both: step_of(settings, both, sharded, seeing)):
+        assert_same_step(step, alone, gap=1e-6)
 
 
 def test_a_step_without_signal_changes_nothing_in_several_processes_either(accelerator):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import CHATML, TASK, make_tokenizer
-from sighted import SIGHTED, image, make_sighted
+from sighted import PARTS, SIGHTED, Sized, make_seeing
 from transformers import Idefics3Processor, LlavaProcessor
 
 from llms import Rendering, load_model, prompt_of, settle_rendering
@@ -13,36 +13,11 @@ from rldatasets import Problem
 from utils import UserError
 from vision.sight import picture_of, save_reader, sight_on
 
-PARTS = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>",
-           *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2))]  # fmt: skip
-
-
-class Sized:
-    """An image as a Problem has it."""
-
-    def __init__(self, width, height, seed=0):
-        self.size, self.draw = (width, height), image(width, height, seed)
-
-    def __call__(self):
-        return self.draw()
-
 
 def save(family, folder):
     """A directory with a tiny model of the family, as the hub has them."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    tokenizer.chat_template = PARTS
-    model, reader = make_sighted(
-        family, vocab_size=len(tokenizer), placeholder=tokenizer.convert_tokens_to_ids("<image>")
-    )
+    model, tokenizer = make_seeing(family)
     model.save_pretrained(folder)
-    tokenizer.sight = reader.sight
     save_reader(tokenizer, folder)
     return model
 
