@@ -93,7 +93,7 @@ def train(args):
             watched = watch_tokens(setup, step, rollouts, advantages)
             update = update_policy(setup, optimizer, rollouts, advantages, chosen)
             saver.hold()  # until the step is complete, see Saver
-            run.save_tokens(step, watched())
+            run.save_tokens(step, problems, watched())
             update |= meter.shares() | {"learning_rate": scheduler.get_last_lr()[0]}
             scheduler.step()
             done = step + 1

@@ -77,6 +77,12 @@ def completion_fields(text):
     return {"completion": text, **turns}
 
 
+def shown_fields(problem):
+    """What a record on disk says of what a problem shows: a name for each image, by its repr."""
+    names = [hashlib.sha256(repr(image).encode()).hexdigest()[:16] for image in problem.images]
+    return {"images": names} if names else {}
+
+
 def completion_of(record):
     """The completion that such a record holds: of an episode a Transcript again."""
     text = record["completion"]

@@ -18,7 +18,7 @@ from evaluator import (
     sees_group,
 )
 from llms import prompt_of
-from rldatasets import completion_fields, completion_of
+from rldatasets import completion_fields, completion_of, shown_fields
 from sampling.groups import sample_rollouts
 from sampling.rollouts import judged_text, without_thoughts
 from sampling.turns import between_turns, replies
@@ -71,6 +71,7 @@ def evaluate(setup, problems, seed=0, tick=None):
                 "question": problems[i].question,
                 "prompt": tokenizer.decode(prompts[i]),
                 "answer": problems[i].answer,
+                **shown_fields(problems[i]),
                 **completion_fields(text),
                 **verdicts(answer, problems[i], task, timeout),
                 "format": has_format(answer),

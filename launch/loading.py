@@ -85,6 +85,7 @@ def begin(args):
     run.cut_back(first)
     facts = {**data.facts, **sources, "rewards_changed_at": changed_at}
     run.save_config(args, str(accelerator.device), saved, first, **facts)
+    run.save_thumbnails(data.test)
     if args.gradient_checkpointing:
         recompute_layers(policy)
     shard_if_configured(policy, args, accelerator)
@@ -266,6 +267,7 @@ def evaluate_and_save(args):
     run = Run(args.output_dir)
     facts = {"test_problems": len(problems), **sources_of(task)}
     run.save_config(args, str(accelerator.device), **facts)
+    run.save_thumbnails(problems)
     with progress, phase("evaluation"):
         setup = Setup(policy, tokenizer, task, args, accelerator)
         summary, records = evaluate_policy(setup, problems, step=0)

@@ -28,6 +28,7 @@ from records.files import (
 from records.games import games_section
 from records.pairs import pairs_section
 from records.resuming import REPORT
+from records.thumbnails import thumbnails
 from utils import replace_text
 
 PAGE = Path(__file__).parent / "report_page.html"
@@ -346,6 +347,7 @@ def _answers(run):
                 "kind": kind,
                 "question": records[0]["question"],
                 "answer": records[0]["answer"],
+                "images": thumbnails(run.path, records[0]),
                 "answers": [_answer(record) for record in records],
             })  # fmt: skip
     steps = [int(file.stem.split("_")[1]) for file in picked]
@@ -380,6 +382,7 @@ def _groups(run):
             "step": int(file.stem.split("_")[1]),
             "question": pairs[0][0]["question"],
             "answer": pairs[0][0]["answer"],
+            "images": thumbnails(run.path, pairs[0][0]),
             "completions": [
                 {
                     **{key: row[key] for key in ("reward", "rewards", "advantage")},

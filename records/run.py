@@ -25,8 +25,9 @@ from records.plots import plot_run
 from records.report import write_report
 from records.resuming import REPORT
 from records.rollout_file import save_rollouts
+from records.thumbnails import save_thumbnails
 from records.trackers import log_evaluation, log_plots, log_row
-from rldatasets import completion_fields
+from rldatasets import completion_fields, shown_fields
 from training.progress import progress
 from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
 
@@ -173,6 +174,7 @@ class Run:
             {
                 "question": problem.question,
                 "answer": problem.answer,
+                **shown_fields(problem),
                 **completion_fields(text),
                 "finished": finished,
             }
@@ -204,10 +206,16 @@ class Run:
             if with_report:
                 write_report(self.path)
 
-    def save_tokens(self, step, records):
+    def save_tokens(self, step, problems, records):
         """Write one group token by token, see token_log.py; nothing without records."""
         if records:
             self._write(f"completions/tokens_{step:05d}.jsonl", records)
+            self.save_thumbnails([problems[records[0]["row"] // len(records)]])
+
+    def save_thumbnails(self, problems):
+        """Write what these problems show, small, for the report."""
+        if self.writes:
+            save_thumbnails(self.path, problems)
 
 
 def _versions():

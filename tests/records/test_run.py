@@ -13,6 +13,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from records.run import Run, show_progress, step_metrics, summary_table
+from rldatasets import Problem
 from sampling.rollouts import Rollouts
 from utils import jsonl, read_jsonl, write_jsonl
 
@@ -138,8 +139,9 @@ def test_a_first_line_that_was_not_finished_is_cut_off_too(tmp_path):
 
 def test_what_is_watched_is_written_under_its_step_s_number_and_nothing_without(tmp_path):
     run = Run(tmp_path)
-    run.save_tokens(1, [{"row": 3}])
-    run.save_tokens(2, [])
+    problems = [Problem("1?", "1", "")] * 4
+    run.save_tokens(1, problems, [{"row": 3}])
+    run.save_tokens(2, problems, [])
     [file] = run.completions.iterdir()
     assert file.name == "tokens_00001.jsonl" and read_jsonl(file) == [(1, {"row": 3})]
 
