@@ -24,9 +24,11 @@ from reading.embedded import embedded_folder
 from training.lora import freeze_tower, has_adapter, settle_in_bfloat16, with_adapter
 from training.precision import DTYPES, resolved
 from training.sharding import is_sharded, whole_copy, whole_tensor
-from utils import EMBEDDED_MODEL, UserError, base_and_adapters
+from utils import EMBEDDED_MODEL, EMBEDDED_SIGHTED, UserError, base_and_adapters
+from vision.embedded import sighted_folder
 from vision.sight import class_of, in_parts, load_sight, sees, sight_on
 
+EMBEDDED = {EMBEDDED_MODEL: embedded_folder, EMBEDDED_SIGHTED: sighted_folder}
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # as config.json's layer_types say
 
 
@@ -53,7 +55,7 @@ def rendering_on(tokenizer):
 
 
 def load_model(model_name, device, token=None, rendering=None):
-    """Load policy and tokenizer: `smollm2-135m`, a Hugging Face hub name, or a local directory.
+    """Load policy and tokenizer: of one of EMBEDDED, a Hugging Face hub name, or a directory.
 
     A directory may hold an adapter alone: then the model that it names, with the adapter folded in.
     Weights are fp32 whatever the file holds: at a learning rate of 1e-6, a bf16 weight of 0.02
@@ -69,8 +71,7 @@ def load_model(model_name, device, token=None, rendering=None):
     flag, rendering = f"--model_name {model_name}", rendering or Rendering()
     base, adapters = base_and_adapters(model_name)
     with refusing(f"{flag}: cannot be loaded, fetch its files again"):
-        if base == EMBEDDED_MODEL:
-            base = embedded_folder()
+        base = EMBEDDED[base]() if base in EMBEDDED else base
         config = AutoConfig.from_pretrained(base, token=token)
         refuse_family(config, flag)
         tokenizer = load_tokenizer(base, token)

@@ -13,6 +13,7 @@ from numbers import Real
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_SIGHTED = f"{EMBEDDED_MODEL}+vision"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what ends a run that saves itself first
 

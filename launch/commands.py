@@ -35,7 +35,7 @@ from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, load_task, own_evaluator
 from training.progress import progress
-from utils import EMBEDDED_MODEL, UserError, hint, keep_freed_memory, one_line
+from utils import EMBEDDED_MODEL, EMBEDDED_SIGHTED, UserError, hint, keep_freed_memory, one_line
 
 COMMANDS = {
     "lint": "score a golden set of completions, and with a dataset its own gold answers, and say "
@@ -134,8 +134,8 @@ def add_model(parser, argv, names):
 
     The others are there at their defaults, for the checks, but cannot be given.
     """
-    parser.add_argument("model_name", metavar="MODEL", help="Hugging Face hub name, local "
-                        f"directory such as RUN/model, or {EMBEDDED_MODEL}")  # fmt: skip
+    parser.add_argument("model_name", metavar="MODEL", help="Hugging Face hub name, directory such "
+                        f"as RUN/model, {EMBEDDED_MODEL} or {EMBEDDED_SIGHTED}")  # fmt: skip
     add_flags_of_a_run(parser, argv, names)
     # No question is left out for its length, and no group sampled in parts.
     parser.set_defaults(max_prompt_length=0, sampling_batch_size=0)

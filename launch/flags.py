@@ -24,7 +24,7 @@ from launch.values import (
     weight,
 )
 from records.resuming import LATEST
-from utils import EMBEDDED_MODEL
+from utils import EMBEDDED_MODEL, EMBEDDED_SIGHTED
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # the packages' names
 
@@ -53,8 +53,8 @@ def add_flags(parser):
          "and time, and which flags make it fit")
 
     flag = group("model").add_argument
-    flag("--model_name", metavar="MODEL", help="Hugging Face hub name, local directory, or "
-         f"{EMBEDDED_MODEL}")
+    flag("--model_name", metavar="MODEL", help="Hugging Face hub name, local directory, "
+         f"{EMBEDDED_MODEL} or {EMBEDDED_SIGHTED}")
 
     flag("--enable_thinking", action=argparse.BooleanOptionalAction, default=False, help="where "
          "the chat template asks: think first, in <think> tags; rewards and accuracy judge what "

@@ -51,8 +51,17 @@ _QWEN2_5_VL_3B = {
     },
     "tie_word_embeddings": True,
 }  # fmt: skip
+_SMOLLM2 = _llama(576, 30, 9, 3, 1536, vocab_size=49152, max_position_embeddings=8192)
+_SMOLLM2_VISION = {
+    "model_type": "llava",
+    "text_config": _SMOLLM2,
+    "vision_config": {"model_type": "efficientnet_lite0"},  # see vision/lite0.py
+    "image_seq_length": 16,
+    "tie_word_embeddings": True,
+}
 KNOWN_MODELS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": _QWEN2_5_VL_3B,
     **{name + kind: shape for name, shape in _SHAPES.items() for kind in ("", "-Instruct")},
-    "smollm2-135m": _llama(576, 30, 9, 3, 1536, vocab_size=49152, max_position_embeddings=8192),
+    "smollm2-135m": _SMOLLM2,
+    "smollm2-135m+vision": _SMOLLM2_VISION,
 }

