@@ -9,20 +9,26 @@ import pytest
 import torch
 from conftest import ROOT, make_model
 from safetensors.torch import load_file, save_file
+from sighted import make_seeing
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import align_projector
 import common
 import decode_step
 import gpu_check
 import limit
 import lora_vs_full
 import memory
+import picture_step
 import replay
 import vs_commit
 import vs_trl
 import vs_vllm
 
 from launch.known_models import KNOWN_MODELS
+from sampling import groups
+from tasks.shapes import Scene
+from vision.sight import save_reader
 
 TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
 
@@ -44,6 +50,23 @@ def test_the_sampling_benchmark_compares_both_and_ends_in_json(saved_models):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["rows"] == 4
     assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
+
+
+@pytest.mark.benchmark
+def test_a_step_is_timed_with_pictures_and_without(tmp_path, capfd, monkeypatch):
+    model, tokenizer = make_seeing("llava")
+    model.save_pretrained(tmp_path)
+    save_reader(tokenizer, tmp_path)
+    monkeypatch.setattr(groups, "padding_and_stops", groups.padding_and_stops)  # put back
+    result = ran(picture_step, tmp_path, capfd, "--questions", "2")
+    assert result["with_seconds"] > 0 and result["ratio"] > 0
+
+
+def test_a_place_shows_the_cell_that_its_middle_lies_in():
+    cells = (("red", "circle"), None, ("blue", "star"), None, ("green", "square"), None)
+    a, b, c, none = cells[0], cells[2], cells[4], align_projector.NOTHING
+    above, below = [a, none, none, b], [none, c, c, none]
+    assert align_projector.drawn_there(Scene(cells, 0)) == 2 * above + 2 * below
 
 
 @pytest.mark.benchmark
