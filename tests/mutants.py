@@ -42,6 +42,7 @@ class Mutant:
 TURNS = "sampling/test_turns.py"
 SELF_PLAY = "sampling/test_self_play.py"
 TURNS, SEEING = "sampling/test_turns.py", "vision/test_seeing_families.py"
+EMBEDDED = "vision/test_embedded_sighted.py"
 GRPO, OBJECTIVES, DATA, LLMS = (
     "test_grpo.py", "test_objectives.py", "test_rldatasets.py", "test_llms.py",
 )  # fmt: skip
@@ -748,6 +749,20 @@ MUTANTS = [
            "if looks and not run.short_evaluations:", "if looks:", "test_short_evaluations.py"),
     Mutant("a plan without the look for uncertain tokens", "for batch in largest if looks else ():",
            "for batch in ():", "launch/test_planned_step.py"),
+    # --- the model that sees, and what it is shown ---
+    Mutant("a convolution pads on both sides", "(missing // 2, missing - missing // 2) * 2",
+           "(missing - missing // 2, missing // 2) * 2", EMBEDDED),
+    Mutant("a tower forgets its standardisation", 'tower.mean.copy_(learnt.pop("mean"))',
+           'learnt.pop("mean")', EMBEDDED),
+    Mutant("the means of a tower are not saved", "in model.named_buffers() if name in kept",
+           "in model.named_buffers() if name not in kept", EMBEDDED),
+    Mutant("images in a table are all alike", "hashlib.sha256(held).hexdigest()[:16]", '"image"',
+           "reading/test_images.py"),
+    Mutant("a record shows any file of the disk", 're.fullmatch("[0-9a-f]{16}", str(name))',
+           "str(name)", "records/test_thumbnails.py"),
+    Mutant("a group stands beside the first question's picture",
+           'problems[records[0]["row"] // len(records)]', "problems[0]",
+           "records/test_thumbnails.py"),
 ]  # fmt: skip
 
 # The fused step. Its tests need triton, without which they are skipped and would notice nothing.
