@@ -16,6 +16,7 @@ from launch.fake_memory import Machine, Tracker, Work
 from launch.known_models import KNOWN_MODELS
 from launch.planned_step import as_if, config_of, planned
 from utils import UserError
+from vision.sight import class_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from plan_vs_real import real_steps
@@ -174,8 +175,18 @@ def test_known_models_have_the_published_number_of_parameters(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
+def test_the_embedded_model_that_sees_is_the_other_one_with_a_projector_and_a_tower():
+    with as_if(False):
+        config = config_of("smollm2-135m+vision")
+        model = class_of(config)._from_config(config).model
+    parts = [sum(p.numel() for p in part.parameters())
+             for part in (model.language_model, model.multi_modal_projector)]  # fmt: skip
+    assert parts == [PARAMETERS["smollm2-135m"], (768 + 1) * 576 + (576 + 1) * 576]
+    assert model.vision_tower.mean.shape == (768,)
+
+
 def test_base_models_are_known_with_their_instruct_models():
-    reading = [name for name in KNOWN_MODELS if "-VL-" not in name]
+    reading = [name for name, shape in KNOWN_MODELS.items() if "vision_config" not in shape]
     assert len(reading) == 2 * (len(PARAMETERS) - 1) + 1
     for name in PARAMETERS:
         assert KNOWN_MODELS[name.removesuffix("-Instruct")] == KNOWN_MODELS[name]
