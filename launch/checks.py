@@ -72,6 +72,9 @@ IDLE = (
      "on other data than --dataset_name arithmetic"),
     (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,
      "at --cold_start_steps 0"),
+    (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),
+     lambda args: args.sampler != "vllm", "without --sampler vllm"),
+    (("sampling_batch_size",), lambda args: args.sampler == "vllm", "with --sampler vllm"),
     (("allow_changed_rewards",), lambda args: args.resume is None, "without --resume"),
 )  # fmt: skip
 
@@ -103,14 +106,16 @@ def check_flags(args):
     if args.overlong_buffer > args.max_completion_length:
         raise UserError(f"--overlong_buffer {args.overlong_buffer}: above --max_completion_length "
                         f"{args.max_completion_length}")  # fmt: skip
-    if args.sampler == "paged":
+    if args.sampler in ("paged", "vllm"):
         if args.stop:
-            raise UserError("--stop: --sampler paged knows stop tokens alone; use --sampler "
-                            "shared_prefix")  # fmt: skip
+            raise UserError(f"--stop: --sampler {args.sampler} knows stop tokens alone; use "
+                            "--sampler shared_prefix")  # fmt: skip
         for flag, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             if getattr(args, flag) != off:
-                raise UserError(f"--{flag}: --sampler paged has no filters; leave it at {off}, or "
-                                "use --sampler shared_prefix")  # fmt: skip
+                raise UserError(f"--{flag}: --sampler {args.sampler} has no filters; leave it at "
+                                f"{off}, or use --sampler shared_prefix")  # fmt: skip
+    if args.sampler == "vllm" and not args.plan:
+        check_vllm(args.vllm_python)
     check_objective(args)
     if args.sampler == "fused" and not util.find_spec("triton"):
         raise UserError("--sampler fused: needs triton, which torch for CUDA brings along; use "
@@ -124,6 +129,16 @@ def check_flags(args):
     if args.kl_beta > 0 and args.kl_estimator == "k1":
         print("main.py: warning: as a loss, --kl_estimator k1 has no gradient on average; k2 has",
               file=sys.stderr)  # fmt: skip
+
+
+def check_vllm(python):
+    """Raise UserError where this is no program that could be vLLM's Python."""
+    if python is None:
+        raise UserError("--sampler vllm: needs --vllm_python, the Python of an environment with "
+                        "vLLM, such as .venv-vllm/bin/python of make demo-vllm")  # fmt: skip
+    if not (os.path.isfile(python) and os.access(python, os.X_OK)):
+        raise UserError(f"--vllm_python {python}: no program; expected such as "
+                        ".venv-vllm/bin/python")  # fmt: skip
 
 
 def check_objective(args):
@@ -232,9 +247,12 @@ def check_dataset(args):
     """Raise UserError where the task's files are wrong, the problems cannot be read, or the hub
     that has them be reached."""
     if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
-        task = load_task(args)
-        if task.reply and getattr(args, "sampler", None) == "paged":
-            raise UserError("--sampler paged: cannot go on after the replies of this task; use "
+        task, sampler = load_task(args), getattr(args, "sampler", None)
+        if task.reply and sampler in ("paged", "vllm"):
+            raise UserError(f"--sampler {sampler}: cannot go on after the replies of this task; "
+                            "use --sampler shared_prefix")  # fmt: skip
+        if task.game and sampler == "vllm":
+            raise UserError("--sampler vllm: knows one policy, and games may have two; use "
                             "--sampler shared_prefix")  # fmt: skip
     if args.dataset_path is None:
         if args.dataset_name == "gsm8k" or is_on_hub(args.dataset_name):

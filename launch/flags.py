@@ -17,6 +17,7 @@ from launch.values import (
     RATE,
     SHARE,
     day,
+    engine_arguments,
     known_dataset,
     number,
     some_text,
@@ -129,11 +130,22 @@ def add_flags(parser):
          "completion as its stop tokens do; for base models")
     flag("--sampling_batch_size", type=COUNT, metavar="N", help="completions sampled at once, in "
          "whole groups, for memory; the result is the same; 0: all those of a step")
-    flag("--sampler", choices=("shared_prefix", "fused", "paged"), default="shared_prefix",
+    flag("--sampler", choices=("shared_prefix", "fused", "paged", "vllm"), default="shared_prefix",
          help="engine of the training samples. shared_prefix: sampling/groups.py; "
          "fused: the same, on a GPU in fewer and larger kernels (sampling/fused.py); paged: "
          "transformers' continuous batching on a copy of the model, without filters, half as fast "
-         "on a CPU. A seed gives the same samples with either, but other ones")
+         "on a CPU; vllm: see --vllm_python. A seed gives the same samples with either, but other "
+         "ones")
+
+    flag = group("vLLM").add_argument
+    flag("--vllm_python", metavar="PATH", help="with --sampler vllm: the Python of an environment "
+         "that has vLLM, which is started from it; --tis_cap is 2 then, unless it is given")
+    flag("--vllm_devices", metavar="N[,N]", help="GPUs that vLLM sees, as CUDA_VISIBLE_DEVICES "
+         "has them; None: all that this program sees")
+    flag("--vllm_arguments", type=engine_arguments, default={}, metavar="JSON", help="further "
+         "arguments of vLLM's LLM, as a JSON object, e.g. '{\"tensor_parallel_size\": 2}'")
+    flag("--vllm_timeout", type=POSITIVE, default=600.0, metavar="SECONDS",
+         help="the run ends where vLLM takes longer to start, or for one step's samples")
 
     flag = group("objective").add_argument
     flag("--advantage_scale", choices=("std", "batch_std", "max_rl", "gdpo", "none"),

@@ -19,6 +19,7 @@ from evaluation.sources import sources_of
 from evaluator import is_correct, parse_number
 from llms import prompt_of
 from records.checkpoints import checkpoint_to_resume
+from records.exports import write_for_others
 from records.resuming import saved_config, steps_with_other_rewards
 from records.run import Run
 from records.trackers import start_trackers
@@ -30,6 +31,7 @@ from rldatasets import (
     whole_blocks,
     without_overlap,
 )
+from sampling.engine import start_engine
 from sampling.probe import load_policy
 from tasks import check_weights, load_task
 from training.lean_layers import recompute_layers
@@ -86,11 +88,12 @@ def begin(args):
     facts = {**data.facts, **sources, "rewards_changed_at": changed_at}
     run.save_config(args, str(accelerator.device), saved, first, **facts)
     run.save_thumbnails(data.test)
+    engine = start_engine(policy, args, accelerator, write_for_others)
     if args.gradient_checkpointing:
         recompute_layers(policy)
     shard_if_configured(policy, args, accelerator)
     stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else None)
-    setup = Setup(policy, tokenizer, task, args, accelerator, None, stopwatch)
+    setup = Setup(policy, tokenizer, task, args, accelerator, None, stopwatch, engine=engine)
     return replace(setup, loss_scale=loss_scale_of(args.precision)), run, data, start
 
 

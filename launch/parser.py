@@ -32,6 +32,8 @@ from records.resuming import (
 from tasks import has_own_evaluator, is_on_hub, load_task, task_file
 from utils import UserError, one_line
 
+TIS_CAP = 2.0  # of --sampler vllm, which computes otherwise than the trainer
+
 
 class Flags(argparse.Namespace):
     """Values of flags, and in `typed`, which is none of them, the names of those that the command,
@@ -147,6 +149,8 @@ def parse_args(argv=None, prog="main.py", epilog=None):
     args.typed |= {*saved}
     if args.precision == "auto":  # of a run that goes on: what it was when that began
         args.precision = saved.get("precision", "auto")
+    if args.sampler == "vllm" and "tis_cap" not in args.typed:
+        args.tis_cap = TIS_CAP
     idle = idle_flags(args, parser.get_default)
     if args.clip_epsilon_high is None:
         args.clip_epsilon_high = args.clip_epsilon

@@ -19,6 +19,11 @@ NOT_THE_TEMPLATES = {
     "sanitize_control_tokens", "self", "strftime_now",
 }  # fmt: skip
 
+# What --vllm_arguments may not hold: what engine.py and vllm_worker.py say themselves.
+THE_ENGINES = {
+    "model", "dtype", "load_format", "skip_tokenizer_init", "generation_config", "logprobs_mode",
+}  # fmt: skip
+
 
 def number(kind, low, high=math.inf, low_open=False):
     """An argparse type: an int or a finite float in [low, high], or (low, high] if `low_open`."""
@@ -72,13 +77,25 @@ def day(text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no day YYYY-MM-DD") from None
 
 
-def template_arguments(text):
+def json_object(text):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no JSON object in braces")
+    return value
+
+
+def engine_arguments(text):
+    value = json_object(text)
+    for name in THE_ENGINES & {*value}:
+        raise argparse.ArgumentTypeError(f"{name} is what the run tells the engine; leave it out")
+    return value
+
+
+def template_arguments(text):
+    value = json_object(text)
     for name in NOT_THE_TEMPLATES & {*value}:
         advice = "use the flag --enable_thinking" if name == "enable_thinking" else "leave it out"
         raise argparse.ArgumentTypeError(f"{name} is not for the template to be told; {advice}")

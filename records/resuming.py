@@ -21,7 +21,7 @@ MAY_CHANGE = {
     "reward_timeout",
     "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
     "track", "merge_lora", "allow_changed_rewards", "reward_workers", "referee_url",
-    "referee_anyway",
+    "referee_anyway", "vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout",
     # Where problems come from: that they are the same is checked by what they say.
     "dataset_path", "question_field", "answer_field", "solution_field", "train_split", "test_split",
 }  # fmt: skip

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from llms import prompt_of
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
+from sampling.engine import sample_rollouts_vllm
 from sampling.fallback import OwnLayers, falls_back
 from sampling.paged import sample_rollouts_paged
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
@@ -41,6 +42,8 @@ def sample_groups(setup, problems, seeds, group_size=None):
     args, tokenizer = setup.args, setup.tokenizer
     group_size = group_size or args.group_size
     prompts = [prompt_of(tokenizer, setup.task, problem) for problem in problems]
+    if args.sampler == "vllm":
+        return sample_rollouts_vllm(setup, prompts, group_size, seeds)
     at_once = args.sampling_batch_size // group_size or len(prompts)  # questions
     parts = []
     with setup.accelerator.autocast(), whole(setup.policy):

@@ -11,7 +11,7 @@ import copy
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from sampling.rollouts import as_rollouts, padding_and_stops
+from sampling.rollouts import listed_rollouts, padding_and_stops
 from utils import UserError
 
 
@@ -52,24 +52,13 @@ def sample_rollouts_paged(
         requests = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
         outputs = finished_outputs(manager, rows)
 
-    ids = torch.full((rows, max_new_tokens), pad_id)
-    logprobs = torch.zeros(rows, max_new_tokens)
-    lengths = torch.zeros(rows, 1, dtype=torch.long)
     names = [
         name
         for request in requests
         for name in (request, *(f"{request}__child#{i}" for i in range(group_size - 1)))
     ]
-    for row, name in enumerate(names):
-        tokens = outputs[name].generated_tokens
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        logprobs[row, : len(tokens)] = torch.tensor(outputs[name].logprobs)
-        lengths[row] = len(tokens)
-    mask = torch.arange(max_new_tokens) < lengths  # (R, C)
-    last = ids.gather(1, lengths - 1)  # (R, 1)
-    finished = torch.isin(last, torch.tensor(stops)).squeeze(1)  # (R,)
-    on_device = (part.to(device) for part in (ids, mask, logprobs, finished))
-    return as_rollouts(tokenizer, prompts, group_size, *on_device)
+    completions = [(outputs[name].generated_tokens, outputs[name].logprobs) for name in names]
+    return listed_rollouts(tokenizer, prompts, group_size, completions, (pad_id, stops), device)
 
 
 def finished_outputs(manager, count):

@@ -40,7 +40,7 @@ def load_policy(args, accelerator):
         kind = policy.config.model_type
         sampler = getattr(args, "sampler", "shared_prefix")  # not of all commands
         for asked, name in (
-            (sampler != "shared_prefix", f"--sampler {sampler}"),
+            (sampler not in ("shared_prefix", "vllm"), f"--sampler {sampler}"),
             (accelerator.is_fsdp2, "FSDP2"),  # it would gather every layer at every token
         ):
             if asked:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from evaluator import after_thoughts
 from grpo import completion_lengths
@@ -72,6 +73,22 @@ def as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, t
         finished=finished.view(shape[:2]),
         texts=[texts[i : i + group_size] for i in range(0, len(texts), group_size)],
     )
+
+
+def listed_rollouts(tokenizer, prompts, group_size, completions, padding_and_stops, device):
+    """The Rollouts that another engine has drawn. completions: Q·G pairs of lists, ids up to and
+    with the stop token, if one came, and their log-probs."""
+    pad_id, stops = padding_and_stops
+    ids, logprobs = (
+        [torch.tensor(row, device="cpu") for row in rows] for rows in zip(*completions)
+    )
+    lengths = torch.tensor([len(row) for row in ids], device="cpu")  # (R,)
+    mask = torch.arange(lengths.max(), device="cpu") < lengths[:, None]  # (R, C)
+    finished = torch.tensor([row[-1].item() in stops for row in ids], device="cpu")  # (R,)
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)  # (R, C)
+    parts = (ids, mask, pad_sequence(logprobs, batch_first=True), finished)
+    parts = (part.to(device) for part in parts)
+    return as_rollouts(tokenizer, prompts, group_size, *parts)
 
 
 def without_thoughts(rollouts, setup):

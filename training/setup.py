@@ -19,3 +19,4 @@ class Setup:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)  # seconds of a step, by stage
     loss_scale: LossScale = field(default_factory=LossScale)  # moves in fp16
     referees: dict = field(default_factory=dict)  # {"referee": whom rewards ask, "eval_referee": }
+    engine: object = None  # sampling/engine.py's, with --sampler vllm

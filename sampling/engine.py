@@ -1,0 +1,269 @@
+"""--sampler vllm: the training samples come from vLLM, a process of ours in its own environment.
+
+vLLM pins another transformers, so it cannot be a library here. It could be found at a URL; but its
+server speaks text by default, takes no weights but those in files that both can read, may be
+another model's, and outlives the run. A process that we start has what we send it, at the version
+that `--vllm_python` names, and ends with us.
+
+Before a step is sampled the policy goes over as a file, in shared memory where there is room, with
+adapters folded in. Token ids go in and come out. Whatever is wrong with an answer is a UserError
+before anything is trained on it: what comes back is held against the policy's own log-probs.
+
+Letters: Q questions, G completions per question, C completion tokens.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import weakref
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from grpo import completion_lengths
+from sampling.rollouts import listed_rollouts, padding_and_stops
+from training.logprobs import logprobs_without_gradient
+from training.lora import whole_weight
+from training.processes import everyones, from_main, patient
+from training.progress import progress
+from training.sharding import whole
+from utils import UserError, mixed_seed
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+SHARED = Path("/dev/shm")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Mean difference from the policy's own log-probs, in nats per token, above which the engine is
+# taken to answer from other weights. Rounding makes a tenth of it, in bf16 a quarter.
+TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 0.05}
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # for draws that depend on their seeds alone
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+CACHE_GIB = "2"  # on a CPU, of keys and values; VLLM_CPU_KVCACHE_SPACE says otherwise
+# What torchrun and accelerate tell their processes, by which vLLM would take itself for one.
+LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_",
+    "FSDP_",
+)  # fmt: skip
+
+
+class Engine:
+    """vLLM in a process of its own: see vllm_worker.py, which answers."""
+
+    def __init__(self, python, devices, seconds, log):
+        self.seconds, self.log = seconds, log
+        ours, theirs = socket.socketpair()
+        with theirs, open(log, "ab") as file:
+            try:
+                self.process = subprocess.Popen(
+                    [python, "-I", WORKER, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(devices),
+                    start_new_session=True,  # Ctrl-C is for the run
+                )  # fmt: skip
+            except OSError as error:
+                raise UserError(f"--vllm_python {python}: {error.strerror}") from None
+        ours.settimeout(seconds)
+        self.channel, self.lines = ours, ours.makefile("rb")
+        self.end = weakref.finalize(self, end, self.process)
+
+    def ask(self, what, **arguments):
+        """Its answer. Raises UserError, and ends it, where it gives none."""
+        try:
+            self.channel.sendall(json.dumps([what, arguments]).encode() + b"\n")
+            line = self.lines.readline()
+            answer = json.loads(line) if line else {"error": self._how_it_ended()}
+        except TimeoutError:
+            answer = {"error": f"no answer within --vllm_timeout {self.seconds:g} seconds"}
+        except OSError:
+            answer = {"error": self._how_it_ended()}
+        except ValueError:
+            answer = {"error": "what it says is no JSON"}
+        if isinstance(answer, dict):
+            self.end()
+            raise UserError(f"--sampler vllm: {what}: {' '.join(answer['error'].split())[:90]}; "
+                            f"see {self.log}, then --resume")  # fmt: skip
+        return answer
+
+    def _how_it_ended(self):
+        with suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(5)
+            how = f"by signal {-status}" if status < 0 else f"with exit status {status}"
+            return f"the engine ended {how}"
+        return "the engine closed its end"
+
+
+def end(process):
+    """End a process and those that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def environment(devices):
+    """The engine's environment variables. devices: the GPUs that it sees, None for ours."""
+    kept = {name: x for name, x in os.environ.items() if not name.startswith(LAUNCHERS)}
+    kept.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+    gpus = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    return {**kept, **SETTINGS, **gpus, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start_engine(policy, args, accelerator, describe):
+    """The Engine of a run, without weights yet; None where --sampler is another, and in all
+    processes but the main one.
+
+    describe(folder): makes what save_pretrained wrote there readable for transformers of any
+    version. Raises UserError where it does not start, or has another vocabulary than the policy.
+    """
+    if args.sampler != "vllm":
+        return None
+    with patient(accelerator):
+        engine = None
+        if accelerator.is_main_process:
+            log = Path(args.output_dir) / "vllm.log"
+            engine = Engine(args.vllm_python, args.vllm_devices, args.vllm_timeout, log)
+            with progress.shown("starting vLLM"), model_files(policy, args) as folder:
+                describe(Path(folder))
+                vocabulary = engine.ask("load", settings=settings(folder, args, policy.device))
+            known = policy.get_input_embeddings().num_embeddings
+            if vocabulary != known:
+                engine.end()
+                raise UserError(f"--sampler vllm: it has {vocabulary} tokens, --model_name "
+                                f"{known}; it does not know this model")  # fmt: skip
+        accelerator.wait_for_everyone()
+    return engine
+
+
+def settings(folder, args, device):
+    """Arguments of vLLM's LLM; those of --vllm_arguments come last."""
+    return {
+        "model": folder,
+        "dtype": str(DTYPES[args.precision]).removeprefix("torch."),
+        "max_model_len": args.max_prompt_length + args.max_completion_length,
+        "enforce_eager": device.type == "cpu",  # compiling takes minutes there
+        "seed": 0,
+        **args.vllm_arguments,
+    }
+
+
+def sample_rollouts_vllm(setup, prompts, group_size, seeds):
+    """`group_size` completions for every prompt from the policy as it is now, as groups.
+    sample_rollouts gives them, without filters. Each is drawn from a seed of its own.
+
+    The main process's engine answers all processes' prompts.
+    """
+    args, accelerator, policy = setup.args, setup.accelerator, setup.policy
+    ends = padding_and_stops(policy, setup.tokenizer)
+    parts = everyones([*zip(prompts, seeds)], accelerator)
+    asked = [one for part in parts for one in part]
+    rows = [(ids, mixed_seed(seed, g)) for ids, seed in asked for g in range(group_size)]
+
+    def drawn():
+        with model_files(policy, args) as folder:
+            setup.engine.ask("weights", path=folder)
+        return setup.engine.ask(
+            "sample", prompts=[ids for ids, _ in rows], seeds=[seed for _, seed in rows],
+            stops=ends[1], max_tokens=args.max_completion_length, temperature=args.temperature,
+        )  # fmt: skip
+
+    with whole(policy):
+        completions = from_main(drawn, accelerator)
+    check_completions(completions, len(rows), policy, args.max_completion_length)
+
+    def rollouts(first, last):  # of these questions
+        return listed_rollouts(
+            setup.tokenizer, [ids for ids, _ in asked[first:last]], group_size,
+            completions[first * group_size : last * group_size], ends, policy.device,
+        )  # fmt: skip
+
+    check_agreement(setup, rollouts(0, 1))
+    before = sum(map(len, parts[: accelerator.process_index]))
+    return rollouts(before, before + len(prompts))
+
+
+def check_completions(completions, count, policy, most):
+    """Raise UserError where these are not `count` completions of at most `most` tokens."""
+    known = policy.get_input_embeddings().num_embeddings
+
+    def is_one(ids, logprobs):
+        return (
+            0 < len(ids) == len(logprobs) <= most
+            and all(isinstance(token, int) and 0 <= token < known for token in ids)
+            and all(isinstance(value, float) and -math.inf < value <= 0 for value in logprobs)
+        )
+
+    try:
+        fine = len(completions) == count and all(is_one(*one) for one in completions)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise UserError("--sampler vllm: its answer is not the completions that it was asked for; "
+                        "see vllm.log, then --resume")  # fmt: skip
+
+
+def check_agreement(setup, rollouts):
+    """Raise UserError where the engine's log-probs of these Rollouts are not the policy's: it holds
+    other weights, or does not know the model as we do.
+
+    What came of an update within TOLERANCE is not seen; that grows, and then it is.
+    """
+    args, mask = setup.args, rollouts.completion_mask.flatten(0, 1)  # (R, C)
+    lengths = completion_lengths(rollouts.completion_mask).tolist()
+    with torch.no_grad(), setup.accelerator.autocast():
+        ours = logprobs_without_gradient(
+            setup.policy, rollouts.prompt_ids, lengths, rollouts.completion_ids.flatten(0, 1), args
+        )  # (R, C)
+    off = (ours - rollouts.logprobs.flatten(0, 1)).abs()[mask].mean().item()
+    if not off <= TOLERANCE[args.precision]:
+        raise UserError(f"--sampler vllm: its log-probs are {off:.2g} nats per token off the "
+                        "policy's: it answers from other weights, or reads the model otherwise; "
+                        "--resume starts it anew")  # fmt: skip
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def model_files(policy, args):
+    """A directory with the policy as any engine reads it, until it is left: in shared memory, or
+    among temporary files where there is none or too little."""
+    weights = plain_weights(policy, DTYPES[args.precision])
+    size = sum(tensor.nbytes for tensor in weights.values())
+    has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
+    config = copy.deepcopy(policy.config)  # from_config changes it
+    with torch.device("meta"):  # it knows what the files are to be called
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.precision])
+    with tempfile.TemporaryDirectory(dir=SHARED if has_room else None) as folder:
+        try:
+            model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--sampler vllm: no room for {size / 1e9:.1f} GB of weights in "
+                            f"{Path(folder).parent}; TMPDIR names another place ("
+                            f"{str(error)[:50]})") from None  # fmt: skip
+        yield folder
+
+
+@torch.no_grad()
+def plain_weights(policy, dtype):
+    """{name: tensor} of a model without adapters that does what the policy does. On the CPU."""
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            continue
+        holder, _, kind = name.replace(".base_layer.", ".").rpartition(".")
+        if ".base_layer." in name and kind == "weight":
+            weight = whole_weight(policy.get_submodule(holder), dtype)
+        else:
+            weight = parameter.to(dtype)
+        weights[f"{holder}.{kind}"] = weight.detach().cpu()
+    return weights
