@@ -88,6 +88,7 @@ NOT_RUN = {
     "python main.py --model_name Qwen/Qwen2.5-VL-3B-Instruct": "the same; tests/vision/",
     "python main.py --model_name HuggingFaceTB/SmolVLM": "the same",
     "python main.py chat runs/clock/model": "the same",
+    "python main.py --sampler vllm": "vLLM and a GPU; tests/sampling/test_real_vllm.py",
     "python main.py --lora_rank": "a GPU and the hub; tests/training/test_lora.py",
     "python main.py --preset cpu --seed": "minutes each; tests/test_main.py, tests/launch/test_*",
     "python main.py --preset cpu --dataset_name gsm8k": "an hour, and the hub",
@@ -140,6 +141,8 @@ def places(tmp_path, monkeypatch):
         (tmp_path / model).mkdir(parents=True)
         (tmp_path / model / "config.json").write_text(json.dumps(config))
         (tmp_path / model / "model.safetensors").touch()
+    (tmp_path / ".venv-vllm" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv-vllm" / "bin" / "python").symlink_to(sys.executable)
     for run in ("runs/demo", "runs/NAME"):
         (tmp_path / run).mkdir(exist_ok=True)
         (tmp_path / run / "config.json").write_text('{"flags": {"seed": 7111994}}')
