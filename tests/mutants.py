@@ -72,7 +72,7 @@ ANSWERS, MATH, VERDICTS = (
 SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 ADVANTAGES, SURROGATES = "test_advantages.py", "test_surrogates.py"
 SHAPES, MALFORMED = "reading/test_shapes.py", "reading/test_malformed.py"
-FAMILIES = "sampling/test_families.py"
+FAMILIES, ENGINE = "sampling/test_families.py", "sampling/test_engine.py"
 
 MUTANTS = [
     # --- advantages
@@ -779,6 +779,23 @@ OF_FUSED = [
     Mutant("the residual stays as it was", "tl.store(x + at, value, real)", "pass", FUSED),
     Mutant("a kernel more for every norm", "out = torch.empty_like(x, dtype=dtype)",
            "out = torch.zeros_like(x, dtype=dtype)", FUSED),
+    # --- another engine
+    Mutant("adapters are left out of what the engine is sent",
+           'if ".base_layer." in name and kind == "weight":', "if False:", ENGINE),
+    Mutant("what the engine is sent changes the policy's own configuration",
+           "config = copy.deepcopy(policy.config)  # from_config changes it",
+           "config = policy.config", ENGINE),
+    Mutant("an engine with other weights is believed",
+           "if not off <= TOLERANCE[args.precision]:", "if False:", ENGINE),
+    Mutant("the engine draws a group from one seed",
+           "mixed_seed(seed, g)) for ids, seed in asked",
+           "mixed_seed(seed, 0)) for ids, seed in asked", ENGINE),
+    Mutant("every process takes the first one's completions",
+           "before = sum(map(len, parts[: accelerator.process_index]))", "before = 0", ENGINE),
+    Mutant("vLLM answers from the old weights' keys",
+           "if not self.engine.reset_prefix_cache():", "if False:", ENGINE),
+    Mutant("vLLM's samples are not corrected for",
+           "args.tis_cap = TIS_CAP", "pass", ENGINE),
 ]  # fmt: skip
 MUTANTS += OF_FUSED if find_spec("triton") else []
 

@@ -112,6 +112,8 @@ def test_files_for_the_engine_have_adapters_folded_in_and_leave_the_policy_alone
             if "lora_B" in name:
                 parameter.normal_()
     before, ids = model.config.to_dict(), torch.arange(9)[None]
+    with model_files(model, make_args(precision="bf16")):
+        pass
     with model_files(model, args) as folder:
         files = {file.name for file in Path(folder).iterdir()}
         plain = AutoModelForCausalLM.from_pretrained(folder).eval()
