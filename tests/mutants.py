@@ -797,6 +797,22 @@ OF_FUSED = [
     Mutant("vLLM's samples are not corrected for",
            "args.tis_cap = TIS_CAP", "pass", ENGINE),
 ]  # fmt: skip
+
+# The fused step. Its tests need triton, without which they are skipped and would notice nothing.
+FUSED = "sampling/test_fused.py"
+OF_FUSED = [
+    Mutant("heads turn the other way", "tl.where(s < SIZE // 2, -1.0, 1.0)",
+           "tl.where(s < SIZE // 2, 1.0, -1.0)", FUSED),
+    Mutant("only the first block of a completion is read", "for start in range(0, now, BLOCK):",
+           "for start in range(0, min(now, BLOCK), BLOCK):", FUSED),
+    Mutant("padding of the prompt is attended to",
+           "scores += tl.load(bias + c, c < stop, 0.0)[None, :]", "pass", FUSED),
+    Mutant("a softmax forgets that its maximum grew", "total = total * shrunk + tl.sum(weights, 1)",
+           "total = total + tl.sum(weights, 1)", FUSED),
+    Mutant("the residual stays as it was", "tl.store(x + at, value, real)", "pass", FUSED),
+    Mutant("a kernel more for every norm", "out = torch.empty_like(x, dtype=dtype)",
+           "out = torch.zeros_like(x, dtype=dtype)", FUSED),
+]  # fmt: skip
 MUTANTS += OF_FUSED if find_spec("triton") else []
 
 
