@@ -306,7 +306,7 @@ def check_model(args):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] != "." and not os.path.exists(name):
         config_file = hub_file(name, "config.json", "model", flag)
     else:
-        raise UserError(f"{flag}: no such directory; expected one, a hub name OWNER/NAME, "
+        raise UserError(f"{flag}: no such directory; expected one, OWNER/NAME, "
                         f"{EMBEDDED_MODEL} or {EMBEDDED_SIGHTED}")  # fmt: skip
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
