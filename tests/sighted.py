@@ -146,6 +146,10 @@ class Sized:
 
     def __init__(self, width, height, seed=0):
         self.size, self.draw = (width, height), image(width, height, seed)
+        self.shows = f"noise {seed} of {width} x {height}"
+
+    def __repr__(self):
+        return self.shows
 
     def __call__(self):
         return self.draw()

@@ -184,6 +184,7 @@ def seeing():
     return policy, tokenizer, problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_step_of_several_processes_that_see_is_that_of_one(sharded, accelerator):
     settings = {"kl_beta": 0.1, **UNEVEN, "max_completion_length": 5}
