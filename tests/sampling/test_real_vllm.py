@@ -26,16 +26,17 @@ SEEDS = [11, 12]
 
 
 def prompts():
-    """Two that begin with the same 128 tokens, a block of the prefix cache on a CPU."""
+    """Two that begin with the same 128 tokens, a block of the prefix cache on a CPU, and go on for
+    so long that those of all rows are more than vLLM reads at once, 4,096 tokens."""
     generator = torch.Generator().manual_seed(1)
-    shared = torch.randint(2, 300, (160,), generator=generator).tolist()
-    return [[*shared, 5], [*shared, 9, 3]]
+    shared, first, second = torch.randint(2, 300, (3, 128), generator=generator).tolist()
+    return [[*shared, *first], [*shared, *second[:-5]]]
 
 
 def started(model, accelerator, folder, **flags):
     args = make_args(
         sampler="vllm", precision="fp32", output_dir=str(folder), vllm_python=PYTHON,
-        vllm_devices=None, vllm_arguments={}, vllm_timeout=300.0, max_prompt_length=200,
+        vllm_devices=None, vllm_arguments={}, vllm_timeout=300.0, max_prompt_length=300,
         max_completion_length=24, **flags,
     )  # fmt: skip
     setup = make_setup(model, args, accelerator, Words(0))
@@ -62,7 +63,7 @@ def test_its_samples_are_the_policy_s_before_and_after_updates(
     setup = started(model, accelerator, tmp_path, temperature=0.7)
     seen = []
     for _ in range(3):
-        first, again = (sample_rollouts_vllm(setup, prompts(), 4, SEEDS) for _ in range(2))
+        first, again = (sample_rollouts_vllm(setup, prompts(), 20, SEEDS) for _ in range(2))
         assert torch.equal(first.completion_ids, again.completion_ids)
         for question in range(2):
             error = naive(model, first, question, 0.7) - first.logprobs[question]
@@ -72,4 +73,4 @@ def test_its_samples_are_the_policy_s_before_and_after_updates(
     assert seen[0] != seen[1] != seen[2]
     setup.engine.process.kill()
     with pytest.raises(UserError, match="the engine ended by signal 9"):
-        sample_rollouts_vllm(setup, prompts(), 4, SEEDS)
+        sample_rollouts_vllm(setup, prompts(), 20, SEEDS)
