@@ -69,16 +69,36 @@ KUHN = {
     "micro_batch_tokens": 4096,
     "max_completion_length": 8,
     "temperature": 1.0,
-    "num_train_iters": 30,
+    "num_train_iters": 20,
     "learning_rate": 2e-6,
     "lr_schedule": "constant",
-    "cold_start_steps": 16,
-    "cold_start_learning_rate": 3e-5,
+    "kl_beta": 0.5,  # chips per nat; the reference plays all moves alike
+    "cold_start_steps": 20,
+    "cold_start_learning_rate": 5e-5,
+    "cold_start_schedule": "linear",
     "advantage_scale": "none",
-    "entropy_bonus": 0.2,
     "eval_problems": 0,
     "eval_iterations": 10,
     "short_eval_iterations": 0,  # an eighth of a few positions says nothing
+}
+# The referee takes most of the time.
+TELL = {
+    "questions_per_step": 4,
+    "max_completion_length": 32,
+    "temperature": 0.8,
+    "num_train_iters": 12,
+    "eval_problems": 256,
+}
+# A referee is taught by supervised steps alone; --num_train_iters adds GRPO.
+JUDGING = {
+    "max_completion_length": 4,
+    "temperature": 1.0,
+    "num_train_iters": 0,
+    "cold_start_steps": 24,
+    "cold_start_learning_rate": 3e-5,
+    "cold_start_schedule": "linear",
+    "eval_problems": 0,
+    "short_eval_iterations": 0,
 }
 # What a preset changes for a dataset that is not its own.
 PRESETS_ON = {
@@ -86,7 +106,7 @@ PRESETS_ON = {
     ("cpu", "countdown"): {"max_completion_length": 96, "temperature": 1.0},
     ("cpu", "calculator"): {"max_completion_length": 96, "temperature": 1.0},
     ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
-    ("cpu", "tell"): {"max_completion_length": 40, "temperature": 0.8, "eval_problems": 256},
+    ("cpu", "tell"): TELL,
     ("cpu", "debate"): {"max_completion_length": 48, "temperature": 1.0, "eval_problems": 256},
     # Seen through the projector, five steps teach half of what there is to learn.
     ("cpu", "shapes"): {
@@ -96,6 +116,7 @@ PRESETS_ON = {
         "cold_start_steps": 5,
         "cold_start_learning_rate": 1e-4,
     },
+    ("cpu", "judging"): JUDGING,
     ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
     ("cpu", "kuhn"): KUHN,
     ("cpu", "nim"): KUHN,

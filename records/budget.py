@@ -15,6 +15,7 @@ from rldatasets import Transcript
 from training.progress import progress
 from training.tree import prefix_numbers
 
+FEW = 16  # answers of an evaluation that say nothing of a step's time; a game has no more
 STAGES = ("sampling", "rewards", "reference", "policy", "evaluation", "token_log")
 
 
@@ -56,11 +57,13 @@ def how_long(args, steps, past):
 
     past: see utils.Progress. A step's samples are taken to come as fast as the first evaluation's
     answers and to be as long, its update to read tokens as fast as the cold start did. Completions
-    that are equal so far are computed once, so that it mostly takes less.
+    that are equal so far are computed once, so that it mostly takes less; in a game, whose moves
+    are mostly equal, so much less that nothing is said.
     """
     evaluation, answers = past.get("evaluation", (0, {}))
     cold, read = past.get("cold start", (0, {}))
-    if not (steps and answers.get("answers") and answers.get("tokens") and read.get("tokens")):
+    known = answers.get("answers", 0) > FEW and answers.get("tokens") and read.get("tokens")
+    if not (steps and known):
         return None
     completions = args.questions_per_step * args.group_size
     length = answers["tokens"] / answers["answers"]

@@ -6,7 +6,10 @@ higher card wins what is in the middle (H. W. Kuhn, A simplified two-person poke
 position of it:
 
     question  You hold the Queen. Your opponent bets.
-    answers   I fold.    I call.
+    answers   My Queen folds.    My Queen calls.
+
+A move names its card, so that the card stands right before the decision: whether a small model's
+moves come to depend on it is what takes time.
 
 In balance the first player loses 1/18 chip a hand. There are many ways to play perfectly: the first
 bets a Jack with a probability A of at most 1/3, a King with 3 A, and after a check and a bet calls
@@ -24,8 +27,7 @@ FACING = {
     ("bet",): "Your opponent bets.",
     ("check", "bet"): "You checked, your opponent bets.",
 }
-# One way to write a move: were there several, a bonus for entropy would be earned by varying words.
-MOVE = re.compile(r"I (check|bet|fold|call)\.")
+MOVE = re.compile(rf"My (?:{'|'.join(CARDS)}) (check|bet|fold|call)s\.")
 A = 1 / 6  # in the middle of the perfect ways to play: every move of any of them has a probability
 
 # A state is (both cards, the moves so far).
@@ -70,7 +72,7 @@ def prompt(state):
 
 
 def say(state, move):
-    return f"I {move}."
+    return f"My {state[0][mover(state)]} {move}s."
 
 
 def read(completion):

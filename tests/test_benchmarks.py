@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, make_args, make_model, make_setup, make_tokenizer
 from safetensors.torch import load_file, save_file
 from sighted import make_seeing
 
@@ -21,12 +21,15 @@ import lora_vs_full
 import memory
 import picture_step
 import replay
+import self_play_exact
 import vs_commit
 import vs_trl
 import vs_vllm
 
+from evaluation.games import move_probabilities
 from launch.known_models import KNOWN_MODELS
 from sampling import groups
+from tasks import load_task
 from tasks.shapes import Scene
 from vision.sight import save_reader
 
@@ -165,6 +168,26 @@ def test_lora_and_all_weights_take_turns(saved_models, capfd):
     for side in ("lora", "full"):
         assert result[f"{side}_step_seconds"] > result[f"{side}_update_seconds"] > 0
         assert result[f"{side}_peak_gib"] > 0
+
+
+@pytest.mark.benchmark
+def test_self_play_reads_the_moves_of_all_positions_as_an_evaluation_does(saved_models, capfd):
+    tokenizer = make_tokenizer()
+    flags = {"dataset_name": "kuhn", "dataset_path": None, "evaluator": None, "seed": 0}
+    args = make_args(**flags, temperature=1.0, max_completion_length=20, micro_batch_tokens=4096)
+    model = make_model(vocab_size=len(tokenizer))
+    setup = make_setup(model, args, None, tokenizer, load_task(args))
+    moves = self_play_exact.Moves(setup)
+    ours = moves.shares(moves.logprobs(model)[0])
+    for prompt, shares in move_probabilities(setup)[0].items():
+        assert ours[prompt] == pytest.approx(shares, abs=1e-5)
+    settings = ["preset", "card_unnamed", "constant_cold_start"]
+    self_play_exact.main(
+        ["--model_name", str(saved_models["qwen2"]), "--steps", "5", "--only", *settings]
+    )
+    lines = capfd.readouterr().out.splitlines()
+    found = [line.split()[:3] for line in lines if "exploitability" in line]
+    assert found == [[name, "step", step] for name in settings for step in ("0", "5")]
 
 
 def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):

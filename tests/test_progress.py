@@ -143,6 +143,8 @@ def test_the_estimate_is_that_of_its_arithmetic():
     for missing in past:
         assert how_long(args(), 20, {k: v for k, v in past.items() if k != missing}) is None
     assert how_long(args(), 0, past) is None
+    game = {"evaluation": (27.0, {"answers": 7, "tokens": 40}), "cold start": past["cold start"]}
+    assert how_long(args(), 20, game) is None
 
 
 @pytest.mark.parametrize(

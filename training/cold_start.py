@@ -21,8 +21,8 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None)
     pictures_of(policy, tokenizer, prompts, problems): what the prompts show, see vision/sight.py.
 
     DeepSeek-R1 (2501.12948, section 2.3.1) starts the same way. Its batches are steps -N to -1 of
-    the same stream of problems, mean loss per token, a fresh AdamW at a constant rate. Solutions
-    that GRPO would cut off are left out, see `fitting`.
+    the same stream of problems, mean loss per token, a fresh AdamW at a rate that is constant or
+    falls, see --cold_start_schedule. Solutions that GRPO would cut off are left out, see `fitting`.
     """
     policy, args, accelerator = setup.policy, setup.args, setup.accelerator
     optimizer = torch.optim.AdamW(
@@ -31,6 +31,9 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None)
     steps = range(-args.cold_start_steps, 0)
     train_problems = fitting(setup, train_problems, worked_ids) if steps else train_problems
     for step in steps:
+        if args.cold_start_schedule == "linear":
+            rate = args.cold_start_learning_rate * -step / args.cold_start_steps
+            optimizer.param_groups[0]["lr"] = rate
         problems = train_problems.batch(step, args.questions_per_step)
         asked = [
             chat_prompt(setup.tokenizer, setup.task.system_prompt, p.question, p.images)

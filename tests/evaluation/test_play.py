@@ -38,24 +38,27 @@ def game_of(monkeypatch, capsys):
 
 
 def test_a_typo_is_asked_again_and_the_end_of_input_ends_it(game_of):
-    screen = game_of(["I bett.", "call", " bet "], ["I fold.", "I bet."])
-    assert screen.count("No move: say I check., or I bet.") == 2
-    assert "the model: I fold." in screen and "You win 1." in screen
-    assert re.search(r"it knew: You hold the \w+\. Your opponent bets\. It said: I fold\.", screen)
+    screen = game_of(["bett", "call", " bet "], ["My King folds.", "My King bets."])
+    again = re.findall(r"No move: say My (\w+) checks\., or My (\w+) bets\.", screen)
+    assert len(again) == 2 and again[0][0] == again[0][1]
+    assert "the model: My King folds." in screen and "You win 1." in screen
+    assert re.search(
+        r"it knew: You hold the \w+\. Your opponent bets\. It said: My King folds\.", screen
+    )
     assert "1 game: +1" in screen
     # The second game is the model's to begin; it is broken off.
     assert "--- game 2" in screen and screen.endswith("\n")
 
 
 def test_the_person_has_both_seats_by_turns(game_of):
-    screen = game_of(["I check.", "I fold.", "I fold."], ["I bet.", "I bet."])
+    screen = game_of(["checks", "fold", "fold"], ["My Jack bets.", "My Jack bets."])
     told = re.findall(r"^You hold the \w+\. (.*)$", screen, re.MULTILINE)
     assert told[:3] == ["You act first.", "You checked, your opponent bets.", "Your opponent bets."]
     assert "2 games: -2" in screen
 
 
 def test_what_the_model_writes_is_shown_as_text_and_costs_it_alone(game_of):
-    screen = game_of(["I bet."], ["\x1b[2Jboo", "I bet."])
+    screen = game_of(["bet"], ["\x1b[2Jboo", "My Jack bets."])
     assert "\x1b" not in screen and "That is no legal move: the model loses" in screen
     assert "1 game: +0" in screen
 

@@ -88,13 +88,17 @@ def test_swapping_the_seats_of_a_symmetric_game_changes_nothing():
 def test_an_illegal_move_loses_for_its_player_and_pays_the_other_nothing():
     state = (("Queen", "Jack"), ())
     silent = always(KUHN, lambda state: "What now?")
-    checks = always(KUHN, lambda state: "I check.")
-    groups = [(state, 0, ["I bet.", "I call.", "", "I check. I bet."])]
+    checks = always(KUHN, lambda state: "My Queen checks.")
+    groups = [
+        (state, 0, ["My Queen bets.", "My Queen calls.", "", "My Jack checks. My Jack bets."])
+    ]
     # The other side errs after the bet: a draw. What is no legal move costs the forfeit.
     assert outcomes(KUHN, checks, [silent], groups).tolist() == [[0, -2, -2, -2]]
     # One's own mistake later in the game costs it too.
-    then_bets = always(KUHN, lambda state: "I bet.")
-    assert outcomes(KUHN, silent, [then_bets], [(state, 0, ["I check."])]).tolist() == [[-2]]
+    then_bets = always(KUHN, lambda state: "My Queen bets.")
+    assert outcomes(KUHN, silent, [then_bets], [(state, 0, ["My Queen checks."])]).tolist() == [
+        [-2]
+    ]
     match = Match(state, (silent, checks), random.Random(0))
     play(KUHN, [match])
     assert (match.fault, winnings(KUHN, match)) == (0, (-2, 0))
@@ -122,7 +126,10 @@ def test_a_game_is_the_same_whatever_is_played_beside_it():
         KUHN, learner, [learner], seeds[7:]
     )
     assert together == apart
-    groups = [(state, seed, ["I bet.", "I check."]) for state, seed in zip(together, seeds)]
+    groups = [
+        (state, seed, ["My Queen bets.", "My Queen checks."])
+        for state, seed in zip(together, seeds)
+    ]
     both = outcomes(KUHN, learner, [learner], groups)
     assert torch.equal(both[7:], outcomes(KUHN, learner, [learner], groups[7:]))
 

@@ -68,3 +68,24 @@ def test_the_cold_start_learns_the_worked_answer(accelerator):
     [record] = evaluate(setup, [problem])
     assert record["completion"] == WORKED
     assert summarize([record])["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "schedule, rates", [("constant", [0.4, 0.4, 0.4, 0.4]), ("linear", [0.4, 0.3, 0.2, 0.1])]
+)
+def test_the_rate_of_a_cold_start(schedule, rates, accelerator, monkeypatch):
+    seen = []
+
+    def record(optimizer, *_):
+        seen.extend(group["lr"] for group in optimizer.param_groups)
+        optimizer.zero_grad()
+
+    monkeypatch.setattr("training.cold_start.apply_gradients", record)
+    tokenizer = make_tokenizer()
+    args = make_args(
+        cold_start_steps=4, cold_start_learning_rate=0.4, cold_start_schedule=schedule,
+        questions_per_step=1,
+    )  # fmt: skip
+    setup = make_setup(make_model(vocab_size=len(tokenizer)), args, accelerator, tokenizer)
+    cold_start(setup, Problems([Problem("1 + 1?", "2", "1 + 1 = 2")], 0), chat_prompt, worked_ids)
+    assert seen == pytest.approx(rates)
