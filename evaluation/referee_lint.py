@@ -8,9 +8,10 @@ openers and texts that tell it what to answer. What it found also sets the scale
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from evaluation.referee import Ask, Scale
+from evaluation.referee import Scale
 from evaluation.significance import wilson_interval
 from tasks import wants_referee
+from tasks.asks import Ask
 from utils import UserError, table
 
 SOME = 12  # golden pairs that are tried in other forms as well

@@ -10,8 +10,9 @@ from itertools import groupby
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluation.referee import SYSTEM, Scale
+from evaluation.referee import Scale
 from llms import chat_prompt
+from tasks.asks import SYSTEM
 from training.head import capped_, head_of
 from training.progress import progress
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 
-from evaluation.referee import SYSTEM, Scale
+from evaluation.referee import Scale
 from evaluator import after_thoughts
+from tasks.asks import SYSTEM
 from training.progress import progress
 from utils import UserError
 

@@ -15,7 +15,7 @@ from families import make_family
 from scipy.stats import kendalltau
 
 from evaluation import referee as module
-from evaluation.referee import Ask, Referee, Scale, bound, fenced, shares
+from evaluation.referee import Referee, Scale, bound, shares
 from evaluation.referee_lint import card, cards, complaint, lines_of, remarks, scale_of
 from evaluation.referee_local import LocalReferee
 from evaluation.scoring import judged_ahead, score
@@ -24,6 +24,7 @@ from evaluator import of_group, pivot, rubric, tournament
 from grpo import group_advantages, has_signal
 from llms import chat_prompt
 from rldatasets import Problem
+from tasks.asks import SYSTEM, Ask, fenced
 from training.shared_prefix import own_attention
 from utils import UserError
 
@@ -254,7 +255,7 @@ def test_no_text_leaves_its_line_takes_a_label_or_ends_the_turn():
     ]  # fmt: skip
     assert ask.text.count(":") == 3 and len(ask.text.splitlines()) == 7
     tokenizer = make_tokenizer()
-    ids = chat_prompt(tokenizer, module.SYSTEM, ask.text)
+    ids = chat_prompt(tokenizer, SYSTEM, ask.text)
     assert ids.count(tokenizer.eos_token_id) == 2  # of the two turns, and none in a text
 
 
@@ -365,7 +366,7 @@ def test_the_log_odds_are_those_of_a_whole_forward_pass_of_each_prompt(family, b
 def naive_log_odds(judge, asks):
     own_attention(judge.model)
     for ask in asks:
-        ids = torch.tensor([chat_prompt(judge.tokenizer, module.SYSTEM, ask.text)])
+        ids = torch.tensor([chat_prompt(judge.tokenizer, SYSTEM, ask.text)])
         logits = judge.model(ids).logits[0, -1]
         first, second = judge.tokens[ask.words]
         yield (logits[first] - logits[second]).item()

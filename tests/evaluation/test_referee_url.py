@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import TASK
 
-from evaluation.referee import Ask, Referee
+from evaluation.referee import Referee
 from evaluation.win_rate import win_rate
 from rldatasets import Problem
+from tasks.asks import Ask
 from utils import UserError
 
 pytest.importorskip("openai", reason="pip install openai, see requirements-dev.txt")
