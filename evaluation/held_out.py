@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from statistics import fmean
 
 from evaluation.blind import with_others_pictures
@@ -20,6 +21,7 @@ from evaluator import (
 from llms import prompt_of
 from rldatasets import completion_fields, completion_of, shown_fields
 from sampling.groups import sample_rollouts
+from sampling.rebuttals import with_rebuttals
 from sampling.rollouts import judged_text, without_thoughts
 from sampling.turns import between_turns, replies
 from training.processes import everyones, from_main, own_part
@@ -41,21 +43,26 @@ def evaluate(setup, problems, seed=0, tick=None):
     prompts = [prompt_of(tokenizer, task, problem) for problem in problems]
     functions = [f for f in task.reward_functions if not sees_group(f)]  # one answer has no group
     records = [None] * len(problems)
-    # Prompts of like length share a batch: less padding.
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
+    # Prompts of like length share a batch: less padding. So do problems that belong together.
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i - i % task.together]))
 
-    def batches(size, **sampling):
+    def batches(size, group_size, temperature, seeds=()):
+        size, seeds = max(1, size // task.together) * task.together, iter(seeds)
+        sample = partial(
+            sample_rollouts, setup.policy, tokenizer, temperature=temperature, stop=args.stop
+        )
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            asked = [prompts[i] for i in chosen]
-            pictures = pictures_of(setup.policy, tokenizer, asked, [problems[i] for i in chosen])
-            rollouts = sample_rollouts(
-                setup.policy, tokenizer, asked, max_new_tokens=args.max_completion_length,
-                stop=args.stop, reply=replies(setup, [problems[i] for i in chosen]),
-                pictures=pictures, **sampling,
+            asked, now = [prompts[i] for i in chosen], [problems[i] for i in chosen]
+            drawn = [*islice(seeds, len(chosen))]
+            rollouts = sample(
+                asked, group_size=group_size, max_new_tokens=args.max_completion_length,
+                seeds=drawn, reply=replies(setup, now),
+                pictures=pictures_of(setup.policy, tokenizer, asked, now),
             )  # fmt: skip
+            rollouts = with_rebuttals(setup, now, rollouts, sample, drawn)
             judged = without_thoughts(rollouts, setup)
-            judged_ahead(judged, [problems[i] for i in chosen], setup)
+            judged_ahead(judged, now, setup)
             yield chosen, rollouts, judged
             if tick:
                 tick(len(chosen))
@@ -171,7 +178,7 @@ def an_eighth(held_out):
 def check_room(policy, tokenizer, problems, args, task):
     """Raise UserError where a prompt, never cut and never left out, leaves no room to answer, or
     where the chat has no room for the further turns of a task with replies."""
-    if task.reply:
+    if task.reply or args.rebuttals:
         between_turns(tokenizer)
     longest = max(len(prompt_of(tokenizer, task, problem)) for problem in problems)
     context = context_of(policy.config.to_dict())

@@ -14,7 +14,7 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 def sources_of(task):
     """Facts of a task for config.json: SHA-256 of the source of its rewards, with that of a game's
     rules, of what its world replies and of what a referee is asked, and of its verdict."""
-    rules = filter(None, [task.game and task.game.payoff, task.reply])
+    rules = filter(None, [task.game and task.game.payoff, task.reply, task.rebut])
     functions = [*task.reward_functions, *rules]
     asks = any(map(wants_referee, task.reward_functions))
     asked = [repr((task.criterion, task.rubric, task.golden))] if asks else []

@@ -70,7 +70,7 @@ IDLE = (
      "on one file"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
-    (("cold_start_learning_rate",), lambda args: args.cold_start_steps == 0,
+    (("cold_start_learning_rate", "cold_start_schedule"), lambda args: args.cold_start_steps == 0,
      "at --cold_start_steps 0"),
     (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),
      lambda args: args.sampler != "vllm", "without --sampler vllm"),
@@ -248,12 +248,19 @@ def check_dataset(args):
     that has them be reached."""
     if args.dataset_name not in BUILT_IN or has_own_evaluator(args):
         task, sampler = load_task(args), getattr(args, "sampler", None)
-        if task.reply and sampler in ("paged", "vllm"):
-            raise UserError(f"--sampler {sampler}: cannot go on after the replies of this task; "
-                            "use --sampler shared_prefix")  # fmt: skip
+        if (task.reply or args.rebuttals) and sampler in ("paged", "vllm"):
+            what = "the replies of this task" if task.reply else "rebuttals"
+            raise UserError(f"--sampler {sampler}: cannot go on after {what}; use --sampler "
+                            "shared_prefix")  # fmt: skip
         if task.game and sampler == "vllm":
             raise UserError("--sampler vllm: knows one policy, and games may have two; use "
                             "--sampler shared_prefix")  # fmt: skip
+        if args.rebuttals and (task.rebut is None or task.reply):
+            raise UserError(f"--rebuttals {args.rebuttals}: in this task no side answers another; "
+                            "leave it out")  # fmt: skip
+    elif args.rebuttals:
+        raise UserError(f"--rebuttals {args.rebuttals}: no side answers another in --dataset_name "
+                        f"{args.dataset_name}; leave it out")  # fmt: skip
     if args.dataset_path is None:
         if args.dataset_name == "gsm8k" or is_on_hub(args.dataset_name):
             repository, _ = hub_dataset(args.dataset_name)

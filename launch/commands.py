@@ -56,7 +56,7 @@ DATA_FLAGS = ("seed", "dataset_name", "dataset_path", "question_field", "answer_
 EVALUATION_FLAGS = (
     *PROMPT_FLAGS, *DATA_FLAGS, "preset", "output_dir",
     "evaluator", "max_completion_length", "temperature", "eval_problems", "eval_batch_size",
-    "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier",
+    "eval_samples", "reward_timeout", "reward_workers", "allow_weak_verifier", "rebuttals",
 )  # fmt: skip
 # And those by which a game is played, which cannot be given.
 GAME_FLAGS = ("sampler", "sampling_batch_size", "micro_batch_tokens", "top_k", "top_p", "min_p")

@@ -109,6 +109,8 @@ def add_flags(parser):
          "meets the K that follow it on a ring, 2 K G asks for a group; 0: all others, G (G - 1)")
     flag("--referee_anyway", action="store_true", help="train although the referee is right on "
          "less than 60 %% of the task's golden pairs, or there are none")
+    flag("--rebuttals", type=COUNT, default=0, metavar="N", help="in a debate, so many times each "
+         "side hears the other's turn and answers it; 0: one argument each")
 
     flag = group("sampling").add_argument
     flag("--questions_per_step", "--gradient_accumulation_steps", type=POSITIVE_COUNT, metavar="Q",
@@ -235,7 +237,10 @@ def add_flags(parser):
          "again in the backward pass instead of keeping them: less memory, a third more work")
     flag("--cold_start_steps", type=COUNT, metavar="STEPS",
          help="supervised steps on worked solutions before GRPO; 0: none")
-    flag("--cold_start_learning_rate", type=RATE, metavar="RATE", help="constant; AdamW")
+    flag("--cold_start_learning_rate", type=RATE, metavar="RATE", help="of the first; AdamW")
+    flag("--cold_start_schedule", choices=("constant", "linear"), default="constant",
+         help="linear: it falls in a straight line, to 1 / STEPS of it in the last one, so that "
+         "what is taught alike ends alike")
 
     flag = group("LoRA").add_argument
     flag("--lora_rank", type=COUNT, default=0, metavar="R", help="freeze the model and train "

@@ -6,6 +6,7 @@ vocabulary.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from sampling.decoder import Decoder
 from sampling.engine import sample_rollouts_vllm
 from sampling.fallback import OwnLayers, falls_back
 from sampling.paged import sample_rollouts_paged
+from sampling.rebuttals import with_rebuttals
 from sampling.rollouts import as_rollouts, joined_rollouts, padding_and_stops, string_ends
 from sampling.turns import Turns, replies
 from training.progress import progress
@@ -45,25 +47,33 @@ def sample_groups(setup, problems, seeds, group_size=None):
     if args.sampler == "vllm":
         return sample_rollouts_vllm(setup, prompts, group_size, seeds)
     at_once = args.sampling_batch_size // group_size or len(prompts)  # questions
+    at_once = max(1, at_once // setup.task.together) * setup.task.together
     parts = []
     with setup.accelerator.autocast(), whole(setup.policy):
         pictures = pictures_of(setup.policy, tokenizer, prompts, problems)
         for start in range(0, len(prompts), at_once):
             now = slice(start, start + at_once)
-            common = (
-                setup.policy, tokenizer, prompts[now], group_size, args.max_completion_length,
-                args.temperature, seeds[now],
+            part = sample(
+                setup, prompts[now], group_size, args.max_completion_length, seeds[now],
+                replies(setup, problems[now]), pictures and pictures[now],
             )  # fmt: skip
-            if args.sampler == "paged":
-                parts.append(sample_rollouts_paged(*common))
-            else:
-                filters = (args.top_k, args.top_p, args.min_p)
-                parts.append(sample_rollouts(
-                    *common, *filters, args.sampler == "fused", args.stop,
-                    reply=replies(setup, problems[now]), pictures=pictures and pictures[now],
-                ))  # fmt: skip
+            again = partial(sample, setup)
+            parts.append(with_rebuttals(setup, problems[now], part, again, seeds[now]))
     release_freed_memory(setup.accelerator.device)
     return joined_rollouts(parts)
+
+
+def sample(setup, prompts, group_size, max_new_tokens, seeds, reply=None, pictures=None):
+    """`sample_rollouts` by the engine, and with the filters, that the flags name."""
+    args = setup.args
+    common = (
+        setup.policy, setup.tokenizer, prompts, group_size, max_new_tokens, args.temperature, seeds
+    )  # fmt: skip
+    if args.sampler == "paged":
+        return sample_rollouts_paged(*common)
+    filters = (args.top_k, args.top_p, args.min_p)
+    fused = args.sampler == "fused"
+    return sample_rollouts(*common, *filters, fused, args.stop, reply=reply, pictures=pictures)
 
 
 def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0, row=None):

@@ -59,6 +59,12 @@ def told_ids(tokenizer, between, reply):
     return tokenizer(reply.join(between), add_special_tokens=False).input_ids
 
 
+def told_after(ids, tokenizer, between, reply):
+    """The same behind the ids of a turn, which has its own end where no string ended it."""
+    told = told_ids(tokenizer, between, reply)
+    return told[1:] if told[0] == ids[-1] else told
+
+
 def worked_ids(tokenizer, problems, task):
     """The worked answers to these problems as completions: for each its ids, with the token that
     ends a turn, and which of them the policy is to write, all but what the world replies."""
@@ -84,17 +90,19 @@ def replies(setup, problems):
     """What the task's world answers in a batch of these problems, (q, turns) -> text or None; None
     for a task without. Raises UserError where it takes more than --reward_timeout seconds."""
     reply, seconds = setup.task.reply, setup.args.reward_timeout
-    return reply and partial(_reply_in_time, reply, problems, seconds)
+    return reply and partial(in_time, reply, problems, seconds)
 
 
-def _reply_in_time(reply, problems, seconds, q, turns):
+def in_time(function, problems, seconds, q, turns, *others):
+    """What a task's reply, or its rebut, says of problem q. Raises UserError where it takes more
+    than so many seconds."""
     try:
         with time_limit(seconds):
-            return reply(problems[q], turns)
+            return function(problems[q], turns, *others)
     except TimedOut:
         raise UserError(
-            f"the task's reply took more than --reward_timeout {seconds:g} seconds for "
-            f"{problems[q].question[:40]!r}, turn {turns[-1][:40]!r}"
+            f"the task's {function.__name__} took more than --reward_timeout {seconds:g} seconds "
+            f"for {problems[q].question[:40]!r}, turn {turns[-1][:40]!r}"
         ) from None
 
 
@@ -120,8 +128,7 @@ class Turns:
             reply = self.reply(line // self.group_size, tuple(self.said[line]))
             if reply is None:
                 continue
-            told = told_ids(self.tokenizer, self.between, reply)
-            told = told[1:] if told[0] == ids[-1] else told  # else a string ended the turn
+            told = told_after(ids, self.tokenizer, self.between, reply)
             begins = end + len(told)
             if begins >= self.ids.shape[1]:
                 self.cut_off.append(line)

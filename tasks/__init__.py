@@ -26,6 +26,9 @@ reply(problem, turns)    what the world answers after a completion, a text, or N
                          the end; turns: what policy and world said so far, in turn. Rewards and
                          is_correct then read the policy's last turn, whose .turns are all, and
                          worked_answer may be a list of the policy's turns: see docs/episodes.md
+rebut(problem, turns, others)  with --rebuttals: what a completion is told before its next turn,
+                         or None; others: {question: the turns so far of its completion in the same
+                         place of its group}, of all that is sampled with it
 VARIANTS                 for --dataset_name NAME/VARIANT and problems(split, seed, variant)
 TOGETHER                 so many problems that follow each other come in one step
 measured                 (problems, answers, referee) -> {name: shares}: more held-out figures
@@ -62,7 +65,7 @@ from utils import UserError, hint
 
 TASKS = Path(__file__).parent
 # The files here that are none.
-NO_TASKS = ("__init__", "expressions", "games", "guarded", "verifier_process")
+NO_TASKS = ("__init__", "asks", "expressions", "games", "guarded", "verifier_process")
 
 
 def dataset_names():
@@ -87,6 +90,7 @@ class Task:
     is_correct: Callable
     worked_answer: Callable
     reply: Callable | None = None  # where a completion may be one turn of several
+    rebut: Callable | None = None  # where completions answer each other
     judge: object = None  # a verifier_process.Judge, where judge_request says what it is asked
     judge_request: Callable | None = None
     together: int = 1
@@ -129,6 +133,7 @@ def load_task(args):
         is_correct=task.get("is_correct", evaluator.is_correct),
         worked_answer=task.get("worked_answer", rldatasets.worked_answer),
         reply=task.get("reply"),
+        rebut=task.get("rebut"),
         judge=task.get("JUDGE") if "judge_request" in task else None,
         judge_request=task.get("judge_request"),
         together=task.get("TOGETHER", 1),
@@ -267,13 +272,12 @@ def definitions(path, module_name):
             del sys.modules[module_name]
             raise
     found = vars(sys.modules[module_name])
-    names = ("problems", *DEFAULTS, "reply", "VARIANTS", "JUDGE", "judge_request",
+    names = ("problems", *DEFAULTS, "reply", "rebut", "VARIANTS", "JUDGE", "judge_request",
              "CRITERION", "RUBRIC", "GOLDEN", "TOGETHER", "measured",
              *games.NAMES)  # fmt: skip
     # A default that was imported to be used is not a choice.
     chosen = {k: found[k] for k in names if k in found and found[k] is not DEFAULTS.get(k)}
-    if "reply" in chosen:
-        chosen["reply"] = replied(chosen["reply"], path)
+    chosen |= {k: replied(chosen[k], path) for k in ("reply", "rebut") if k in chosen}
     if "measured" in chosen:
         chosen["measured"] = guarded(chosen["measured"], path)
     if "worked_answer" in chosen:
@@ -344,11 +348,21 @@ def _check(found, path):
             at = next((n for n, line in enumerate(lines, 1) if line.startswith(starts)), 1)
         raise UserError(f"{path}:{at}: {name} {complaint}")
 
-    for name in ("problems", "is_correct", "worked_answer", "reply", "judge_request", "measured"):
+    for name in (
+        "problems",
+        "is_correct",
+        "worked_answer",
+        "reply",
+        "rebut",
+        "judge_request",
+        "measured",
+    ):
         if not callable(found.get(name, print)):
             wrong(name, "is no function; write it as def")
     if "reply" in found and not takes(found["reply"], "problem", "turns"):
         wrong("reply", "does not take (problem, turns)")
+    if "rebut" in found and not takes(found["rebut"], "problem", "turns", "others"):
+        wrong("rebut", "does not take (problem, turns, others)")
     for name in ("SYSTEM_PROMPT", "CRITERION"):
         if not isinstance(found.get(name, ""), str):
             wrong(name, "is no text; put it in quotes")

@@ -63,9 +63,16 @@ def slip(problem):
     return str(random.Random(f"slip {problem.question}").choice(slips))
 
 
+def rebut(problem, turns, others):
+    """What a side hears of the other before it answers; None where that is not there."""
+    rival = others.get(problem.extra["rival"])
+    return rival and f"Your opponent says: {rival[-1]}\n\nAnswer in one or two sentences."
+
+
 def said(answer, argument):
-    """What the referee reads of a side: its answer, and then its argument."""
-    return f"The answer is {answer}. {argument.strip()}".strip()
+    """What the referee reads of a side: its answer, then its argument, all turns of it."""
+    own = getattr(argument, "turns", (argument,))[::2]
+    return " ".join([f"The answer is {answer}.", *(turn.strip() for turn in own)]).strip()
 
 
 @of_group
@@ -119,8 +126,16 @@ def measured(problems, answers, referee):
     return figures
 
 
-GOLDEN = [
-    (p.question, f"{p.solution}. The answer is {p.answer}.",
-     f"{p.solution.rpartition('=')[0]}= {slip(p)}. The answer is {slip(p)}.")
-    for p in arithmetic_problems("train", 0)[:40]
-]  # fmt: skip
+def worked(problem):
+    """(question, its right solution, the same with the slip at its end)."""
+    wrong = slip(problem)
+    return (
+        problem.question,
+        f"{problem.solution}. The answer is {problem.answer}.",
+        f"{problem.solution.rpartition('=')[0]}= {wrong}. The answer is {wrong}.",
+    )
+
+
+TRIED, TAUGHT = 40, 400
+PAIRS = [worked(problem) for problem in arithmetic_problems("train", 0)[: TRIED + TAUGHT]]
+GOLDEN, LESSONS = PAIRS[:TRIED], PAIRS[TRIED:]  # what a referee is tried on, and taught by

@@ -67,15 +67,15 @@ def worked(make, path, reply, problem):
 
 
 def replied(reply, path):
-    """The reply from a task's own function, bare and at most LONGEST_REPLY long."""
+    """What a task's own reply, or its rebut, says, bare and at most LONGEST_REPLY long."""
 
     @wraps(reply)
-    def checked(problem, turns):
+    def checked(problem, turns, *others):
         with errors_of(path):
-            text = reply(problem, turns)
+            text = reply(problem, turns, *others)
         if not isinstance(text, str | None):
-            raise UserError(f"{path}: reply returned {text!r:.40}, neither text nor None, for "
-                            f"{problem.question[:40]!r}")  # fmt: skip
+            raise UserError(f"{path}: {reply.__name__} returned {text!r:.40}, neither text nor "
+                            f"None, for {problem.question[:40]!r}")  # fmt: skip
         return text if text is None else text[:LONGEST_REPLY].strip()
 
     return checked

@@ -81,6 +81,8 @@ NOT_RUN = {
     "python main.py play runs/demo-selfplay/model": "asks; tests/evaluation/test_play.py",
     "python main.py lint --dataset_name": "tests/evaluation/test_verdicts.py",
     "python main.py lint --preset cpu --dataset_name tell": "minutes; test_referee_run.py",
+    "python main.py --preset cpu --dataset_name tell": "the same",
+    "python main.py --preset cpu --dataset_name judging/tell": "minutes; test_judging.py",
     "python main.py --preset cpu --dataset_name debate": "a referee; tests/tasks/test_debate.py",
     "python main.py --model_name path/or/hub-name": "the hub: GSM8K, or as with --evaluator",
     "python main.py --dataset_name": "the hub; tests/reading/test_shapes.py",
@@ -137,7 +139,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {"model_type": "qwen2", "max_position_embeddings": 32768}
     for model in ("MODEL", "runs/demo/model", "runs/demo-selfplay/model", "RUN/model",
-                  "runs/clock/model", "START/model", "path/or/hub-name"):  # fmt: skip
+                  "runs/clock/model", "START/model", "path/or/hub-name",
+                  "runs/referee/model"):  # fmt: skip
         (tmp_path / model).mkdir(parents=True)
         (tmp_path / model / "config.json").write_text(json.dumps(config))
         (tmp_path / model / "model.safetensors").touch()

@@ -127,7 +127,12 @@ def test_a_greedy_answer_and_the_task_s_own_problems_are_judged_without_it(monke
     monkeypatch.setattr("evaluation.held_out.prompt_of", lambda *args: [1])
     monkeypatch.setattr("evaluation.held_out.without_thoughts", lambda rollouts, setup: rollouts)
     args = SimpleNamespace(
-        reward_timeout=1.0, max_completion_length=4, stop=[], eval_batch_size=4, eval_samples=0
+        reward_timeout=1.0,
+        max_completion_length=4,
+        stop=[],
+        eval_batch_size=4,
+        eval_samples=0,
+        rebuttals=0,
     )
     for functions in ([correctness, rank], [rank]):
         setup = SimpleNamespace(

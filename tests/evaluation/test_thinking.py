@@ -50,7 +50,7 @@ def setup_of(opens_thinking=False, system_prompt=TASK.system_prompt, **args):
     tokenizer.rendering = Rendering(opens_thinking=opens_thinking)
     args = SimpleNamespace(
         max_completion_length=8, eval_batch_size=2, eval_samples=0, stop=[], temperature=1.0,
-        reward_timeout=None, **args,
+        reward_timeout=None, rebuttals=0, **args,
     )  # fmt: skip
     return SimpleNamespace(
         policy=None, tokenizer=tokenizer, args=args, task=replace(TASK, system_prompt=system_prompt)

@@ -12,7 +12,7 @@ from evaluation.referee import Referee, Scale, bound
 from evaluation.scoring import judged_ahead, score
 from grpo import has_signal
 from launch.loading import held_out_problems
-from rldatasets import Problem, Problems, whole_blocks
+from rldatasets import Problem, Problems, Transcript, whole_blocks
 from tasks import Task, debate, load_task, tell
 from tasks.debate import is_correct, persuasion, said, sides, slip
 from utils import UserError
@@ -47,6 +47,14 @@ def test_both_sides_are_asked_for_and_know_each_other():
         assert own.extra["asked"] == "How many?" and own.extra["right"] == "13"
     begins = [sides(Problem(f"How many {n}?", "13", ""))[0].answer for n in range(40)]
     assert 10 < begins.count("13") < 30  # neither side always comes first
+
+
+def test_the_referee_reads_all_turns_of_a_side_and_not_what_it_was_told():
+    assert said("13", " So it is. ") == "The answer is 13. So it is."
+    assert said("13", "") == "The answer is 13."
+    turns = ("8 + 5 is 13.", "Your opponent says: 14.", "14 is one too many.")
+    text = Transcript(turns[-1], turns)
+    assert said("13", text) == "The answer is 13. 8 + 5 is 13. 14 is one too many."
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
