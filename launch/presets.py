@@ -110,10 +110,11 @@ PRESETS_ON = {
     ("cpu", "debate"): {"max_completion_length": 48, "temperature": 1.0, "eval_problems": 256},
     # Seen through the projector, five steps teach half of what there is to learn.
     ("cpu", "shapes"): {
+        "max_completion_length": 56,
         "temperature": 1.0,
         "num_train_iters": 16,
-        "learning_rate": 2e-5,
-        "cold_start_steps": 5,
+        "learning_rate": 1e-5,
+        "cold_start_steps": 6,
         "cold_start_learning_rate": 1e-4,
     },
     ("cpu", "judging"): JUDGING,

@@ -10,7 +10,7 @@ One of each variant:
 
 Scenes, not pictures, are split: no scene of the test occurs in training, however it is drawn. The
 answers to one kind of question are about equally frequent, so that one who does not look is right
-in a third of the cases at most. The worked solution reads the scene row by row.
+in a third of the cases at most. The worked solution reads the scene row by row, and says in a sentence what was asked.
 """
 
 import random
@@ -123,7 +123,8 @@ def _count(rng):
         kinds = [cell[1] for cell in scene.cells if cell]
         if kinds.count(kind) == count:
             question = f"How many {kind}s are there?"
-            return Problem(question, str(count), in_words(scene, with_colours=False), {}, (scene,))
+            worked = f"{in_words(scene, with_colours=False)}\nThere are {count} of the {kind}s."
+            return Problem(question, str(count), worked, {}, (scene,))
 
 
 def _colour(rng):
@@ -134,7 +135,8 @@ def _colour(rng):
     if not single:
         return None
     colour, kind = rng.choice(single)
-    return Problem(f"Which colour is the {kind}?", colour, in_words(scene), {}, (scene,))
+    worked = f"{in_words(scene)}\nThe {kind} is {colour}."
+    return Problem(f"Which colour is the {kind}?", colour, worked, {}, (scene,))
 
 
 def _position(rng):
@@ -151,7 +153,8 @@ def _position(rng):
     if beside is None:
         return None
     question = f"Which kind of shape is {side} the {' '.join(shape)}?"
-    return Problem(question, beside[1], in_words(scene), {}, (scene,))
+    worked = f"{in_words(scene)}\nWhat is {side} it is a {beside[1]}."
+    return Problem(question, beside[1], worked, {}, (scene,))
 
 
 ASK = {"count": _count, "colour": _colour, "position": _position}
