@@ -10,7 +10,8 @@ One of each variant:
 
 Scenes, not pictures, are split: no scene of the test occurs in training, however it is drawn. The
 answers to one kind of question are about equally frequent, so that one who does not look is right
-in a third of the cases at most. The worked solution reads the scene row by row, and says in a sentence what was asked.
+in a third of the cases at most. The worked solution reads the scene row by row, and then says in a
+sentence what was asked.
 """
 
 import random
@@ -123,7 +124,7 @@ def _count(rng):
         kinds = [cell[1] for cell in scene.cells if cell]
         if kinds.count(kind) == count:
             question = f"How many {kind}s are there?"
-            worked = f"{in_words(scene, with_colours=False)}\nThere are {count} of the {kind}s."
+            worked = f"{in_words(scene, with_colours=False)}\nThe number of {kind}s is {count}."
             return Problem(question, str(count), worked, {}, (scene,))
 
 

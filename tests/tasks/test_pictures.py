@@ -34,11 +34,15 @@ def test_no_scene_is_in_both_splits_and_no_answer_is_frequent(variant, made):
 def test_answers_are_what_a_second_reader_of_the_scene_finds(made):
     for problem in made["count"]["test"]:
         kind = problem.question.split()[2].removesuffix("s")
-        assert problem.solution.replace("\n", ", ").split(", ").count(kind) == int(problem.answer)
+        *rows, sentence = problem.solution.split("\n")
+        assert ", ".join(rows).split(", ").count(kind) == int(problem.answer)
+        assert sentence == f"The number of {kind}s is {problem.answer}."
     for problem in made["colour"]["test"]:
         kind = problem.question.rstrip("?").split()[-1]
-        assert f"{problem.answer} {kind}" in problem.solution
-        assert problem.solution.count(kind) == 1
+        *rows, sentence = problem.solution.split("\n")
+        assert f"{problem.answer} {kind}" in ", ".join(rows)
+        assert ", ".join(rows).count(kind) == 1
+        assert sentence == f"The {kind} is {problem.answer}."
     for problem in made["position"]["test"]:
         (scene,), words = problem.images, problem.question.rstrip("?").split()
         at = scene.cells.index(tuple(words[-2:]))
