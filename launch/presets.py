@@ -108,7 +108,7 @@ PRESETS_ON = {
     ("cpu", "math"): {"max_completion_length": 256, "temperature": 1.0},
     ("cpu", "tell"): TELL,
     ("cpu", "debate"): {"max_completion_length": 48, "temperature": 1.0, "eval_problems": 256},
-    # Seen through the projector, five steps teach half of what there is to learn.
+    # After the cold start half is right; that GRPO adds to it is not yet shown, see docs/vision.md.
     ("cpu", "shapes"): {
         "max_completion_length": 56,
         "temperature": 1.0,
