@@ -22,10 +22,12 @@ demo-lora: $(READY)  ## the same, training adapters of rank 16 instead of all we
 	$(RUN) main.py --preset cpu --lora_rank 16 --learning_rate 1.5e-4 \
 	  --cold_start_learning_rate 5e-4 --output_dir runs/demo-lora $(ARGS)
 
-demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence, judged by itself as it was
+demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence; its referee is taught first
 	@if [ -e runs/demo-judge ]; then mv runs/demo-judge runs/demo-judge-$$(date +%Y%m%d-%H%M%S); fi
-	$(RUN) main.py --preset cpu --dataset_name tell --referee start --referee_pairs 1 \
-	  --output_dir runs/demo-judge $(ARGS)
+	[ -e runs/demo-judge-referee/model ] || \
+	  $(RUN) main.py --preset cpu --dataset_name judging/tell --output_dir runs/demo-judge-referee
+	$(RUN) main.py --preset cpu --dataset_name tell --referee runs/demo-judge-referee/model \
+	  --referee_pairs 1 --eval_referee start --output_dir runs/demo-judge $(ARGS)
 
 demo-selfplay: $(READY)  ## SmolLM2-135M plays Kuhn poker against itself
 	@if [ -e runs/demo-selfplay ]; then \

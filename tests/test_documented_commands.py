@@ -140,7 +140,7 @@ def places(tmp_path, monkeypatch):
     config = {"model_type": "qwen2", "max_position_embeddings": 32768}
     for model in ("MODEL", "runs/demo/model", "runs/demo-selfplay/model", "RUN/model",
                   "runs/clock/model", "START/model", "path/or/hub-name",
-                  "runs/referee/model"):  # fmt: skip
+                  "runs/referee/model", "runs/demo-judge-referee/model"):  # fmt: skip
         (tmp_path / model).mkdir(parents=True)
         (tmp_path / model / "config.json").write_text(json.dumps(config))
         (tmp_path / model / "model.safetensors").touch()
