@@ -32,12 +32,17 @@ def gpu_has_bf16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def cpu_has_bf16():
+    """Whether this CPU multiplies in bf16 faster than in fp32: by AMX, or by AVX-512's BF16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def check_precision(precision):
     """Raise UserError for fp16 on a CPU; say so where this device is slow at what is asked for."""
     on_gpu = torch.cuda.is_available()
     if precision == "fp16" and not on_gpu:
         raise UserError("--precision fp16: is for GPUs; on a CPU use fp32, or bf16")
-    fast = gpu_has_bf16() if on_gpu else torch.cpu._is_amx_tile_supported()
+    fast = gpu_has_bf16() if on_gpu else cpu_has_bf16()
     if precision == "bf16" and not fast:
         kind, better = ("GPU", "fp16") if on_gpu else ("CPU", "fp32")
         print(f"main.py: warning: --precision bf16: this {kind} has no units for it; {better} is "

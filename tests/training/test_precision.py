@@ -153,9 +153,12 @@ def test_what_the_device_lacks_is_told_or_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--precision fp16: is for GPUs"):
         precision.check_precision("fp16")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    precision.check_precision("bf16")
-    assert "this CPU has no units for it; fp32" in capsys.readouterr().err
+    for amx, avx512 in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        precision.check_precision("bf16")
+        lacks = "this CPU has no units for it; fp32" in capsys.readouterr().err
+        assert lacks == (not amx and not avx512)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(precision, "gpu_has_bf16", lambda: False)
     precision.check_precision("bf16")
