@@ -313,6 +313,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(
     assert Path(str(raised.value).split("see ")[1]).exists()
 
 
+@pytest.mark.slow
 def test_the_real_command_trains_the_embedded_model(tmp_path):
     """SmolLM2-135M itself, through the command line: the demo with tiny numbers."""
     run = tmp_path / "demo"

@@ -214,6 +214,7 @@ def test_work_is_that_of_the_formulas(four_layers):
     assert more.tokens["policy"] == 4 * read
 
 
+@pytest.mark.slow
 def test_on_a_gpu_a_token_is_a_graph_and_leaves_nothing_behind(four_layers):
     _, folder = four_layers
     args = planning("--model_name", folder, *SMALL, "--max_completion_length", "80")

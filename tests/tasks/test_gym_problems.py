@@ -164,6 +164,7 @@ for variant in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_other_hash_seeds_make_the_same_problems(gym, monkeypatch):
     variants, expected = ["order", "global", "typed", "chain_sum"], []
     for variant in variants:
