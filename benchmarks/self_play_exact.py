@@ -40,6 +40,7 @@ from sampling.self_play import (
 from sampling.turns import worked_ids
 from tasks import load_task
 from tasks.games import positions
+from training.cold_start import rate_at
 from training.logprobs import completion_logprobs
 from training.optimizer import apply_gradients, make_optimizer
 from training.processes import make_accelerator
@@ -107,9 +108,7 @@ def cold_start(setup, moves):
         setup.policy.parameters(), lr=args.cold_start_learning_rate, weight_decay=0.0, fused=True
     )
     for step in range(args.cold_start_steps):
-        if args.cold_start_schedule == "linear":
-            left = 1 - step / args.cold_start_steps
-            optimizer.param_groups[0]["lr"] = args.cold_start_learning_rate * left
+        optimizer.param_groups[0]["lr"] = rate_at(args, args.cold_start_steps - step)
         logprobs, _ = moves.logprobs(setup.policy)
         loss = -(logprobs * moves.own).sum() / moves.own.sum()
         loss.backward()

@@ -34,9 +34,12 @@ def embedded_folder():
 def kept(name, files, make):
     """A directory with what `make()` returns of these files, all of which has save_pretrained: in
     the user's cache, or, where nothing can be written there, in one that goes with this process."""
-    content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    content = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: content)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grpo"
-    folder = cache / f"{name}-{content[:16]}-transformers-{transformers.__version__}"
+    folder = cache / f"{name}-{content.hexdigest()[:16]}-transformers-{transformers.__version__}"
     spare = Path(_of_this_process().name) / folder.name
     for made in (folder, spare):
         if made.is_dir():

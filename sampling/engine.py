@@ -33,6 +33,7 @@ from grpo import completion_lengths
 from sampling.rollouts import listed_rollouts, padding_and_stops
 from training.logprobs import logprobs_without_gradient
 from training.lora import whole_weight
+from training.precision import DTYPES
 from training.processes import everyones, from_main, patient
 from training.progress import progress
 from training.sharding import whole
@@ -40,7 +41,6 @@ from utils import UserError, mixed_seed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 SHARED = Path("/dev/shm")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Mean difference from the policy's own log-probs, in nats per token, above which the engine is
 # taken to answer from other weights. Rounding makes 2e-6 of it in fp32, 0.05 in bf16, of SmolLM2.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 0.05}
@@ -149,7 +149,7 @@ def settings(folder, args, device):
     on_cpu = device.type == "cpu"
     return {
         "model": folder,
-        "dtype": str(DTYPES[args.precision]).removeprefix("torch."),
+        "dtype": str(dtype_of(args)).removeprefix("torch."),
         "max_model_len": args.max_prompt_length + args.max_completion_length,
         "enforce_eager": on_cpu,  # compiling takes minutes there
         "enable_chunked_prefill": not on_cpu,  # vLLM 0.32 fails there where a draw has a seed
@@ -232,6 +232,11 @@ def check_agreement(setup, rollouts):
                         "--resume starts it anew")  # fmt: skip
 
 
+def dtype_of(args):
+    """What the engine computes in: what autocast does here, or fp32 without it."""
+    return DTYPES[args.precision] or torch.float32
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -239,12 +244,13 @@ def check_agreement(setup, rollouts):
 def model_files(policy, args):
     """A directory with the policy as any engine reads it, until it is left: in shared memory, or
     among temporary files where there is none or too little."""
-    weights = plain_weights(policy, DTYPES[args.precision])
+    dtype = dtype_of(args)
+    weights = plain_weights(policy, dtype)
     size = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
     config = copy.deepcopy(policy.config)  # from_config changes it
     with torch.device("meta"):  # it knows what the files are to be called
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.precision])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with tempfile.TemporaryDirectory(dir=SHARED if has_room else None) as folder:
         try:
             model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")

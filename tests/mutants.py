@@ -39,7 +39,6 @@ class Mutant:
     tests: str
 
 
-TURNS = "sampling/test_turns.py"
 SELF_PLAY = "sampling/test_self_play.py"
 TURNS, SEEING = "sampling/test_turns.py", "vision/test_seeing_families.py"
 EMBEDDED = "vision/test_embedded_sighted.py"
@@ -417,8 +416,7 @@ MUTANTS = [
            "prompts[question, prompt_lengths[question] - 1, None]",
            "(starts + prompt_lengths - 1)[question, None]", TREE),
     Mutant("the budget counts what prompts share once for each",
-           "cost = own + sum(number not in read for number in begins)",
-           "cost = own + len(begins)", TREE),
+           "cost = own + len(begins - read)", "cost = own + len(begins)", TREE),
     # --- numbers
     Mutant("the ratio compares with the sampler",
            "logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs",
@@ -763,22 +761,6 @@ MUTANTS = [
     Mutant("a group stands beside the first question's picture",
            'problems[records[0]["row"] // len(records)]', "problems[0]",
            "records/test_thumbnails.py"),
-]  # fmt: skip
-
-# The fused step. Its tests need triton, without which they are skipped and would notice nothing.
-FUSED = "sampling/test_fused.py"
-OF_FUSED = [
-    Mutant("heads turn the other way", "tl.where(s < SIZE // 2, -1.0, 1.0)",
-           "tl.where(s < SIZE // 2, 1.0, -1.0)", FUSED),
-    Mutant("only the first block of a completion is read", "for start in range(0, now, BLOCK):",
-           "for start in range(0, min(now, BLOCK), BLOCK):", FUSED),
-    Mutant("padding of the prompt is attended to",
-           "scores += tl.load(bias + c, c < stop, 0.0)[None, :]", "pass", FUSED),
-    Mutant("a softmax forgets that its maximum grew", "total = total * shrunk + tl.sum(weights, 1)",
-           "total = total + tl.sum(weights, 1)", FUSED),
-    Mutant("the residual stays as it was", "tl.store(x + at, value, real)", "pass", FUSED),
-    Mutant("a kernel more for every norm", "out = torch.empty_like(x, dtype=dtype)",
-           "out = torch.zeros_like(x, dtype=dtype)", FUSED),
     # --- another engine
     Mutant("adapters are left out of what the engine is sent",
            'if ".base_layer." in name and kind == "weight":', "if False:", ENGINE),
@@ -797,8 +779,8 @@ OF_FUSED = [
     Mutant("vLLM's samples are not corrected for",
            "args.tis_cap = TIS_CAP", "pass", ENGINE),
     # --- a cold start that ends even, lessons for a referee, rebuttals
-    Mutant("a cold start's rate does not fall", "* -step / args.cold_start_steps",
-           "* -steps[0] / args.cold_start_steps", "training/test_cold_start.py"),
+    Mutant("a cold start's rate does not fall", "share = left / args.cold_start_steps if",
+           "share = 1 if", "training/test_cold_start.py"),
     Mutant("in a lesson the better reply is always A",
            '"B": (worse, better)}', '"B": (better, worse)}', "tasks/test_judging.py"),
     Mutant("a referee is tried on its lessons", "GOLDEN, LESSONS = PAIRS[:TRIED], PAIRS[TRIED:]",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import torch
 from conftest import make_args, make_model, make_setup, make_tokenizer
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from launch.parser import parse_args
 from records.checkpoints import Saver
+from sampling.engine import start_engine
 from sampling.groups import sample_rollouts
 from training.logprobs import completion_logprobs
 from training.optimizer import make_optimizer
@@ -260,6 +262,17 @@ def saver_of(path, model=None, reference=None, start=None, **overrides):
     optimizer, _ = make_optimizer(model, args)
     setup = make_setup(model, args, tokenizer=make_tokenizer(), reference=reference)
     return Saver(setup, optimizer, {"n": 1}, start)
+
+
+def engine_setup(model, accelerator, python, describe=lambda folder: None, **flags):
+    """A Setup of --sampler vllm, whose engine this Python has started. describe: see
+    start_engine."""
+    args = make_args(
+        sampler="vllm", precision="fp32", vllm_python=python, vllm_devices=None,
+        vllm_arguments={}, **flags,
+    )  # fmt: skip
+    setup = make_setup(model, args, accelerator, Words(0))
+    return replace(setup, engine=start_engine(model, args, accelerator, describe))
 
 
 def resuming(path, resume="latest", **overrides):

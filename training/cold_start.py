@@ -31,9 +31,7 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None)
     steps = range(-args.cold_start_steps, 0)
     train_problems = fitting(setup, train_problems, worked_ids) if steps else train_problems
     for step in steps:
-        if args.cold_start_schedule == "linear":
-            rate = args.cold_start_learning_rate * -step / args.cold_start_steps
-            optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate_at(args, -step)
         problems = train_problems.batch(step, args.questions_per_step)
         asked = [
             chat_prompt(setup.tokenizer, setup.task.system_prompt, p.question, p.images)
@@ -67,6 +65,12 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None)
         progress.tick(1, "steps", of=len(steps))
         progress.tick(sum(map(len, prompts)) + tokens, "tokens")
         tqdm.write(f"cold start {done}/{args.cold_start_steps}: loss {loss.item():.3f}")
+
+
+def rate_at(args, left):
+    """The learning rate where so many steps are left, this one included."""
+    share = left / args.cold_start_steps if args.cold_start_schedule == "linear" else 1
+    return args.cold_start_learning_rate * share
 
 
 def fitting(setup, problems, worked_ids):

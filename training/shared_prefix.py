@@ -16,7 +16,6 @@ key-value heads, S head size.
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -84,17 +83,17 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
         rows = [row for row in np.flatnonzero(question == asked_first).tolist() if flat[row]]
         if not rows:
             continue
-        begins = beginnings[asked_first, : len(prompt)].tolist()
+        begins = {*beginnings[asked_first, : len(prompt)].tolist()}
         group = {row: prefixes[row][prefixes[row] >= 0].tolist() for row in rows}
         # Copies behind each other, whose prefixes have equal numbers.
         order = sorted(rows, key=lambda row: (len(group[row]), group[row], row), reverse=True)
         distinct = len({number for numbers in group.values() for number in numbers})
-        added = distinct + sum(number not in read for number in begins)
+        added = distinct + len(begins - read)
         if spent + added > budget >= distinct + len(prompt):
             spent = math.inf  # the pass being filled is full
         for row in order:
             own = sum(number not in held for number in group[row])
-            cost = own + sum(number not in read for number in begins)
+            cost = own + len(begins - read)
             longest, padded = max(longest, own), padded + (own > 0)
             if not passes or spent + cost > budget or padded * longest > 2 * budget:
                 passes.append([])
@@ -104,8 +103,10 @@ def micro_batches(prompt_ids, lengths, budget, completion_ids=None, pictures=Non
             held.update(group[row])
             read.update(begins)
             spent += cost
-    cut = partial(_micro_batch, prompt_ids, beginnings, flat, prefixes, question, pictures)
-    return [cut(rows) for rows in passes]
+    return [
+        _micro_batch(rows, prompt_ids, beginnings, flat, prefixes, question, pictures)
+        for rows in passes
+    ]
 
 
 def _prompts(prompt_ids, shared):
@@ -126,7 +127,7 @@ def _prefixes(lengths, completion_ids, question):
     return prefix_numbers(completion_ids.cpu().numpy(), lengths, question)
 
 
-def _micro_batch(prompt_ids, beginnings, lengths, prefixes, question, pictures, rows):
+def _micro_batch(rows, prompt_ids, beginnings, lengths, prefixes, question, pictures):
     asked = question[rows].tolist()
     questions = sorted(set(asked))
     lengths = [lengths[row] for row in rows]
@@ -208,26 +209,19 @@ def pack(batch, completion_ids, heads_per_key, dtype):
     prompt_lengths = np.array([len(prompt) for prompt in batch.prompts])  # (Q,)
     starts, in_prompt = _consecutive(prompt_lengths)  # (Q,), (Q, P)
     p, c = np.arange(in_prompt.shape[1]), np.arange(batch.prefixes.shape[1])
-    begins, same = first_of_each(batch.beginnings[:, : len(p)][in_prompt])
-    prompts = np.zeros(in_prompt.shape, dtype=np.int64)  # (Q, P)
-    prompts[in_prompt] = same
-    is_begun = np.zeros(in_prompt.shape, dtype=bool)  # (Q, P), where a prefix stands first
-    is_begun.flat[np.flatnonzero(in_prompt)[begins]] = True
+    prompts, is_first = _places(batch.beginnings[:, : len(p)], in_prompt)  # (Q, P) each
+    read = is_first.sum()  # tokens of prompts
 
     # Of the tokens that end a prefix the first is read, the others find it there. A completion's
     # last token predicts nothing, and is not read.
     places = np.arange(completion_ids.numel()).reshape(completion_ids.shape)[:, : len(c)]  # (R, C)
     is_read, is_scored = c < lengths[:, None] - 1, c < lengths[:, None]  # (R, C)
-    first, same = first_of_each(batch.prefixes[is_read])
-    path = np.zeros(is_read.shape, dtype=np.int64)  # (R, C), where a completion's tokens stand
-    path[is_read] = len(begins) + same
-    is_own = np.zeros(is_read.shape, dtype=bool)  # (R, C)
-    is_own.flat[np.flatnonzero(is_read)[first]] = True
+    path, is_own = _places(batch.prefixes, is_read, read)  # (R, C) each
     count = is_own.sum(-1)  # (R,), they are the last that it reads
     rows = np.flatnonzero(count) if count.any() else np.array([0])  # (R',)
     own_starts, in_own = _consecutive(count[rows])  # (R',), (R', O)
     o = np.arange(in_own.shape[1])
-    own = np.where(in_own, len(begins) + own_starts[:, None] + o, 0)  # (R', O)
+    own = np.where(in_own, read + own_starts[:, None] + o, 0)  # (R', O)
     depth = (lengths - 1 - count)[rows, None] + o  # (R', O), in the completion
     after = positions_after(batch.pictures, prompt_lengths)  # (Q,)
     position = (after[question[rows], None] + depth)[in_own]
@@ -235,7 +229,7 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         position = np.broadcast_to(position, (3, len(position)))
         positions = np.concatenate([*turned, position], axis=1)[:, None]  # (3, 1, N)
     else:
-        of_prompts = np.broadcast_to(p, in_prompt.shape)[is_begun]
+        of_prompts = np.broadcast_to(p, in_prompt.shape)[is_first]
         positions = np.concatenate([of_prompts, position])[None]  # (1, N)
     path, c = path[:, :-1], c[:-1]
     of_prompt = np.broadcast_to(in_prompt[question[rows], None], (*in_own.shape, len(p)))
@@ -258,7 +252,8 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         values = torch.zeros(hidden.shape, dtype=dtype, device=device)
         return values.masked_fill(hidden, -torch.inf)[..., :width]
 
-    prompt_ids = torch.cat(batch.prompts).index_select(0, on_device(begins))
+    begins = on_device(np.flatnonzero(is_first[in_prompt]))
+    prompt_ids = torch.cat(batch.prompts).index_select(0, begins)
     own_ids = completion_ids.flatten().index_select(0, on_device(places[is_own]))
     return Packing(
         ids=torch.cat([prompt_ids, own_ids])[None],
@@ -269,12 +264,22 @@ def pack(batch, completion_ids, heads_per_key, dtype):
         keys=on_device(np.concatenate([prompts[question[rows]], path[rows]], axis=1)),
         prompt_bias=bias(p <= p[:, None]),
         bias=bias(np.concatenate([of_prompt, of_itself], axis=-1)[:, None]),
-        unpad=on_device(np.flatnonzero(np.concatenate([is_begun.ravel(), in_own.ravel()]))),
+        unpad=on_device(np.flatnonzero(np.concatenate([is_first.ravel(), in_own.ravel()]))),
         before=on_device(before[is_scored][distinct]),
         distinct=on_device(scored[distinct]),
         scored=on_device(scored),
         same=on_device(same),
     )
+
+
+def _places(numbers, real, start=0):
+    """Where the prefix that ends at each `real` token stands in the row, whose places from `start`
+    on are filled in the order of the numbers' first tokens, and which tokens those are."""
+    first, same = first_of_each(numbers[real])
+    places, is_first = np.zeros(real.shape, dtype=np.int64), np.zeros(real.shape, dtype=bool)
+    places[real] = start + same
+    is_first.flat[np.flatnonzero(real)[first]] = True
+    return places, is_first
 
 
 def _consecutive(lengths):

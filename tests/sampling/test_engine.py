@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_args, make_model, make_setup, make_tokenizer
-from toys import Words, assert_stops_end_completions, flags_of, naive
+from conftest import ROOT, make_args, make_model, make_tokenizer
+from toys import assert_stops_end_completions, engine_setup, flags_of, naive
 from transformers import AutoModelForCausalLM
 
 from launch.parser import parse_args
 from sampling import engine as engine_module
-from sampling.engine import model_files, sample_rollouts_vllm, start_engine
+from sampling.engine import model_files, sample_rollouts_vllm
 from sampling.vllm_worker import Worker
 from training.lora import add_adapter
 from utils import UserError, read_jsonl
@@ -44,13 +44,10 @@ def setup_with(python, tmp_path, accelerator):
 
     def started(model=None, python=python, **flags):
         model = without_layers() if model is None else model
-        args = make_args(
-            sampler="vllm", precision="fp32", output_dir=str(tmp_path), vllm_python=python,
-            vllm_devices=None, vllm_arguments={}, vllm_timeout=20.0, max_prompt_length=8,
-            max_completion_length=12, **flags,
+        return engine_setup(
+            model, accelerator, python, output_dir=str(tmp_path), vllm_timeout=20.0,
+            max_prompt_length=8, max_completion_length=12, **flags,
         )  # fmt: skip
-        setup = make_setup(model, args, accelerator, Words(0))
-        return replace(setup, engine=start_engine(model, args, accelerator, lambda folder: None))
 
     return started
 

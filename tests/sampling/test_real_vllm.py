@@ -5,15 +5,14 @@ name the Python of an environment that has it, such as that of `make demo-vllm`:
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_setup
-from toys import Words, naive
+from conftest import make_args, make_model
+from toys import engine_setup, naive
 
 from records.exports import write_for_others
-from sampling.engine import sample_rollouts_vllm, start_engine
+from sampling.engine import sample_rollouts_vllm
 from training.lora import add_adapter, trained_parameters
 from utils import UserError
 
@@ -34,13 +33,10 @@ def prompts():
 
 
 def started(model, accelerator, folder, **flags):
-    args = make_args(
-        sampler="vllm", precision="fp32", output_dir=str(folder), vllm_python=PYTHON,
-        vllm_devices=None, vllm_arguments={}, vllm_timeout=300.0, max_prompt_length=300,
-        max_completion_length=24, **flags,
+    return engine_setup(
+        model, accelerator, PYTHON, write_for_others, output_dir=str(folder), vllm_timeout=300.0,
+        max_prompt_length=300, max_completion_length=24, **flags,
     )  # fmt: skip
-    setup = make_setup(model, args, accelerator, Words(0))
-    return replace(setup, engine=start_engine(model, args, accelerator, write_for_others))
 
 
 def moved(model):

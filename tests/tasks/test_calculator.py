@@ -182,7 +182,6 @@ def test_runs_of_episodes_resume_exactly_and_two_processes_do_what_one_does(
     own, saved_models, tmp_path, monkeypatch
 ):
     own("return str(len(turns[-1])) if len(turns) < 4 else None")
-    monkeypatch.setattr("records.run.plot_run", lambda path: None)
     monkeypatch.setattr("records.run.write_report", lambda path: None)
 
     def train(name, *more):
