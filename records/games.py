@@ -60,7 +60,9 @@ def draw_moves(axes, ends):
     axes.set_ylim(0, 1.05)
     rows = [record for record in ends[0][1] if "position" in record]
     few = all(len(row["moves"]) <= FEW_MOVES for row in rows)
-    said = " / ".join(dict.fromkeys([*row["moves"]][-1] for row in rows)) if few else "a best move"
+    drawn = [*dict.fromkeys([*row["moves"]][-1] for row in rows)]  # there may be one for each card
+    drawn = [*drawn[:FEW_MOVES], *["..."] * (len(drawn) > FEW_MOVES)]
+    said = " / ".join(drawn) if few else "a best move"
     axes.set_title(f"probability of: {said}", parse_math=False)
     axes.set_ylabel("probability")
     axes.legend(frameon=False, fontsize=8)

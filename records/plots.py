@@ -186,13 +186,17 @@ def _title(runs, key, held_out=False):
     return name.replace("95 % interval", "range of seeds") if isinstance(runs[0], Mean) else name
 
 
-def _figure(rows=1, columns=1, size=(7, 4.2)):
-    figure = Figure(figsize=size, dpi=120)
-    if rows * columns > 1:
-        figure.set_layout_engine("constrained")
-    else:  # margins that fit any metric: to look for the narrowest takes as long as to draw
-        figure.subplots_adjust(left=0.12, right=0.98, bottom=0.12, top=0.88)
+def _figure(rows, columns, size):
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def _panel():
+    """A figure of one metric, and its axes. Its margins fit any: to look for the narrowest takes as
+    long as to draw, for each of thirty."""
+    figure = Figure(figsize=(7, 4.2), dpi=120)
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.12, top=0.88)
+    return figure, figure.subplots()
 
 
 def plot_runs(runs, folder):
@@ -227,19 +231,19 @@ def plot_runs(runs, folder):
         for key in metric_keys:
             if key.startswith(in_budget):
                 continue
-            figure, [axes] = _figure()
+            figure, axes = _panel()
             _metric(axes, runs, key)
             figure.savefig(folder / f"{key.replace('/', '_')}.png")
         for key in eval_keys:
             if not key.endswith(NO_FIGURE):
-                figure, [axes] = _figure()
+                figure, axes = _panel()
                 _evaluation(axes, runs, key)
                 axes.set_title(_title(runs, key, held_out=True))
                 figure.savefig(folder / f"eval_{key.replace('/', '_')}.png")
         alone = len(runs) == 1 and isinstance(runs[0], Series)
         ends = first_and_last(runs[0].path) if alone else []
         if ends and bars(ends[0][1]):  # none of many moves where no move is known to be better
-            figure, [axes] = _figure(size=(9, 5.2))
+            figure, [axes] = _figure(1, 1, size=(9, 5.2))
             draw_moves(axes, ends)
             figure.savefig(folder / "moves.png")
     return folder

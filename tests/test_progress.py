@@ -12,7 +12,7 @@ from terminal import changes, longest_gap, recorded
 from toys import flags_of
 
 import training.progress
-from records.budget import how_long, in_words
+from records.budget import FEW, how_long, in_words
 from training.progress import Progress, Stopwatch, phase, progress
 
 # A toy run whose stages each last six seconds: longer than anything may be silent.
@@ -48,7 +48,7 @@ sys.exit(main.command(args))
 def test_nothing_is_silent_for_five_seconds(saved_models, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SLOW.format(root=str(ROOT)))
-    flags = map(str, flags_of(saved_models, tmp_path / "run"))
+    flags = map(str, [*flags_of(saved_models, tmp_path / "run"), "--eval_problems", FEW + 1])
     status, writes = recorded([sys.executable, str(script), *flags], seconds=240)
     text = "".join(text for _, text in writes)
     assert status == 0, text

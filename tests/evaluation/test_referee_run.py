@@ -64,6 +64,7 @@ def lines(path):
 
 
 @pytest.mark.slow
+@pytest.mark.figures
 def test_a_run_is_judged_twice_resumed_bit_for_bit_and_asks_nothing_again(
     flags, saved_models, tmp_path
 ):

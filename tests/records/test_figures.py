@@ -44,6 +44,46 @@ def drawn(run, monkeypatch):
     return seen
 
 
+def outside(axes):
+    """The texts of a panel that leave its figure."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    texts = [axes.title, axes._left_title]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = zip(axis.get_ticklocs(), axis.get_ticklabels())
+        texts += [axis.label, axis.offsetText, *(label for at, label in ticks if low <= at <= high)]
+    boxes = {text.get_text(): text.get_window_extent() for text in texts if text.get_text()}
+    width, height = figure.bbox.size
+    return [
+        text
+        for text, box in boxes.items()
+        if min(box.x0, box.y0, width - box.x1, height - box.y1) < 0
+    ]
+
+
+def test_no_text_leaves_a_figure(tmp_path, monkeypatch):
+    """Small numbers have their power of ten above the axis, positions of a game long names, and its
+    moves may name a card."""
+    metrics = {"reward": 1.5, "learning_rate": 1e-6, "weights_changed": 0.0190234, "mismatch": 3e-7}
+    evaluation = {"step": 0, "problems": 9, "accuracy": 0.123, "completion_length": 12345.6}
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 0, **metrics}])
+    write_jsonl(tmp_path / "eval.jsonl", [evaluation])
+    moves = [
+        {"position": f"You hold the {card}. {told}", "perfect": None,
+         "moves": {f"My {card} {one}.": 0.4, f"My {card} {other}.": 0.6}}
+        for card in ("Jack", "Queen", "King")
+        for told, one, other in (("You checked, your opponent bets.", "folds", "calls"),
+                                 ("You act first.", "checks", "bets"))
+    ]  # fmt: skip
+    (tmp_path / "completions").mkdir()
+    write_jsonl(tmp_path / "completions" / "games_00000.jsonl", moves)
+    figures = drawn(tmp_path, monkeypatch)
+    assert {"moves", "learning_rate", "mismatch", "eval_completion_length"} <= {*figures}
+    assert {name: found for name, panels in figures.items()
+            if (found := [text for axes in panels for text in outside(axes)])} == {}  # fmt: skip
+
+
 def test_every_axis_has_a_label(run, monkeypatch):
     for name, panels in drawn(run, monkeypatch).items():
         for axes in panels:
