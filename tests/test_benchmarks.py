@@ -19,6 +19,7 @@ import gpu_check
 import limit
 import lora_vs_full
 import memory
+import objective_curves
 import picture_step
 import replay
 import self_play_exact
@@ -28,6 +29,7 @@ import vs_vllm
 
 from evaluation.games import move_probabilities
 from launch.known_models import KNOWN_MODELS
+from records.files import Series
 from sampling import groups
 from tasks import load_task
 from tasks.shapes import Scene
@@ -188,6 +190,32 @@ def test_self_play_reads_the_moves_of_all_positions_as_an_evaluation_does(saved_
     lines = capfd.readouterr().out.splitlines()
     found = [line.split()[:3] for line in lines if "exploitability" in line]
     assert found == [[name, "step", step] for name in settings for step in ("0", "5")]
+
+
+@pytest.mark.benchmark
+def test_an_objective_is_compared_with_what_it_changes_on_the_same_questions(
+    saved_models, tmp_path, capfd
+):
+    runs = tmp_path / "runs"
+    asked = ["--output_dir", str(runs), "--model_name", str(saved_models["qwen2"]), "--seeds", "1",
+             "--only", "default", "two_epochs", "sapo", "--steps", "2", "--eval_problems", "4",
+             "--flags", "--cold_start_steps 1 --questions_per_step 2 --group_size 2 "
+             "--max_completion_length 4"]  # fmt: skip
+    objective_curves.main(asked)
+    first = capfd.readouterr().out
+    [default, twice, sapo] = first.splitlines()[-3:]
+    assert default.endswith("|  |  |")
+    assert "| default | +0.0 [" in twice and "| two_epochs | +0.0 [" in sapo
+    assert (runs / "objectives.png").stat().st_size > 10_000
+    assert not (runs / "sapo_1" / "model").exists() and (runs / "start_1" / "model").exists()
+    flags = {name: Series(runs / f"{name}_1").flags for name in ("default", "two_epochs", "sapo")}
+    assert [each["num_inner_epochs"] for each in flags.values()] == [1, 2, 2]
+    assert [each["clip"] for each in flags.values()] == ["ppo", "ppo", "sapo"]
+    assert {each["cold_start_steps"] for each in flags.values()} == {0}
+    written = (runs / "sapo_1" / "metrics.jsonl").stat().st_mtime_ns
+    objective_curves.main(asked)  # reads what is there
+    assert capfd.readouterr().out == first
+    assert (runs / "sapo_1" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
 def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):
