@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def damage(path):
             return f"{MANIFEST} was changed"
         if manifest["step"] != checkpoint_step(path):
             return f"it is of step {manifest['step']}"
-        for name, written in manifest["files"].items():
-            if _fingerprint(path / name) != written:
+        written = manifest["files"]
+        for name, found in _fingerprints(path / name for name in written):
+            if found != written[name]:
                 return f"{name} was changed"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
@@ -111,6 +113,14 @@ def _manifest_text(manifest):
     """A manifest's file: the same fields give the same bytes, and a checksum of themselves."""
     checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": checksum}, indent=1, sort_keys=True) + "\n"
+
+
+def _fingerprints(paths):
+    """(name, size and SHA-256) of each of these files. Large ones are read side by side: a core
+    hashes a gigabyte in a second, and there are several."""
+    paths = list(paths)
+    with ThreadPoolExecutor() as pool:
+        yield from zip((path.name for path in paths), pool.map(_fingerprint, paths))
 
 
 def _fingerprint(path):
@@ -343,7 +353,7 @@ class Saver:
             "flags": vars(self.args),
             "loss_scale": vars(self.loss_scale),
             "data": self.data,
-            "files": {path.name: _fingerprint(path) for path in sorted(new.iterdir())},
+            "files": dict(_fingerprints(sorted(new.iterdir()))),
         }
         (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
         for path in (*new.iterdir(), new, *self.run_path.glob("*.jsonl")):
