@@ -98,9 +98,9 @@ def damage(path):
             return f"{MANIFEST} was changed"
         if manifest["step"] != checkpoint_step(path):
             return f"it is of step {manifest['step']}"
-        written = manifest["files"]
-        for name, found in _fingerprints(path / name for name in written):
-            if found != written[name]:
+        found = _fingerprints(path / name for name in manifest["files"])
+        for name, written in manifest["files"].items():
+            if found[name] != written:
                 return f"{name} was changed"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
@@ -116,17 +116,15 @@ def _manifest_text(manifest):
 
 
 def _fingerprints(paths):
-    """(name, size and SHA-256) of each of these files. Large ones are read side by side: a core
-    hashes a gigabyte in a second, and there are several."""
-    paths = list(paths)
+    """{name: size and SHA-256} of files, side by side: a core hashes a gigabyte in a second."""
     with ThreadPoolExecutor() as pool:
-        yield from zip((path.name for path in paths), pool.map(_fingerprint, paths))
+        return dict(pool.map(_fingerprint, paths))
 
 
 def _fingerprint(path):
     with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": checksum}
+        checksum = hashlib.file_digest(file, "sha256")
+        return path.name, {"size": file.tell(), "sha256": checksum.hexdigest()}
 
 
 def _disk_full(error):
@@ -353,7 +351,7 @@ class Saver:
             "flags": vars(self.args),
             "loss_scale": vars(self.loss_scale),
             "data": self.data,
-            "files": dict(_fingerprints(sorted(new.iterdir()))),
+            "files": _fingerprints(sorted(new.iterdir())),
         }
         (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
         for path in (*new.iterdir(), new, *self.run_path.glob("*.jsonl")):
@@ -362,8 +360,7 @@ class Saver:
         os.replace(new, target)
         for path in (self.folder, self.run_path):
             _flush(path)
-        problem = damage(target)
-        if problem:
+        if problem := damage(target):
             raise OSError(f"read back, {problem}")
 
     def publish(self):
