@@ -18,7 +18,7 @@ from evaluator import sees_group
 from llms import prompt_of
 from reading.images import image_file
 from rldatasets import Problem
-from sampling.groups import sample_rollouts
+from sampling.groups import filters_of, sample_rollouts
 from sampling.probe import load_policy
 from sampling.rollouts import without_thoughts
 from sampling.self_play import played_on
@@ -81,7 +81,7 @@ def sample_group(setup, problem, group_size, watch=None):
         pictures = pictures_of(model, tokenizer, [prompt], [problem])
         return sample_rollouts(
             model, tokenizer, [prompt], group_size, args.max_completion_length, args.temperature,
-            [args.seed], args.top_k, args.top_p, args.min_p, stop=args.stop, watch=watch,
+            [args.seed], filters_of(args), stop=args.stop, watch=watch,
             reply=replies(setup, [problem]), pictures=pictures,
         )  # fmt: skip
 

@@ -10,8 +10,9 @@ import torch
 
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
+from sampling.drawing import sample_tokens
 from sampling.fallback import OwnLayers, falls_back
-from sampling.groups import sample_tokens
+from sampling.groups import filters_of
 
 
 def worst_prompts(questions, args):
@@ -52,9 +53,7 @@ def sample(policy, questions, group_size, temperature, args, tracker, on_gpu):
         if falls_back(policy):
             tracker.label(filled(decoder, args.max_prompt_length + place), "KV cache")
         read = decoder.length_to_read()
-        tokens, _ = sample_tokens(
-            logits, uniforms[place], temperature, args.top_k, args.top_p, args.min_p, row
-        )
+        tokens, _ = sample_tokens(logits, uniforms[place], temperature, filters_of(args), row)
         logits = decoder.step(tokens)
         of_a_token[read] = tracker.work - before
     return (

@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from llms import prompt_of
 from sampling.cuda_graph import GraphDecoder, recorder_for
 from sampling.decoder import Decoder
+from sampling.drawing import NO_FILTERS, Filters, sample_tokens, uniform_draws
 from sampling.engine import sample_rollouts_vllm
 from sampling.fallback import OwnLayers, falls_back
 from sampling.paged import sample_rollouts_paged
@@ -33,9 +33,6 @@ LOOK_EVERY = {"cuda": 16}
 # and rows that come and go. On a CPU both cost next to nothing and rows cost time; on a GPU it is
 # the other way round, and a recorded step needs as many rows as the one before.
 SHARING = {"cpu"}
-
-BLOCK = 128  # tokens; divides the vocabularies of Qwen2.5, Qwen3, LLaMA-3 and SmolLM2
-BELOW_ONE = 1 - 2**-53  # the largest number below 1 in fp64
 
 
 def sample_groups(setup, problems, seeds, group_size=None):
@@ -71,81 +68,13 @@ def sample(setup, prompts, group_size, max_new_tokens, seeds, reply=None, pictur
     )  # fmt: skip
     if args.sampler == "paged":
         return sample_rollouts_paged(*common)
-    filters = (args.top_k, args.top_p, args.min_p)
-    fused = args.sampler == "fused"
-    return sample_rollouts(*common, *filters, fused, args.stop, reply=reply, pictures=pictures)
+    filters, fused = filters_of(args), args.sampler == "fused"
+    return sample_rollouts(*common, filters, fused, args.stop, reply=reply, pictures=pictures)
 
 
-def sample_tokens(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0, row=None):
-    """Draw one token per completion. logits: (R, V), uniforms: (N,) fp64 in [0, 1), one for each of
-    N completions. row: (N,), whose distribution each draws from; by default each has its own.
-
-    Returns (tokens, logprobs), both (N,). The log-probs are those of the *unfiltered* distribution
-    at this temperature, which is what the trainer scores. Temperature 0 is greedy, scored at 1.
-    Order of the filters, each on what the one before it left: top_k, top_p, min_p; 0, 1 and 0 turn
-    them off.
-    """
-    row = torch.arange(len(logits), device=logits.device) if row is None else row
-    scale = 1 / temperature if temperature > 0 else 1.0
-    probs = (logits * scale).softmax(-1)  # (R, V)
-    if temperature > 0:
-        tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms, row)
-    else:
-        tokens = logits.argmax(-1)[row]
-    return tokens, probs[row, tokens].log()
-
-
-def uniform_draws(seeds, questions, group_size, max_new_tokens, device):
-    """Uniform numbers (C, Q·G), a column per row and a line per token; G columns per seed."""
-    groups = [
-        torch.rand(
-            (max_new_tokens, group_size), dtype=torch.float64, device=device,
-            generator=torch.Generator(device).manual_seed(seed),
-        )
-        for _, seed in zip(range(questions), seeds)
-    ]  # fmt: skip
-    return torch.cat(groups, dim=1)
-
-
-def _draw(weights, uniforms, row):
-    """Inverse transform: the first token whose cumulative weight exceeds the draw.
-
-    Block by block first, then inside the block that was hit: summing a whole vocabulary up in fp64
-    would cost as much as a layer of the model.
-    """
-    missing = -weights.shape[-1] % BLOCK
-    blocks = F.pad(weights, (0, missing)) if missing else weights
-    blocks = blocks.unflatten(-1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
-    block, left = _first_above(blocks.sum(-1)[row], uniforms)
-    token, _ = _first_above(blocks[row, block], left)
-    return block * BLOCK + token
-
-
-def _first_above(weights, uniforms):
-    """Where in weights (R, N) draws in [0, 1) fall, and how far into that place, again in [0, 1).
-
-    A place of weight 0 is never hit.
-    """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, N)
-    draws = uniforms[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, draws, right=True).clamp(max=weights.shape[-1] - 1)
-    inside = weights.gather(-1, place).double()
-    into = 1 - (cumulative.gather(-1, place) - draws) / inside
-    return place.squeeze(-1), into.squeeze(-1).clamp(0, BELOW_ONE)
-
-
-def _filtered(probs, top_k, top_p, min_p):
-    if top_k > 0:
-        kept = probs.topk(min(top_k, probs.shape[-1])).indices
-        probs = torch.zeros_like(probs).scatter(-1, kept, probs.gather(-1, kept))
-    if top_p < 1:
-        ordered, index = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the tokens likelier than this one
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-    if min_p > 0:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs
+def filters_of(args):
+    """The Filters that the flags name."""
+    return Filters(args.top_k, args.top_p, args.min_p)
 
 
 @torch.no_grad()
@@ -157,9 +86,7 @@ def sample_rollouts(
     max_new_tokens,
     temperature,
     seeds=(),
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
+    filters=NO_FILTERS,
     fused=False,
     stop=(),
     watch=None,
@@ -198,13 +125,7 @@ def sample_rollouts(
         uniforms = torch.zeros((max_new_tokens, rows), dtype=torch.float64, device=device)
     turns = Turns(tokenizer, reply, ids, group_size) if reply else None
 
-    if falls_back(model):
-        decoder = OwnLayers(model, group_size, max_new_tokens, device.type in SHARING)
-    elif recorder := recorder_for(model, device.type):
-        kind = fused_decoder() if fused else GraphDecoder
-        decoder = kind(model, group_size, max_new_tokens, recorder)
-    else:
-        decoder = Decoder(model, group_size, max_new_tokens, device.type in SHARING)
+    decoder = decoder_of(model, group_size, max_new_tokens, fused)
     logits, row = decoder.prefill(prompts, pictures)  # (R, V), (N,) on the host
     row_there = to_device(torch.from_numpy(row), device)
     live = torch.arange(rows, device=device)  # the line of `ids` that each live completion writes
@@ -212,9 +133,7 @@ def sample_rollouts(
     look_every = 1 if look_often else LOOK_EVERY.get(device.type, 1)
 
     for t in range(max_new_tokens):
-        tokens, scores = sample_tokens(
-            logits, uniforms[t, live], temperature, top_k, top_p, min_p, row_there
-        )
+        tokens, scores = sample_tokens(logits, uniforms[t, live], temperature, filters, row_there)
         writing = drawing = ~finished[live]
         if turns:
             told = turns.told[live, t]
@@ -257,6 +176,18 @@ def sample_rollouts(
         finished[turns.cut_off] = False
     rollouts = as_rollouts(tokenizer, prompts, group_size, ids, mask, logprobs, finished, turns)
     return replace(rollouts, pictures=pictures)
+
+
+def decoder_of(model, group_size, max_new_tokens, fused):
+    """What computes the tokens: the model's own layers where ours were not proven equal, else ours,
+    recorded as a graph where the device can."""
+    device = model.get_input_embeddings().weight.device.type
+    if falls_back(model):
+        return OwnLayers(model, group_size, max_new_tokens, device in SHARING)
+    if recorder := recorder_for(model, device):
+        kind = fused_decoder() if fused else GraphDecoder
+        return kind(model, group_size, max_new_tokens, recorder)
+    return Decoder(model, group_size, max_new_tokens, device in SHARING)
 
 
 def fused_decoder():

@@ -304,8 +304,8 @@ MUTANTS = [
            "return tokens, probs[row, tokens].log()",
            "return tokens, logits.softmax(-1)[row, tokens].log()", SAMPLER),
     Mutant("log-probs of the filtered distribution",
-           "tokens = _draw(_filtered(probs, top_k, top_p, min_p), uniforms, row)",
-           "probs = _filtered(probs, top_k, top_p, min_p)\n"
+           "tokens = _draw(_filtered(probs, filters), uniforms, row)",
+           "probs = _filtered(probs, filters)\n"
            "        probs = probs / probs.sum(-1, keepdim=True)\n"
            "        tokens = _draw(probs, uniforms, row)", SAMPLER),
     # --- rewards and evaluation

@@ -17,6 +17,7 @@ from grpo import group_advantages
 from launch import commands
 from llms import chat_prompt, load_model
 from rldatasets import SYSTEM_PROMPT, Problem, load_problems
+from sampling.drawing import Filters
 from sampling.groups import sample_rollouts
 from sampling.rollouts import as_rollouts
 from utils import EMBEDDED_MODEL, printable
@@ -244,7 +245,7 @@ def test_a_group_is_sampled_as_in_training(said, saved_models):
     )  # fmt: skip
     model, tokenizer = load_model(str(saved_models["qwen2"]), "cpu")
     prompt = chat_prompt(tokenizer, SYSTEM_PROMPT, "What is 3 + 4?")
-    rollouts = sample_rollouts(model, tokenizer, [prompt], 3, 40, 1.3, [9], top_k=50)
+    rollouts = sample_rollouts(model, tokenizer, [prompt], 3, 40, 1.3, [9], Filters(top_k=50))
     for text in rollouts.texts[0]:
         lines = printable(text.rstrip("\n"), kept="\n").split("\n")
         assert "".join(f"    | {line}\n" for line in lines) in out

@@ -20,7 +20,8 @@ from toys import (
 from rldatasets import Problem
 from sampling import groups
 from sampling.decoder import Decoder
-from sampling.groups import sample_groups, sample_rollouts, sample_tokens
+from sampling.drawing import Filters, sample_tokens
+from sampling.groups import sample_groups, sample_rollouts
 from sampling.rollouts import joined_rollouts
 
 
@@ -141,10 +142,10 @@ def test_the_ids_are_those_sampled_and_the_texts_are_only_for_reading():
         assert tokenizer.decode(row, skip_special_tokens=True) == text
 
 
-def frequencies(**filters):
+def frequencies(filters):
     logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(20000, -1)
     uniforms = torch.rand(20000, dtype=torch.float64, generator=generator())
-    tokens, logprobs = sample_tokens(logits, uniforms, 1.0, **filters)
+    tokens, logprobs = sample_tokens(logits, uniforms, 1.0, filters)
     assert torch.allclose(logprobs, logits.gather(-1, tokens[:, None])[:, 0], atol=1e-6)
     return torch.bincount(tokens, minlength=5) / 20000
 
@@ -161,7 +162,7 @@ def frequencies(**filters):
     ],
 )
 def test_filters_keep_the_tokens_they_promise(filters, expected):
-    observed = frequencies(**filters)
+    observed = frequencies(Filters(**filters))
     assert (observed - torch.tensor(expected)).abs().max() < 0.015
     assert (observed[torch.tensor(expected) == 0] == 0).all()
 
@@ -257,9 +258,7 @@ def test_between_two_looks_nothing_waits_for_the_device(monkeypatch):
             200,
             0.9,
             seeds(9),
-            top_k=20,
-            top_p=0.9,
-            min_p=0.01,
+            Filters(20, 0.9, 0.01),
         )
     lengths = rollouts.completion_mask.sum(-1)
     assert lengths.min() < 16 and 48 < lengths.max() < 180  # rows are dropped, then none is left

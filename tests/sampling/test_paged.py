@@ -128,8 +128,8 @@ def test_under_autocast_the_engine_keeps_its_positions_exact():
     ("flags", "engine", "filters"),
     [
         ({"sampler": "paged"}, "sample_rollouts_paged", ()),
-        ({"sampler": "fused", "stop": ["#"]}, "sample_rollouts", (5, 1, 0, True, ["#"])),
-        ({"sampler": "shared_prefix"}, "sample_rollouts", (5, 1, 0, False, [])),
+        ({"sampler": "fused", "stop": ["#"]}, "sample_rollouts", ((5, 1, 0), True, ["#"])),
+        ({"sampler": "shared_prefix"}, "sample_rollouts", ((5, 1, 0), False, [])),
     ],
 )
 def test_the_flags_choose_the_engine_of_a_training_step(

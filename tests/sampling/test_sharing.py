@@ -10,14 +10,15 @@ from toys import Words, seeds
 
 from sampling import groups
 from sampling.decoder import Decoder, arranged
+from sampling.drawing import Filters
 from sampling.groups import parted, sample_rollouts
 
 PROMPTS = [[5, 2, 8], [3], [7, 7]]
 SETTINGS = [
     {"temperature": 1.0},
     {"temperature": 0.3},  # many copies
-    {"temperature": 1.5, "top_k": 3},
-    {"temperature": 0.7, "top_p": 0.8, "min_p": 0.05},
+    {"temperature": 1.5, "filters": Filters(top_k=3)},
+    {"temperature": 0.7, "filters": Filters(top_p=0.8, min_p=0.05)},
     {"temperature": 0},
 ]
 
