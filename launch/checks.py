@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from evaluation.referee import START
 from launch.hub import hub_file
+from launch.idle import IDLE, scale_remark
 from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS, SIGHTED_TYPES
 from launch.presets import LORA_TARGETS
@@ -42,41 +43,6 @@ PACKAGES = {EMBEDDED_MODEL: SMOLLM2, EMBEDDED_SIGHTED: SMOLLM2 | LITE0}
 LANGUAGE_MODEL = "(CausalLM|LMHeadModel|ConditionalGeneration)$"  # the end of such a class's name
 OPENAI = "openai==3.57.0"  # needed for --referee_url alone; as in requirements-dev.txt
 PEFT = "peft==0.21.2"  # needed for LoRA alone; as in requirements-dev.txt
-# (flags, when they do nothing, in words); those of LoRA are an error, see check_lora.
-IDLE = (
-    (("update_ref_model_freq", "ref_model_mixup_alpha"),
-     lambda args: not args.update_ref_model, "without --update_ref_model"),
-    (("kl_estimator",), lambda args: args.kl_beta == 0, "at --kl_beta 0"),
-    (("clip_epsilon", "clip_epsilon_high", "clip_delta"),
-     lambda args: args.num_inner_epochs == 1, "at --num_inner_epochs 1: the ratio is 1"),
-    # With a correction per token, a ratio of the sequence spreads a token's gradient over all.
-    (("ratio",), lambda args: args.num_inner_epochs == 1 and args.tis_cap == 0,
-     "at --num_inner_epochs 1: the ratio is 1"),
-    (("clip",), lambda args: args.num_inner_epochs == 1 and not (args.clip == "gmpo" and
-                                                                 args.tis_cap),
-     "at --num_inner_epochs 1: the ratio is 1"),
-    (("clip_epsilon", "clip_epsilon_high"),
-     lambda args: args.num_inner_epochs > 1 and args.clip == "sapo", "with --clip sapo"),
-    (("clip_delta",), lambda args: args.num_inner_epochs > 1 and args.clip != "ppo",
-     "without --clip ppo"),
-    (("tis_floor", "tis_form"), lambda args: args.tis_cap == 0, "at --tis_cap 0"),
-    (("entropy_target",), lambda args: args.entropy_bonus == 0, "at --entropy_bonus 0"),
-    (("baseline",), lambda args: args.advantage_scale == "gdpo", "with --advantage_scale gdpo"),
-    (("question_field", "answer_field", "solution_field", "train_split", "test_split"),
-     lambda args: args.dataset_path is None and args.dataset_name != "gsm8k"
-     and not is_on_hub(args.dataset_name), "on problems that are made"),
-    (("train_split", "test_split"),
-     lambda args: args.dataset_path is not None and os.path.isfile(args.dataset_path),
-     "on one file"),
-    (("difficulty",), lambda args: args.dataset_name != "arithmetic",
-     "on other data than --dataset_name arithmetic"),
-    (("cold_start_learning_rate", "cold_start_schedule"), lambda args: args.cold_start_steps == 0,
-     "at --cold_start_steps 0"),
-    (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),
-     lambda args: args.sampler != "vllm", "without --sampler vllm"),
-    (("sampling_batch_size",), lambda args: args.sampler == "vllm", "with --sampler vllm"),
-    (("allow_changed_rewards",), lambda args: args.resume is None, "without --resume"),
-)  # fmt: skip
 
 
 def check_flags(args):
@@ -194,7 +160,8 @@ def check_referee(args):
 
 
 def check_rewards(task, args):
-    """Raise UserError where a reward asks a referee and there is none."""
+    """Raise UserError where a reward asks a referee and there is none. A line where the scale of
+    the advantages does not suit the rewards."""
     asking = [f.__name__ for f in task.reward_functions if wants_referee(f)]
     if asking and not (args.referee or args.referee_url):
         raise UserError(f"the reward {asking[0]} asks a referee, and there is none; add --referee "
@@ -202,6 +169,8 @@ def check_rewards(task, args):
     if "rubric" in asking and not task.rubric:
         raise UserError("the reward rubric: there is no RUBRIC = [(weight, criterion), ...] beside "
                         "it; add one")  # fmt: skip
+    if remark := scale_remark(task, args):
+        print(f"main.py: warning: --advantage_scale {remark}", file=sys.stderr)
 
 
 def idle_flags(args, default_of):

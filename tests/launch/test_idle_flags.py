@@ -1,8 +1,13 @@
 """A flag that does nothing in the given combination says so, and the run starts."""
 
-import pytest
+from itertools import product
 
+import pytest
+import torch
+
+from grpo import Batch, grpo_loss, token_weights
 from launch.parser import parse_args
+from training.update import objective_of
 
 CPU = ["--preset", "cpu", "--plan"]
 
@@ -61,6 +66,68 @@ def test_an_idle_flag_is_told_in_one_line(argv, warning, capsys):
 def test_one_that_acts_is_not(argv, capsys):
     parse_args([*CPU, *argv])
     assert capsys.readouterr().err == ""
+
+
+def told(argv, capsys):
+    """(the flags of a run, which of these do nothing as it says)."""
+    args = parse_args([*CPU, *argv])
+    return args, capsys.readouterr().err
+
+
+def gradient(args):
+    """That of the log-probs of four completions, at a step's first update."""
+    generator = torch.Generator().manual_seed(0)
+    now, sampled = (torch.randn(4, 6, generator=generator).double() - 2 for _ in range(2))
+    mask = torch.rand(1, 4, 6, generator=generator) > 0.2
+    advantages = torch.tensor([1.0, -0.5, 0.8, -1.3]).double()
+    batch = Batch(sampled, advantages, token_weights(mask)[0])
+    loss, _ = grpo_loss(now.requires_grad_(), batch, objective_of(args))
+    return torch.autograd.grad(loss, now)[0]
+
+
+@pytest.mark.parametrize("form", [None, "token_truncate", "token_mask", "sequence_truncate"])
+def test_ratio_and_clip_are_told_idle_where_the_gradient_is_that_without_them(form, capsys):
+    corrected = [] if form is None else ["--tis_cap", "2", "--tis_form", form]
+    for clip, ratio in product(("ppo", "cispo", "sapo", "gmpo"), ("token", "sequence")):
+        flags = {"--clip": clip, "--ratio": ratio}
+        if (clip, ratio) == ("gmpo", "sequence"):  # refused
+            continue
+        args, said = told([*corrected, *sum(flags.items(), ())], capsys)
+        for flag, default in (("--clip", "ppo"), ("--ratio", "token")):
+            other = {**flags, flag: default}
+            without, _ = told([*corrected, *sum(other.items(), ())], capsys)
+            same = torch.allclose(gradient(args), gradient(without), atol=1e-9)
+            is_told = f"{flag} {flags[flag]} does nothing at --num_inner_epochs 1" in said
+            assert is_told == (same and flags[flag] != default), (form, flags, said)
+
+
+ALONE = ["--reward_weights", "integer_format=0", "strict_format=0", "soft_format=0", "tag_count=0"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "warning"),
+    [
+        (["--advantage_scale", "max_rl"],
+         "--advantage_scale max_rl: rewards for format raise every mean; set their weights to 0 by "
+         "--reward_weights integer_format=0 strict_format=0 soft_format=0 tag_count=0"),
+        (["--advantage_scale", "max_rl", *ALONE[:-1]],
+         "--advantage_scale max_rl: rewards for format raise every mean; set their weights to 0 by "
+         "--reward_weights tag_count=0"),
+        (["--advantage_scale", "gdpo", *ALONE],
+         "--advantage_scale gdpo with one reward function differs from std in scale alone"),
+        (["--advantage_scale", "max_rl", *ALONE], None),
+        (["--advantage_scale", "gdpo"], None),
+        (["--advantage_scale", "gdpo", *ALONE, "--overlong_buffer", "8"], None),
+        (["--advantage_scale", "batch_std"], None),
+    ],
+)  # fmt: skip
+def test_a_scale_that_does_not_suit_the_rewards_is_told_in_one_line(
+    argv, warning, tmp_path, capsys
+):
+    parse_args(["--preset", "cpu", "--output_dir", str(tmp_path / "run"), *argv])
+    said = capsys.readouterr().err
+    assert said == (f"main.py: warning: {warning}\n" if warning else "")
+    assert len(said) <= 201
 
 
 @pytest.mark.parametrize(
