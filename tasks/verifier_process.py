@@ -2,7 +2,8 @@
 
 A library that reads what a model wrote may hang in C code, take all memory, set signals or carry
 text out as code. `Judge("tasks.math")` answers with that module's `judge(*request)`, called in
-another process whose time and memory the kernel limits. The run itself is out of its reach.
+another process whose time and, on Linux, memory the kernel limits. The run itself is out of its
+reach.
 """
 
 import ast
@@ -152,7 +153,8 @@ def without_eval(package, read=ast.literal_eval):
 def serve(name, seconds):
     """The other process: a request a line on standard input, its verdict on standard output."""
     channel, sys.stdout = sys.stdout, sys.stderr
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    with suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     module = importlib.import_module(name)
     module.judge(*module.EXAMPLE)
     print("ready", file=channel, flush=True)

@@ -56,6 +56,15 @@ def slow_judge(tmp_path, monkeypatch):
 # --- the start -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", ["ValueError", "OSError"])
+def test_a_system_without_a_limit_on_memory_has_judges_all_the_same(error, slow_judge, tmp_path):
+    """As macOS; sitecustomize is what Python imports first in the other process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import resource\n\n\ndef fail(*_):\n    raise {error}\n\n\nresource.setrlimit = fail\n"
+    )
+    assert slow_judge()("fine", 1) == ["fine", 1]
+
+
 def test_the_start_is_no_part_of_the_time_limit(slow_judge):
     judge = slow_judge(start=0.8)
     with time_limit(0.5):
