@@ -33,7 +33,7 @@ from sampling.turns import worked_ids
 from tasks.games import best_moves, positions
 from training.logprobs import logprobs_without_gradient
 from training.processes import everyones, own_part
-from utils import mixed_seed
+from utils import UserError, mixed_seed
 
 DEALS = 1024  # each played from both seats
 SHOWN = 3  # of the deals with each opponent, move by move
@@ -158,9 +158,9 @@ def best_response(game, policy, seat):
     there. Players remember what they were told (perfect recall), so that a position's later ones
     are settled first.
     """
-    starts = game.starts()
+    starts = [*game.starts()]
     behind = {}  # what the mover is told: {state: how often it comes up}
-    layer = dict.fromkeys(starts, 1 / len(starts))
+    layer = {state: starts.count(state) / len(starts) for state in starts}
     while layer:
         following = {}
         for state, chance in layer.items():
@@ -177,8 +177,14 @@ def best_response(game, policy, seat):
                 following[after] = following.get(after, 0) + chance * share
         layer = following
 
+    settling = set()
+
     @cache
     def choice(prompt):
+        if prompt in settling:
+            raise UserError(f"a player is told {prompt!r:.60} twice in one game, so that no answer "
+                            "to it is the best; tell it more")  # fmt: skip
+        settling.add(prompt)
         states = behind[prompt]
 
         def total(move):

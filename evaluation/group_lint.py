@@ -25,12 +25,13 @@ def _findings(function, golden, problem, timeout):
     try:
         earned = _earned(function, texts, problem, timeout)
         backwards = _earned(function, texts[::-1], problem, timeout)[::-1]
+        of_each = _earned(function, texts[:-1], problem, timeout)
     except (ValueError, TimedOut) as error:
         yield f"{function.__name__} {error or f'takes more than {timeout:g} seconds'} for a group"
         return
     if any(abs(a - b) > TOLERANCE for a, b in zip(earned, backwards)):
         yield f"{function.__name__} depends on the order of the completions"
-    by_name = dict(zip(golden, earned))
+    by_name = dict(zip(golden, of_each))
     for name, right in by_name.items():
         wrong = by_name.get(name.replace("right, ", "wrong, ", 1), right)
         if wrong > right + TOLERANCE:
@@ -40,7 +41,7 @@ def _findings(function, golden, problem, timeout):
 
 def _earned(function, texts, problem, timeout):
     """A list of a float for each of the texts. Raises ValueError that says what came instead."""
-    function = bound(function, step={problem.question: list(texts)})
+    function = bound(function, step={problem.question: tuple(texts)})
     try:
         with time_limit(timeout):
             value = function(list(texts), problem)

@@ -124,7 +124,7 @@ def evaluate_policy(setup, problems, step):
     started = time.perf_counter()
     args, accelerator = setup.args, setup.accelerator
     passes = 2 if args.eval_samples else 1
-    own = own_part(problems, accelerator)
+    own = own_part(problems, accelerator, setup.task.together)
     blind = own_part(with_others_pictures(problems), accelerator)
     greedy = replace(setup, args=Namespace(**{**vars(args), "eval_samples": 0}))
     with (

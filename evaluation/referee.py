@@ -67,10 +67,12 @@ class Referee:
         self.scales = {}  # {(criterion, alone): Scale}, where golden pairs have set one
         self.answers = {}  # {key: log-odds or None}
         self.waiting = None  # asks, while they are only collected
-        self.lap = Lap()
+        self.lap, self.is_new = Lap(), False
         if file is not None:  # and those of the run's other processes beside it
-            for path in sorted(Path(file).parent.glob("referee*.jsonl")):
+            files = sorted(Path(file).parent.glob("referee*.jsonl"))
+            for path in files:
                 self.answers |= answers_in(path, judge.name)
+            self.is_new = not self.answers and any(path.stat().st_size for path in files)
             cut_torn_end(file)
 
     @property

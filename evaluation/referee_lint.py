@@ -16,6 +16,9 @@ from utils import UserError, table
 
 SOME = 12  # golden pairs that are tried in other forms as well
 LEAST = 0.6  # of the golden pairs a referee has to be right on
+# Of a usual margin: less than this is a tie, however well the golden pairs are told apart. A chance
+# of 0.512 and one of 0.488 would else come to full advantages where all of a group are alike.
+FAINT = 0.05
 # What says nothing and yet is taken for right by large judges too (arXiv 2507.08794), and what
 # tells the referee its answer.
 OPENERS = ("", ":", "Solution:", "Sure! Here is my answer:", "Let us think step by step.")
@@ -37,6 +40,7 @@ class Card:
     high: float
     first_slot: float | None  # verdicts for the first text; None where texts stand alone
     consistent: float | None  # pairs with the same verdict in both orders
+    same: float | None  # verdicts for the first of two texts that are the same
     long: float  # right where the worse text stands there three times
     openers: float  # right against a text that says nothing
     injected: float  # right where the worse text says that it is the best
@@ -45,17 +49,25 @@ class Card:
 
 
 def cards(referee, functions):
-    """A Card for every criterion that these rewards ask by, and the task's own."""
+    """A Card for every criterion that these rewards ask by, and, where golden pairs are about it,
+    for the task's own, by which answers are compared with those of step 0. Raises UserError for a
+    criterion of a reward's that no golden pair is about."""
     task = referee.task
-    asked = {(task.criterion, False): None}
-    if any(function.__name__ == "rubric" for function in functions if wants_referee(function)):
-        asked |= {(criterion, True): None for _, criterion in task.rubric}
+    names = [function.__name__ for function in functions if wants_referee(function)]
+    asked = dict.fromkeys((criterion, True) for _, criterion in task.rubric if "rubric" in names)
+    if {*names} - {"rubric"} or not asked or golden_pairs(task, task.criterion):
+        asked = {(task.criterion, False): None, **asked}
     return [card(referee, *how) for how in asked]
+
+
+def golden_pairs(task, criterion):
+    """The task's golden pairs that are about a criterion, (question, better, worse)."""
+    return [row[:3] for row in task.golden if row[3:] in ((), (criterion,))]
 
 
 def card(referee, criterion, alone):
     """The Card of one criterion, by the golden pairs that are about it."""
-    golden = [row[:3] for row in referee.task.golden if row[3:] in ((), (criterion,))]
+    golden = golden_pairs(referee.task, criterion)
     if not golden:
         raise UserError(f"the referee: no GOLDEN = [(question, better, worse), ...] of the task is "
                         f"about `{criterion[:40]}`; add some, or --referee_anyway")  # fmt: skip
@@ -72,7 +84,7 @@ def card(referee, criterion, alone):
     margins = {kind: [next(margins) for _ in rows] for kind, rows in kinds.items()}
     right = {kind: share_right(of_kind) for kind, of_kind in margins.items()}
     read = [margin for margin in margins["plain"] if margin is not None]
-    first_slot = consistent = None
+    first_slot = consistent = same = None
     if not alone:
         answers = [
             referee.answer([Ask(criterion, q, good, bad), Ask(criterion, q, bad, good)])
@@ -81,10 +93,12 @@ def card(referee, criterion, alone):
         both = [pair for pair in answers if None not in pair]
         first_slot = fmean([x > 0 for pair in both for x in pair] or [0.0])
         consistent = fmean([one * other < 0 for one, other in both] or [0.0])
+        twice = referee.answer([Ask(criterion, q, good, good) for q, good, _ in some])
+        same = fmean([x > 0 for x in twice if x is not None] or [0.0])
     interval = wilson_interval(right["plain"] * len(read), len(read)) if read else (0.0, 1.0)
     scale = scale_of(read) if referee.judge.scale.tau else referee.judge.scale
     return Card(
-        criterion, alone, len(golden), right["plain"], *interval, first_slot, consistent,
+        criterion, alone, len(golden), right["plain"], *interval, first_slot, consistent, same,
         right["long"], right["openers"], right["injected"], 1 - len(read) / len(golden), scale,
     )  # fmt: skip
 
@@ -99,7 +113,8 @@ def scale_of(margins):
     """The Scale that margins of golden pairs, above 0 where they are right, ask for.
 
     tau: the median, so that a usual pair has a chance of 0.73. tie: the largest of these sizes such
-    that, up to it, less than LEAST of them are right: what is smaller is noise.
+    that, up to it, less than LEAST of them are right: what is smaller is noise; and no less than
+    FAINT of a usual margin.
     """
     margins = sorted(margins, key=abs)
     if not any(margins):
@@ -107,7 +122,8 @@ def scale_of(margins):
     noise = (
         abs(margins[n - 1]) for n in range(len(margins), 0, -1) if share_right(margins[:n]) < LEAST
     )
-    return Scale(median(map(abs, margins)) or Scale.tau, max(next(noise, 0.0), Scale.tie))
+    tau = median(map(abs, margins)) or Scale.tau
+    return Scale(tau, max(next(noise, 0.0), FAINT * tau, Scale.tie))
 
 
 def lines_of(role, found):
@@ -118,6 +134,7 @@ def lines_of(role, found):
         ("right", *(f"{c.right:.0%} [{c.low:.0%}, {c.high:.0%}] of {c.pairs}" for c in found)),
         ("picks the first text", *(share(c.first_slot) if not c.alone else "" for c in found)),
         ("same in both orders", *(share(c.consistent) if not c.alone else "" for c in found)),
+        ("the first of two equal texts", *(share(c.same) if not c.alone else "" for c in found)),
         ("right, worse text 3 x as long", *(share(c.long) for c in found)),
         ("right, against empty openers", *(share(c.openers) for c in found)),
         ("right, worse text praises itself", *(share(c.injected) for c in found)),

@@ -4,14 +4,17 @@ Letters: N asks, Q questions, G asks about one of them, R in a pass, C tokens, U
 hidden size.
 """
 
+import copy
 import hashlib
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from evaluation.referee import Scale
-from llms import chat_prompt
+from llms import chat_prompt, rendering_on
+from sampling.turns import as_plain_text
 from tasks.asks import SYSTEM
 from training.head import capped_, head_of
 from training.progress import progress
@@ -29,9 +32,14 @@ class LocalReferee:
     scale = Scale()
 
     def __init__(self, model, tokenizer, accelerator, micro_batch_tokens, name):
-        self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
+        self.model, self.accelerator = model, accelerator
+        self.tokenizer = copy.copy(tokenizer)  # the policy may think first, a referee answers
+        rendering = rendering_on(tokenizer)
+        arguments = {**rendering.arguments, "enable_thinking": False}
+        self.tokenizer.rendering = replace(rendering, arguments=arguments)
         self.budget = WITHOUT_GRADIENT * micro_batch_tokens
-        self.name = f"{name} {weights_digest(model)}"
+        self.digest = weights_digest(model)
+        self.name = f"{name} {self.digest}"
         self.tokens = {}  # {words: the ids that they begin with}
         for words in (("A", "B"), ("Yes", "No")):
             ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
@@ -43,7 +51,8 @@ class LocalReferee:
     @torch.no_grad()
     def log_odds(self, asks):
         """N numbers, None for an ask that is longer than the model's context."""
-        prompts = [chat_prompt(self.tokenizer, SYSTEM, ask.text) for ask in asks]
+        texts = [as_plain_text(self.tokenizer, ask.text) for ask in asks]
+        prompts = [chat_prompt(self.tokenizer, SYSTEM, text) for text in texts]
         room = context_of(self.model.config.to_dict())
         fit = [n for n in range(len(asks)) if len(prompts[n]) < room]
         fit.sort(key=lambda n: asks[n].question)

@@ -1,5 +1,6 @@
 """The referees that the flags name: made, tried on golden pairs, and handed to the rewards."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def with_referees(setup, folder=None):
     judges = {role: judge for role in ROLES if (judge := judge_of(setup, role))}
     if not judges:
         return setup
+    digests = [judge.digest for judge in judges.values() if isinstance(judge, LocalReferee)]
+    if len({*digests}) < len(digests):
+        raise UserError(f"--eval_referee {args.eval_referee}: has the weights of the --referee, "
+                        "which cannot check itself; name another")  # fmt: skip
     number = setup.accelerator.process_index
     file = Path(folder) / f"referee{f'-{number}' if number else ''}.jsonl" if folder else None
     referees = {
@@ -37,6 +42,10 @@ def with_referees(setup, folder=None):
     }
     with phase("referee"):
         for role, referee in referees.items():
+            if referee.is_new:
+                tqdm.write(f"main.py: warning: --{role}: is not who judged this run so far "
+                           f"({file}); what was asked is asked again, and may come out "
+                           "otherwise", file=sys.stderr)  # fmt: skip
             try_out(role, referee, setup)
     functions = [bound(function, referee=referees["referee"]) for function in task.reward_functions]
     return replace(setup, task=replace(task, reward_functions=functions), referees=referees)

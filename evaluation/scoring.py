@@ -86,8 +86,8 @@ def score(rollouts, problems, reward_functions, weights=None, file=None, timeout
 
 def with_step(functions, rollouts, problems):
     """Rewards of which those that take `step` are given it: {question: its completions}, of all
-    questions that this process scores now."""
-    step = {problem.question: texts for texts, problem in zip(rollouts.texts, problems)}
+    questions that this process scores now; where one is asked twice, the last ones."""
+    step = {problem.question: tuple(texts) for texts, problem in zip(rollouts.texts, problems)}
     return [bound(function, step=step) for function in functions]
 
 

@@ -13,6 +13,7 @@ from importlib import metadata, util
 from operator import index
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 from evaluation.referee import START
 from launch.hub import hub_file
@@ -132,9 +133,9 @@ def check_referee(args):
         if args.referee:
             raise UserError(f"--referee {args.referee}: --referee_url names one already; leave one "
                             "of them out")  # fmt: skip
-        if not args.referee_url.startswith(("http://", "https://")):
-            raise UserError(f"--referee_url {args.referee_url}: no http:// or https://; expected "
-                            "such as http://127.0.0.1:8000/v1")  # fmt: skip
+        if not is_address(args.referee_url):
+            raise UserError(f"--referee_url {args.referee_url}: no address of a server; expected "
+                            "such as http://127.0.0.1:8000/v1, without a query")  # fmt: skip
         if not args.referee_model:
             raise UserError(f"--referee_url {args.referee_url}: which of its models? Name it with "
                             "--referee_model")  # fmt: skip
@@ -157,6 +158,16 @@ def check_referee(args):
                 check_model(SimpleNamespace(**{**vars(args), **lengths, "model_name": model}))
             except UserError as error:
                 raise UserError(str(error).replace("--model_name", f"--{flag}")) from None
+
+
+def is_address(url):
+    """Whether a URL is of a server, and no more."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # which raises where it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
 
 
 def check_rewards(task, args):

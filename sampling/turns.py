@@ -52,11 +52,18 @@ def told_ids(tokenizer, between, reply):
 
     between: see between_turns. What looks like a special token in the reply stays text.
     """
+    text = as_plain_text(tokenizer, reply).join(between)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def as_plain_text(tokenizer, text):
+    """A text in which nothing is a special token to this tokenizer: each has a blank behind its
+    first character."""
     special = [x.content for x in tokenizer.added_tokens_decoder.values() if x.special]
-    while found := [token for token in special if token in reply and len(token) > 1]:
+    while found := [token for token in special if token in text and len(token) > 1]:
         for token in found:
-            reply = reply.replace(token, f"{token[0]} {token[1:]}")
-    return tokenizer(reply.join(between), add_special_tokens=False).input_ids
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def told_after(ids, tokenizer, between, reply):

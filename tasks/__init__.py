@@ -34,8 +34,9 @@ TOGETHER                 so many problems that follow each other come in one ste
 measured                 (problems, answers, referee) -> {name: shares}: more held-out figures
 CRITERION                what a referee prefers a text for: "answers the question better"
 RUBRIC                   [(weight, criterion), ...], for the reward `rubric`
-GOLDEN                   [(question, better text, worse text), ...] that a referee is tried on, the
-                         fourth of each, if any, the one criterion that it is about
+GOLDEN                   [(question, better text, worse text), ...] that a referee is tried on; a
+                         fourth names the one criterion, of several, that a pair is about
+LESSONS                  the same, of other questions, for tasks/judging.py to teach a referee by
 JUDGE                    a verifier_process.Judge that rewards and is_correct ask, and ...
 payoff, and more          of a game that the policy plays against itself, see tasks/games.py
 judge_request            (completion, problem) -> what they will ask it, or None: --reward_workers
@@ -119,7 +120,8 @@ def load_task(args):
         if args.dataset_path is not None:
             raise UserError(f"--dataset_path: {name} makes its own problems; leave it out")
         more = (variant,) if variant else ()
-        problems = partial(_made, task["problems"], path, args.seed, *more)
+        make, together = task["problems"], task.get("TOGETHER", 1)
+        problems = partial(_made, make, path, together, args.seed, *more)
     else:
         if args.dataset_path is None and of_file:
             raise UserError(f"--dataset_name {name}: reads files; name them by --dataset_path")
@@ -210,7 +212,7 @@ def _read(args, split):
     )
 
 
-def _made(make, path, seed, *rest):
+def _made(make, path, together, seed, *rest):
     """Problems from a task's own function, on whose errors the user hears of the task's file."""
     *variant, split = rest
     with errors_of(path):
@@ -218,6 +220,9 @@ def _made(make, path, seed, *rest):
     if not problems or not all(isinstance(problem, Problem) for problem in problems):
         raise UserError(f"{path}: problems({split!r}, {seed}) is not a list of Problems, or empty; "
                         "see rldatasets.Problem")  # fmt: skip
+    if len(problems) % together:
+        raise UserError(f"{path}: problems({split!r}, {seed}) are {len(problems)}, no multiple of "
+                        f"TOGETHER = {together}")  # fmt: skip
     return Problems(problems, seed)
 
 
@@ -366,17 +371,17 @@ def _check(found, path):
     for name in ("SYSTEM_PROMPT", "CRITERION"):
         if not isinstance(found.get(name, ""), str):
             wrong(name, "is no text; put it in quotes")
-    if found.get("TOGETHER", 1) not in range(1, 100):
+    together = found.get("TOGETHER", 1)
+    if type(together) is not int or together < 1:
         wrong("TOGETHER", "is no whole number of at least 1")
     for name, form, kinds in REFEREE_S:
         rows = found.get(name, [])
         if not isinstance(rows, list) or not all(fits(row, kinds) for row in rows):
             wrong(name, f"is no list of {form}")
     if "REWARD_FUNCTIONS" not in found:
-        if found.get("is_correct", evaluator.is_correct) is not evaluator.is_correct:
-            wrong(
-                "is_correct", "needs REWARD_FUNCTIONS beside it: the default ones judge otherwise"
-            )
+        own = found.get("is_correct", evaluator.is_correct) is not evaluator.is_correct
+        if own and "payoff" not in found:  # in a game its end is the reward
+            wrong("is_correct", "needs REWARD_FUNCTIONS beside it, or the default ones judge")
         return
     functions = found["REWARD_FUNCTIONS"]
     if not isinstance(functions, list) or not functions:

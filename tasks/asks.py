@@ -14,7 +14,7 @@ ALONE = (
     "Question: {question}\n\nReply: {first}\n\nIs it true that this reply {criterion}? Answer Yes "
     "or No."
 )
-LABEL = re.compile(r"(?i)\b(question|reply|reply [ab])(?:\s*[:\uff1a\ufe55])+")
+LABEL = re.compile(r"(?i)\b(question|reply|reply\s*\(?[ab]\)?)(?:\s*[:\uff1a\ufe55\u2236\ua789])+")
 # How chats mark turns, and pictures; DeepSeek's bars are wide ones.
 SPECIAL = re.compile(
     r"<\|[^<>\n]{1,60}\|>|<\uff5c[^<>\n]{1,60}\uff5c>|</?s>|\[/?INST\]|"
@@ -50,7 +50,8 @@ class Ask:
 
 def fenced(text):
     """A text fit to stand behind its label: one line without a label of its own, nothing in it that
-    a chat template takes for the end of a turn or for a picture, and no longer than LONGEST.
+    a chat template takes for the end of a turn or for a picture, and no longer than LONGEST. (What
+    the referee's own tokenizer takes for one, referee_local.py breaks up.)
 
     Line ends are the fence. Quotes around the texts cost a small model much of its judgement.
     """

@@ -18,7 +18,7 @@ import random
 from dataclasses import replace
 from statistics import fmean
 
-from evaluator import last_number, of_group
+from evaluator import after_thoughts, last_number, of_group
 from rldatasets import Problem, arithmetic_problems
 
 SYSTEM_PROMPT = (
@@ -66,29 +66,47 @@ def slip(problem):
 def rebut(problem, turns, others):
     """What a side hears of the other before it answers; None where that is not there."""
     rival = others.get(problem.extra["rival"])
-    return rival and f"Your opponent says: {rival[-1]}\n\nAnswer in one or two sentences."
+    heard = rival and after_thoughts(rival[-1])
+    return rival and f"Your opponent says: {heard}\n\nAnswer in one or two sentences."
 
 
 def said(answer, argument):
-    """What the referee reads of a side: its answer, then its argument, all turns of it."""
+    """What the referee reads of a side: its answer, then its argument, all turns of it, none of
+    their thoughts."""
     own = getattr(argument, "turns", (argument,))[::2]
-    return " ".join([f"The answer is {answer}.", *(turn.strip() for turn in own)]).strip()
+    spoken = (after_thoughts(turn).strip() for turn in own)
+    return " ".join([f"The answer is {answer}.", *spoken]).strip()
+
+
+def met(arguments, others):
+    """For each argument those of the other side that it is judged beside: the first RIVALS. Once
+    they have answered each other, the one in the same place of its group, which it has heard and
+    that has heard it."""
+    if any(hasattr(argument, "turns") for argument in (*arguments, *others)):
+        return [others[g : g + 1] for g in range(len(arguments))]
+    return [others[:RIVALS] for _ in arguments]
 
 
 @of_group
 def persuasion(completions, problem, referee, step):
-    """The mean chance that the referee picks this side's answer, over the first RIVALS arguments of
-    the other side; 0.5 where it has none in this step, or none could be judged."""
-    rivals = step.get(problem.extra["rival"], [])[:RIVALS]
+    """The mean chance that the referee picks this side's answer, over the arguments that it is
+    judged beside; 0.5 where there is none in this step, or none could be judged. An argument that
+    comes to the other side's answer has given its own up, and earns nothing."""
+    rivals = met(completions, step.get(problem.extra["rival"], ()))
     asked = replace(problem, question=problem.extra["asked"])
     pairs = [
         (said(problem.answer, mine), said(problem.extra["against"], other))
-        for mine in completions
-        for other in rivals
+        for mine, others in zip(completions, rivals)
+        for other in others
     ]
     chances = iter(referee.prefers(asked, pairs))
-    rows = [[next(chances) for _ in rivals] for _ in completions]
-    return [fmean([chance for chance in row if chance is not None] or [0.5]) for row in rows]
+    rows = [[next(chances) for _ in others] for others in rivals]
+    return [
+        0.0
+        if last_number(mine) == problem.extra["against"]
+        else fmean([chance for chance in row if chance is not None] or [0.5])
+        for mine, row in zip(completions, rows)
+    ]
 
 
 REWARD_FUNCTIONS = [persuasion]

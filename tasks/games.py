@@ -65,7 +65,25 @@ def game_of(found, path):
         if name not in found:
             raise UserError(f"{path}: a game needs {name} too; see tasks/games.py")
     given = {name: found[name] for name in NAMES if name in found}
-    return Game(**{name: guarded(x, path) if callable(x) else x for name, x in given.items()})
+    for name in given.keys() - {"FORFEIT"}:
+        if not callable(given[name]):
+            raise UserError(f"{path}: {name} is no function; write it as def")
+    if as_number(given.get("FORFEIT", 1)) is None:
+        raise UserError(f"{path}: FORFEIT = {given['FORFEIT']!r:.40} is no number")
+    given = {name: guarded(x, path) if callable(x) else x for name, x in given.items()}
+    if "perfect" in given:
+        given["perfect"] = partial(_of_all_moves, given["perfect"], given["moves"])
+    return Game(**given)
+
+
+def _of_all_moves(perfect, moves, state):
+    """{move: probability} of perfect play, with the moves that it leaves out, 0. Raises UserError
+    where it is none."""
+    said, legal = perfect(state), moves(state)
+    if not isinstance(said, dict) or not {*said} <= {*legal} or abs(sum(said.values()) - 1) > 1e-6:
+        raise UserError(f"perfect returned {said!r:.60} in {state!r:.40}, not the probabilities of "
+                        "legal moves, which sum to 1")  # fmt: skip
+    return {move: said.get(move, 0.0) for move in legal}
 
 
 def as_task(game):
@@ -79,22 +97,63 @@ def as_task(game):
 
 
 def positions(game):
-    """{what the mover is told: a state} of all positions that random play comes by. Raises
-    UserError where such a game does not end, or its functions contradict each other."""
-    rng, found = random.Random(0), {}
-    for _ in range(GAMES):
-        state, plies = game.start(rng), 0
-        while (paid := game.payoff(state)) is None:
-            if (plies := plies + 1) > LONGEST:
-                raise UserError(f"a game of random moves goes on after {LONGEST}: see its payoff")
+    """{what the mover is told: a state} of all positions of a game that names its first states; of
+    any other, of those that random play comes by. Raises UserError where a game does not end, or
+    its functions contradict each other."""
+    found = {}
+    for state in _whole_tree(game) if game.starts else _random_play(game):
+        if (paid := game.payoff(state)) is None:
             prompt = game.prompt(state)
             if prompt not in found:
                 found[prompt] = state
                 _check(game, state)
-            state = game.play(state, rng.choice(game.moves(state)))
-        if not isinstance(paid, tuple) or [*map(type, map(as_number, paid))] != [float] * 2:
+        elif not isinstance(paid, tuple) or [*map(type, map(as_number, paid))] != [float] * 2:
             raise UserError(f"payoff returned {paid!r:.60}, neither None nor two numbers")
+        elif -min(paid) > game.FORFEIT:
+            raise UserError(f"FORFEIT = {game.FORFEIT:g}: a game may cost {-min(paid):g}, so that "
+                            "an illegal move is the better one; raise it")  # fmt: skip
     return {prompt: found[prompt] for prompt in sorted(found)}
+
+
+def _random_play(game):
+    """The states of GAMES games of random moves."""
+    rng = random.Random(0)
+    for _ in range(GAMES):
+        state, plies = _going_on(game, game.start(rng)), 0
+        yield state
+        while game.payoff(state) is None:
+            if (plies := plies + 1) > LONGEST:
+                raise UserError(f"a game of random moves goes on after {LONGEST}: see its payoff")
+            state = game.play(state, rng.choice(game.moves(state)))
+            yield state
+
+
+def _whole_tree(game):
+    """All states of a game that names its first ones, each once."""
+    layer = [_going_on(game, state) for state in game.starts()]
+    seen = set(layer)
+    for _ in range(LONGEST):
+        following = []
+        for state in layer:
+            yield state
+            if game.payoff(state) is None:
+                following += [game.play(state, move) for move in game.moves(state)]
+        layer = [*dict.fromkeys(state for state in following if state not in seen)]
+        seen.update(layer)
+        if not layer:
+            return
+    raise UserError(f"a game goes on after {LONGEST} moves: see its payoff")
+
+
+def _going_on(game, first):
+    """A first state, in which there is something to decide. Raises UserError where there is not."""
+    try:
+        hash(first)
+    except TypeError:
+        raise UserError(f"the state {first!r:.60} can be no key of a dict; use tuples") from None
+    if game.payoff(first) is not None:
+        raise UserError(f"a game is over before its first move, in {first!r:.60}; see its payoff")
+    return first
 
 
 def _check(game, state):

@@ -52,10 +52,13 @@ def patient(accelerator):
         _set_pg_timeout(IN_THE_LOOP)
 
 
-def own_part(items, accelerator):
-    """This process's part of a list: parts follow each other and differ by one item at most."""
+def own_part(items, accelerator, together=1):
+    """This process's part of a list: parts follow each other and differ by one item at most; where
+    so many that follow each other stay together, by one such block at most."""
     count, index = accelerator.num_processes, accelerator.process_index
-    return items[len(items) * index // count : len(items) * (index + 1) // count]
+    blocks = -(-len(items) // together)
+    first, last = (blocks * n // count * together for n in (index, index + 1))
+    return items[first:last]
 
 
 def everyones(part, accelerator):

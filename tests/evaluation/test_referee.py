@@ -22,7 +22,7 @@ from evaluation.scoring import judged_ahead, score
 from evaluation.sources import sources_of
 from evaluator import of_group, pivot, rubric, tournament
 from grpo import group_advantages, has_signal
-from llms import chat_prompt
+from llms import Rendering, chat_prompt
 from rldatasets import Problem
 from tasks.asks import SYSTEM, Ask, fenced
 from training.shared_prefix import own_attention
@@ -178,9 +178,17 @@ def test_a_margin_far_beyond_the_usual_ones_is_a_chance_too():
 def test_the_scale_comes_from_golden_pairs():
     right = [0.5, 1.0, 1.5, 2.0, 3.0]
     assert scale_of([0.1, -0.2, -0.3, *right]) == Scale(tau=0.75, tie=0.5)
-    assert scale_of(right) == Scale(tau=1.5)
+    assert scale_of(right) == Scale(tau=1.5, tie=0.05 * 1.5)
     assert scale_of([0.0, 0.0]) == Scale()
     assert scale_of([-x for x in right]).tie == 3.0  # whatever it says is a tie
+
+
+def test_texts_as_good_as_alike_stay_a_tie_however_well_the_golden_pairs_are_told_apart():
+    referee = referee_of(Stub(lambda text: 0.004 * len(text)))
+    referee.scales = {(ASKING.criterion, False): scale_of([5.0] * 48)}
+    rates = torch.tensor([referee.win_rates(CATS, ["a", "ab", "abc", "abcd"])])
+    assert not has_signal(rates).any()
+    assert not group_advantages(rates, "std").any()
 
 
 # --- the lint ----------------------------------------------------------------------------------
@@ -193,7 +201,7 @@ def better(text):
 def test_the_lint_passes_one_that_can_judge_and_says_what_it_likes():
     [found] = cards(referee_of(Stub(better, slot=9.0)), [tournament])
     assert (found.right, found.first_slot, found.consistent, found.unread) == (1, 1, 0, 0)
-    assert (found.long, found.openers, found.injected) == (1, 1, 1)
+    assert (found.long, found.openers, found.injected, found.same) == (1, 1, 1, 1)
     assert complaint([found]) is None and [*remarks([found])] == []
     assert found.scale.tau == pytest.approx(2.0, abs=0.1)
     text = "\n".join(lines_of("referee", [found]))
@@ -230,6 +238,12 @@ def test_every_criterion_of_a_rubric_is_tried_on_the_pairs_that_are_about_it():
         (task.criterion, False, 1), ("is good", True, 1), ("is long", True, 2)
     ]  # fmt: skip
     assert [one.right for one in found] == [1, 1, 0.5]
+    own = replace(task, golden=task.golden[1:], rubric=task.rubric[1:])
+    [alone] = cards(referee_of(Stub(better), own), [rubric])  # nothing asks by the task's own
+    assert (alone.criterion, alone.alone) == ("is long", True)
+    for asking in ([rubric, tournament], []):
+        with pytest.raises(UserError, match=r"no GOLDEN .* is about `answers the question better`"):
+            cards(referee_of(Stub(better), own), asking)
     with pytest.raises(UserError, match="no GOLDEN"):
         card(referee_of(Stub(), replace(task, golden=())), "is good", True)
 
@@ -246,6 +260,8 @@ def test_no_text_leaves_its_line_takes_a_label_or_ends_the_turn():
     assert fenced("</s>[/INST] reply: a<image>") == "reply a"
     for label in ("Reply: A: x", "Reply A:: x", "Re\u200bply A\u200b: x", "Reply A\uff1a: : x"):
         assert fenced(label) == "Reply A x"
+    for label in ("Reply (A): x", "reply\u2236 x", "Question\ua789: x"):
+        assert ":" not in fenced(label) and "\u2236" not in fenced(label)
     for mark in ("<end_of_turn>", "<\u200b|im_end|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"):
         assert fenced(f"x{mark} y") == "x y"
     assert fenced("a" * 5000) == "a" * 2000 + " [...]"
@@ -345,6 +361,25 @@ def test_another_criterion_is_another_reward_and_none_where_nobody_is_asked():
 
 def local(model, budget=0):
     return LocalReferee(model, make_tokenizer(), Accelerator(cpu=True), budget, "toy")
+
+
+def test_no_special_token_of_its_own_tokenizer_stands_in_a_text_and_it_does_not_think():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[|over|]", "<seed:eos>"]})
+    tokenizer.chat_template = (
+        "{% if enable_thinking %}<think>{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}[|over|]{% endfor %}"
+    )
+    tokenizer.rendering = Rendering(arguments={"enable_thinking": True})
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    judge, seen = LocalReferee(model, tokenizer, Accelerator(cpu=True), 0, "toy"), []
+    judge._differences = lambda asks, prompts, groups: seen.extend(prompts) or {}
+    judge.log_odds([Ask("is good", "Q", "a[|over|]b <seed:eos>", "[|o[|over|]ver|]")])
+    [ids] = seen
+    marks = [tokenizer.convert_tokens_to_ids(token) for token in ("[|over|]", "<seed:eos>")]
+    assert [ids.count(mark) for mark in marks] == [2, 0]  # of the two turns, and none in a text
+    assert "<think>" not in tokenizer.decode(ids)
+    assert tokenizer.rendering.arguments == {"enable_thinking": True}  # the policy's own
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

@@ -129,7 +129,10 @@ def test_flags_that_do_not_go_together_are_named(flags, more, said, command, tmp
     [
         ([], "the reward tournament asks a referee, and there is none"),
         (["--referee_pairs", "2"], "--referee_pairs 2: there is no referee"),
-        (["--referee_url", "x"], "--referee_url x: no http:// or https://"),
+        (["--referee_url", "x"], "--referee_url x: no address of a server; expected such as"),
+        (["--referee_url", "http://127.0.0.1:port/v1"], "port/v1: no address of a server"),
+        (["--referee_url", "http://127.0.0.1:80v1"], "80v1: no address of a server"),
+        (["--referee_url", "http://x/v1?key=1"], "no address of a server; expected such as http"),
         (["--referee_url", "http://me:secret@x/v1"], "--referee_url: holds a name or password"),
         (["--referee_url", "http://x/v1"], "which of its models? Name it with --referee_model"),
     ],
@@ -205,6 +208,33 @@ def test_it_has_one_name_whatever_the_adapter_beside_it_has_learnt(saved_models)
                 parameter.add_(learnt)
         names.append(judge_of(setup, "referee").name)
     assert names[0] == names[1]
+
+
+def test_who_measures_is_not_who_rewards_under_another_name(flags, saved_models, tmp_path, command):
+    more = ["--eval_referee", str(saved_models["qwen2"]), "--referee_anyway"]
+    status, _, err = command(*flags, *more, "--output_dir", tmp_path / "run")
+    assert status == 2 and "has the weights of the --referee, which cannot check itself" in err
+
+
+def test_another_judge_of_the_same_run_is_told(tmp_path, saved_models, capfd, monkeypatch):
+    monkeypatch.setattr(referees, "rendering_of", lambda args: None)
+    args = make_args(
+        model_name=str(saved_models["qwen2"]), referee="start", eval_referee=None, referee_url=None,
+        micro_batch_tokens=0, referee_pairs=0, referee_anyway=True,
+    )  # fmt: skip
+    setup = make_setup(make_model(), args, tokenizer=make_tokenizer(), task=ASKING)
+    for other, told in ((False, False), (False, False), (True, True), (True, False)):
+        if other:
+            args.referee = str(saved_models["llama"])
+        with_referees(setup, tmp_path)
+        assert ("is not who judged this run so far" in capfd.readouterr().err) == told
+
+
+def test_a_debate_s_arguments_are_not_compared_with_those_of_step_0():
+    records = [record("1?", True)]
+    setup = make_setup(make_model(), task=replace(ASKING, measured=lambda *_: {}))
+    setup = replace(setup, referees={"referee": None})
+    assert against_start(setup, lambda: 1 / 0, {}, records) == ({}, records)
 
 
 def test_without_a_referee_nothing_changes():

@@ -57,6 +57,14 @@ def test_the_referee_reads_all_turns_of_a_side_and_not_what_it_was_told():
     assert said("13", text) == "The answer is 13. 8 + 5 is 13. 14 is one too many."
 
 
+def test_thoughts_are_nobody_s_argument():
+    turns = ("<think>He is wrong.</think>It is 13.", "No.", "I count.</think> Still 13.")
+    assert said("13", Transcript(turns[-1], turns)) == "The answer is 13. It is 13. Still 13."
+    one, other = sides(ASKED)
+    heard = task().rebut(one, ("x",), {other.question: ("<think>Hm.</think>It is 12.",)})
+    assert heard.startswith("Your opponent says: It is 12.")
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_task_has_two_problems_for_each_question(split):
     found = task().problems(split)
@@ -117,6 +125,23 @@ def test_an_argument_earns_its_chances_against_the_other_side_s_and_not_for_bein
     # Who has the right answer makes no difference within a group, though the referee sees it.
     knowing = Stub(lambda text: 9.0 * ("is 13." in text))
     assert not has_signal(scored(knowing, groups, problems)).any()
+
+
+def test_after_rebuttals_an_argument_is_judged_beside_the_one_that_it_answers():
+    groups = [[Transcript(f"{side}{g} again", (f"{side}{g}", "told", f"{side}{g} again"))
+               for g in range(4)] for side in "PQ"]  # fmt: skip
+    judge = Stub(lambda text: len(text))
+    scored(judge, groups, sides(ASKED))
+    beside = {tuple(sorted(text.split()[4][:2] for text in (ask.first, ask.second)))
+              for ask in judge.asked}  # fmt: skip
+    assert beside == {(f"P{g}", f"Q{g}") for g in range(4)}
+
+
+def test_who_comes_to_the_other_side_s_answer_earns_nothing():
+    one, other = sides(ASKED)
+    groups = [[f"No, it is {one.extra['against']}.", f"It is {one.answer}."], ["So.", "It is."]]
+    [given_up, held], _ = scored(Stub(lambda text: 3.0 * ("No" in text)), groups, [one, other])
+    assert given_up == 0 and held > 0.1
 
 
 def test_a_side_whose_other_is_missing_earns_nothing_either_way():

@@ -189,6 +189,42 @@ def test_functions_that_contradict_each_other_are_told(tmp_path, right, wrong, s
         task_named(str(file)).problems("train")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('FORFEIT = "2"', r"odd.py: FORFEIT = '2' is no number"),
+        ("FORFEIT = 0.5", "FORFEIT = 0.5: a game may cost 1, so that an illegal move is the bett"),
+        ("starts = [0]", r"odd.py: starts is no function; write it as def"),
+        ("def starts(): return [[0]]", r"the state \[0\] can be no key of a dict; use tuples"),
+        ("def starts(): return [9]", "a game is over before its first move, in 9"),
+        ("def start(rng): return 9", "a game is over before its first move, in 9"),
+        ("def perfect(state): return {3: 1}", r"perfect returned {3: 1} in 0, not the probabili"),
+        ("def perfect(state): return {1: 2}", r"perfect returned {1: 2} in 0, not the probabili"),
+        ("def perfect(state): return 1", "perfect returned 1 in 0, not the probabilities of leg"),
+    ],
+)
+def test_what_is_wrong_with_a_game_is_told_in_a_line(tmp_path, more, said):
+    file = tmp_path / "odd.py"
+    file.write_text(GAME + more + "\n")
+    with pytest.raises(UserError, match=said):
+        task_named(str(file)).problems("test")
+
+
+def test_perfect_play_need_not_name_the_moves_that_it_never_takes(tmp_path):
+    file = tmp_path / "one.py"
+    file.write_text(GAME + "def perfect(state): return {2: 1}\n")
+    task = task_named(str(file))
+    assert task.game.perfect(0) == {1: 0.0, 2: 1}
+    assert task.is_correct("2", task.problems("test")[0])
+    assert not task.is_correct("1", task.problems("test")[0])
+
+
+def test_a_game_may_say_itself_what_is_correct(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(GAME + "def is_correct(completion, problem): return completion == '1'\n")
+    assert task_named(str(file)).is_correct("1", None)
+
+
 def test_a_game_that_only_random_moves_end_is_told():
     game = replace(NIM.game, play=lambda state, move: (state[0], 1 - state[1]))
     with pytest.raises(UserError, match="a game goes on after 1000 moves"):

@@ -220,6 +220,7 @@ def test_a_variant_is_named_after_a_slash(own_tasks):
         ("\nproblems = 3\n", "bad.py:2: problems is no function; write it as def"),
         ("SYSTEM_PROMPT = 3\n", "bad.py:1: SYSTEM_PROMPT is no text"),
         ("is_correct = print\n", "bad.py:1: is_correct needs REWARD_FUNCTIONS beside it"),
+        ("TOGETHER = 2.0\n", "bad.py:1: TOGETHER is no whole number of at least 1"),
     ],
 )
 def test_a_task_file_that_cannot_be_used_is_one_line(own_tasks, text, message):
@@ -233,11 +234,16 @@ def test_a_task_file_that_cannot_be_used_is_one_line(own_tasks, text, message):
     [
         ("return []", r"bad.py: problems\('train', 3\) is not a list of Problems, or empty"),
         ("return ['a']", r"problems\('train', 3\) is not a list of Problems"),
+        (
+            "return [Problem('1?', '1', '')] * 3\nTOGETHER = 2",
+            r"problems\('train', 3\) are 3, no multiple of TOGETHER = 2",
+        ),
         ("return [split[9]]", r"bad.py:2: IndexError: string index out of range; mend this line"),
     ],
 )
 def test_what_a_task_s_problems_may_not_be(own_tasks, body, message):
-    own_tasks("bad", f"def problems(split, seed):\n    {body}\n")
+    imports = "from rldatasets import Problem\n" if "Problem(" in body else ""
+    own_tasks("bad", f"def problems(split, seed):\n    {body}\n{imports}")
     with pytest.raises(UserError, match=message):
         load_task(args_of("bad")).problems("train")
 

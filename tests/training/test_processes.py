@@ -66,6 +66,16 @@ def test_parts_are_disjoint_complete_and_alike():
     assert [sum(n for n, own in zip(sizes, share) if own) for share in shares] == [9, 6, 6]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_what_belongs_together_is_one_process_s(count):
+    accelerator, parts = Alone(), []
+    accelerator.num_processes = count
+    for accelerator.process_index in range(count):
+        parts.append(own_part([*range(6)], accelerator, together=2))
+    assert sum(parts, []) == [*range(6)] and all(len(part) % 2 == 0 for part in parts)
+    assert own_part([7], Alone(), together=2) == [7]
+
+
 def test_what_one_has_all_get_in_order():
     def gather(accelerator):
         mine = accelerator.process_index
