@@ -58,6 +58,8 @@ SETTINGS = {
     "kl_0.1": ({"kl_beta": 0.1}, None),
     "tremble_0": ({"tremble": 0.0}, None),
     "std": ({"advantage_scale": "std"}, None),
+    "questions_16": ({"questions_per_step": 16}, None),
+    "rate_5e-6": ({"learning_rate": 5e-6}, None),
     "card_unnamed": ({}, SHORT),
     "constant_cold_start": ({"cold_start_schedule": "constant"}, None),
 }
