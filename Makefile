@@ -24,8 +24,8 @@ demo-lora: $(READY)  ## the same, training adapters of rank 16 instead of all we
 
 demo-judge: $(READY)  ## SmolLM2-135M learns to answer in a sentence; its referee is taught first
 	@if [ -e runs/demo-judge ]; then mv runs/demo-judge runs/demo-judge-$$(date +%Y%m%d-%H%M%S); fi
-	[ -e runs/demo-judge-referee/model ] || \
-	  $(RUN) main.py --preset cpu --dataset_name judging/tell --output_dir runs/demo-judge-referee
+	[ -e runs/demo-judge-referee/model ] || $(RUN) main.py --preset cpu \
+	  --dataset_name judging/tell --output_dir runs/demo-judge-referee --resume_or_start
 	$(RUN) main.py --preset cpu --dataset_name tell --referee runs/demo-judge-referee/model \
 	  --referee_pairs 1 --eval_referee start --output_dir runs/demo-judge $(ARGS)
 

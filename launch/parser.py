@@ -30,6 +30,7 @@ from records.resuming import (
     saved_flags,
 )
 from tasks import has_own_evaluator, is_on_hub, load_task, task_file
+from tasks.games import is_game_file
 from utils import UserError, one_line
 
 TIS_CAP = 2.0  # of --sampler vllm, which computes otherwise than the trainer
@@ -73,6 +74,8 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     task = task_file(dataset_name or "")[0]
     if dataset_name and is_on_hub(dataset_name):
         task = "gsm8k"  # whose answers are as long as any
+    elif is_game_file(dataset_name or ""):
+        task = "kuhn"  # what held there
     defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
     parser.set_defaults(**defaults)

@@ -162,7 +162,7 @@ def locked_in(history, evaluations):
         return None
     flat = "" if flat is None else f", {flat:.0%} of the groups flat"
     return (f"self-play: exploitability {first:.3f} at first, {last:.3f} now{flat}; raise "
-            "--tremble or --entropy_bonus, lower --learning_rate")  # fmt: skip
+            "--kl_beta or --tremble, lower --learning_rate")  # fmt: skip
 
 
 # Which file shows it: the step's own completions, or the last evaluation's.

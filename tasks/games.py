@@ -24,9 +24,11 @@ starts()            all first states, equally likely, where they are few enough 
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 from rldatasets import Problem, Problems
 from tasks.guarded import guarded
@@ -54,6 +56,15 @@ class Game:
 
 
 NAMES = tuple(field.name for field in fields(Game))
+
+
+def is_game_file(name):
+    """Whether --dataset_name names a FILE.py that defines a game; it is not carried out."""
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^(def\s+payoff\b|payoff\s*=)", text, re.MULTILINE) is not None
 
 
 def game_of(found, path):

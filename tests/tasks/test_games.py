@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import make_args
 
+from launch.parser import parse_args
 from sampling.self_play import Match, play
 from tasks import check_weights, load_task
 from tasks.games import NAMES, positions
@@ -140,6 +141,17 @@ def test_ten_lines_are_a_game(tmp_path):
     assert [problem.question for problem in task.problems("train")[:2]] == ["0?", "0?"]
     assert task.is_correct("2", task.problems("test")[0])
     assert task.game.FORFEIT == 1
+
+
+def test_a_game_of_one_s_own_has_the_settings_that_held_in_kuhn_poker(tmp_path):
+    file = tmp_path / "count.py"
+    file.write_text(GAME)
+    own, kuhn, other = (
+        vars(parse_args(["--preset", "cpu", "--dataset_name", name, "--output_dir", "x"]))
+        for name in (str(file), "kuhn", "arithmetic")
+    )
+    assert {name for name in own if own[name] != kuhn[name]} == {"dataset_name"}
+    assert (own["kl_beta"], own["advantage_scale"], other["kl_beta"]) == (0.5, "none", 0.0)
 
 
 @pytest.mark.parametrize("missing", NAMES[:4])
