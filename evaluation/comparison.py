@@ -86,6 +86,18 @@ def p_against(first, records):
     return mcnemar_p(*gained_and_lost(*([row["correct"] for row in side] for side in pairs)))
 
 
+def gains(first, games):
+    """What a game against each opponent is worth more than at step 0, on the same deals, with its
+    95 % interval over these. first, games: an evaluation's records of games."""
+    before = {row["against"]: row["won_per_deal"] for row in first if "won_per_deal" in row}
+    figures = {}
+    for row in games:
+        if (name := row.get("against")) in before and "won_per_deal" in row:
+            more = [new - old for old, new in zip(before[name], row["won_per_deal"], strict=True)]
+            figures |= with_interval(f"gain/against_{name}", *mean_interval(more))
+    return figures
+
+
 def evaluation_table(columns):
     """Lines that show evaluations side by side. columns: {title: summary}."""
     keys = dict.fromkeys(key for summary in columns.values() for key in summary)

@@ -83,6 +83,7 @@ def measure(setup):
             figures[f"exact/against_{name}"] = both_seats(game, policy, opponent)
         won, matches = sampled_games(setup, opponent, name)
         figures |= with_interval(f"against_{name}", *mean_interval(won))
+        records.append({"against": name, "won_per_deal": won})
         records += [game_record(game, match, name) for match in matches]
     return figures, records
 

@@ -46,6 +46,8 @@ LABELS = {
     "best_moves": "best moves' share, where some are worse",
     "against_random": "won a game from random play (95 % interval)",
     "against_perfect": "won a game from perfect play (95 % interval)",
+    "gain/against_random": "won more than at step 0 from random play (same deals, 95 % interval)",
+    "gain/against_perfect": "won more than at step 0 from perfect play (same deals, 95 % interval)",
     "exact/against_random": "won a game from random play (exact)",
     "exact/against_perfect": "won a game from perfect play (exact)",
     "accuracy": "held-out accuracy (greedy, 95 % interval)",

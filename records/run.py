@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation.comparison import evaluation_table, p_against
+from evaluation.comparison import evaluation_table, gains, p_against
 from evaluation.referees import referee_metrics
 from evaluation.scoring import truncated_thinking
 from grpo import has_signal
@@ -140,6 +140,7 @@ class Run:
             summary = {**summary, "mcnemar_p": p_against(first, records)}
         self._write(f"completions/eval_{step:05d}.jsonl", records)
         if games:
+            summary = {**summary, **gains(self._records("games_00000.jsonl") or [], games)}
             self._write(f"completions/games_{step:05d}.jsonl", games)
         self.evaluations[step] = summary
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")
@@ -159,7 +160,10 @@ class Run:
 
     def first_records(self):
         """The records of the evaluation at step 0; None where there are none."""
-        path = self.completions / "eval_00000.jsonl"
+        return self._records("eval_00000.jsonl")
+
+    def _records(self, name):
+        path = self.completions / name
         return [record for _, record in read_jsonl(path)] if path.exists() else None
 
     def _evaluation_rows(self):

@@ -77,6 +77,22 @@ def test_a_run_plays_itself_is_measured_and_goes_on_where_it_stopped(flags, tmp_
         assert 0 <= row["exploitability"] <= 1
         assert row["against_random_low"] <= row["against_random"] <= row["against_random_high"]
         assert "lenient_accuracy" not in row
+    before, *_, after = lines(whole / "eval.jsonl")
+    deals = [
+        next(row["won_per_deal"] for row in lines(whole / f"completions/games_{step:05d}.jsonl")
+             if row.get("against") == "random" and "won_per_deal" in row)
+        for step in (0, 2)
+    ]  # fmt: skip
+    more = torch.tensor(deals[1]) - torch.tensor(deals[0])
+    assert after["gain/against_random"] == pytest.approx(more.mean().item())
+    assert after["gain/against_random"] == pytest.approx(
+        after["against_random"] - before["against_random"]
+    )
+    half = 1.96 * more.std().item() / len(more) ** 0.5
+    assert after["gain/against_random_high"] - after["gain/against_random"] == pytest.approx(
+        half, rel=1e-3
+    )
+    assert "gain/against_random" not in before
     for done in (0, 1, 2):
         records = lines(whole / "completions" / f"games_{done:05d}.jsonl")
         assert [r["position"] for r in records if "position" in r] == ["0?", "1?", "2?", "3?"]
