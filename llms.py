@@ -29,7 +29,12 @@ from vision.embedded import sighted_folder
 from vision.sight import class_of, in_parts, load_sight, sees, sight_on
 
 EMBEDDED = {EMBEDDED_MODEL: embedded_folder, EMBEDDED_SIGHTED: sighted_folder}
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # as config.json's layer_types say
+# As config.json's layer_types say: what a packed pass does, and what in it would mix sequences.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+MIXING_LAYERS = {
+    "linear_attention", "conv", "hybrid", "hybrid_sliding", "compressed_sparse_attention",
+    "heavily_compressed_attention",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,24 @@ def load_model(model_name, device, token=None, rendering=None):
 
 
 def refuse_family(config, flag):
-    """Raise UserError for what is no causal language model of transformers', and for layers that
-    hand a state from token to token, by which the sequences of a packed pass would mix."""
+    """Raise UserError for what is no causal language model of transformers', for layers that hand
+    something from token to token, by which the sequences of a packed pass would mix, and for
+    attention that a packed pass does not do or cannot take the place of."""
     kind = class_of(config)
     what = f"{flag}: model type {config.model_type}"
     if kind is None:
         raise UserError(f"{what}: transformers has no causal language model of that type")
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
-    if layers or kind._is_stateful:
-        raise UserError(f"{what}: its layers ({', '.join(sorted(layers)) or 'with a state'}) would "
-                        "mix the sequences of a packed pass; not supported")  # fmt: skip
+    if layers & MIXING_LAYERS or kind._is_stateful:
+        mixing = ", ".join(sorted(layers & MIXING_LAYERS)) or "with a state"
+        raise UserError(f"{what}: its layers ({mixing}) would mix the sequences of a packed pass; "
+                        "not supported")  # fmt: skip
+    if layers:
+        raise UserError(f"{what}: its layers ({', '.join(sorted(layers))}) see other tokens than "
+                        "those of a packed pass do; not supported")  # fmt: skip
+    if not kind._can_set_attn_implementation():
+        raise UserError(f"{what}: its attention does not go through transformers' interface, by "
+                        "which training packs sequences; not supported")  # fmt: skip
 
 
 @contextlib.contextmanager

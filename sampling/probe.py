@@ -9,13 +9,14 @@ Windows, by which no short text is limited, are narrowed to WINDOW tokens for th
 """
 
 import contextlib
+import traceback
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from llms import load_model, rendering_of
+from llms import load_model, refusing, rendering_of
 from sampling.decoder import Decoder
 from sampling.fallback import OwnLayers, falls_back
 from training.logprobs import completion_logprobs
@@ -65,14 +66,14 @@ def probe(model, flag):
     ))  # fmt: skip
     what = f"{flag}: model type {model.config.model_type}"
     with narrow_windows(model), exact_products():
-        expected = own_logprobs(model, prompts, completions)  # (T,)
+        with refusing(f"{what}: fails in transformers itself, mend its files"):
+            expected = own_logprobs(model, prompts, completions)  # (T,)
         try:
             training = trained_logprobs(model, prompts, completions)
         except UserError as error:
             raise UserError(f"{flag}: {error}") from None
         except Exception as error:  # of layers that are not called as those of most families
-            raise UserError(f"{what}: its layers cannot train on packed sequences "
-                            f"({type(error).__name__})") from None  # fmt: skip
+            raise UserError(f"{what}: {why_not_packed(error)}; not supported") from None
         differences = [difference(expected, training)]
         if not differences[0] <= TOLERANCE:
             raise UserError(f"{what}: the training pass is off by {differences[0]:.2g} nats per "
@@ -87,6 +88,14 @@ def probe(model, flag):
                 raise UserError(f"{what}: reading with a cache is off by {off:.2g} nats per token "
                                 "from transformers' forward pass; not supported")  # fmt: skip
     return differences
+
+
+def why_not_packed(error):
+    """Why layers cannot read packed sequences, by where they failed."""
+    # Our attention calls it where it was not told how the sequences are packed.
+    if "sdpa_attention_forward" in {at.name for at in traceback.extract_tb(error.__traceback__)}:
+        return "its layers do not hand on to attention how sequences are packed"
+    return f"its layers cannot read packed sequences: {' '.join(str(error).split())[:80]}"
 
 
 class Unjoined(Decoder):

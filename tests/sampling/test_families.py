@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_args
-from families import FAMILIES, make_family
+from families import FAMILIES, SIZES, make_family
 from toys import COMPLETIONS, Words, group_logprobs, naive, naive_logprobs, seeds
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llms import refuse_family
 from sampling import probe as probing
@@ -84,12 +84,45 @@ def test_what_cannot_be_right_is_refused_by_name(name):
     [
         ("mamba", "its layers (linear_attention) would mix"),
         ("clip", "transformers has no causal language model"),
+        ("llama4_text", "its layers (chunked_attention) see other tokens than those of a packed"),
+        *((kind, "its attention does not go through transformers' interface") for kind in (
+            "falcon", "bloom", "gptj", "codegen", "mpt", "gpt_neo", "xglm")),
     ],
-)
-def test_what_is_no_model_of_attention_is_refused_before_its_weights_are_read(kind, reason):
+)  # fmt: skip
+def test_what_cannot_be_packed_is_refused_before_its_weights_are_read(kind, reason):
     with pytest.raises(UserError, match=f"--model_name it: model type {kind}: ") as refusal:
         refuse_family(AutoConfig.for_model(kind), "--model_name it")
     assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "nemotron"])
+def test_layers_that_do_not_hand_on_how_sequences_are_packed_are_refused_in_words(kind):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+    refuse_family(model.config, "--model_name it")
+    with pytest.raises(UserError) as refusal:
+        probe(model, "--model_name it")
+    line = str(refusal.value)
+    reason = "its layers do not hand on to attention how sequences are packed; not supported"
+    assert line == f"--model_name it: model type {kind}: {reason}"
+
+
+def test_a_model_that_fails_in_transformers_itself_is_refused_in_one_line(monkeypatch):
+    model = make_family("Qwen3")
+    monkeypatch.setattr(model, "forward", lambda *_, **__: torch.ones(3) + torch.ones(2))
+    with pytest.raises(UserError) as refusal:
+        probe(model, "--model_name it")
+    line = str(refusal.value)
+    assert line.startswith("--model_name it: model type qwen3: fails in transformers itself, mend")
+    assert "The size of tensor a (3)" in line and "\n" not in line
+
+
+def test_what_else_layers_fail_with_is_told_in_their_words(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel\nfor it")
+
+    monkeypatch.setattr(probing, "trained_logprobs", fails)
+    with pytest.raises(UserError, match="its layers cannot read packed sequences: no kernel for"):
+        probe(make_family("Qwen3"), "--model_name it")
 
 
 def test_nine_of_ten_families_work():
