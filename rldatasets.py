@@ -23,10 +23,17 @@ from pathlib import Path
 
 import numpy as np
 
-from reading.columns import Fields, columns_of, description, parts_of
+from reading.columns import (
+    Fields,
+    choices_remark,
+    columns_of,
+    has_numbers,
+    parts_of,
+    taken_from,
+)
 from reading.files import arrow_splits, file_splits, is_saved, read_rows, saved_splits
 from reading.images import images_of
-from utils import UserError, is_number, mixed_seed
+from utils import UserError, hub_token, mixed_seed
 
 SYSTEM_PROMPT = """Respond in the following format:
 <reasoning>
@@ -92,14 +99,16 @@ def completion_of(record):
 class Problems:
     """A fixed list of problems and the endless, shuffled stream of batches drawn from it.
 
-    taken: a line on what they were taken from, where that was not plain to see. together: so many
-    problems that follow each other, such as both sides of a debate, stay behind each other; their
-    number is a multiple of it.
+    taken: a line on what they were taken from, where that was not plain to see, and `columns` its
+    part that is of the table alone; remarks: what else is worth a line. together: so many problems
+    that follow each other, such as both sides of a debate, stay behind each other; their number is
+    a multiple of it.
     """
 
-    def __init__(self, problems, seed, taken="", together=1):
+    def __init__(self, problems, seed, taken="", together=1, columns="", remarks=()):
         self.problems, self.seed = list(problems), seed
         self.taken, self.together = taken, together
+        self.columns, self.remarks = columns, remarks
 
     def __len__(self):
         return len(self.problems)
@@ -164,15 +173,20 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1, fields=
     if not rows:
         raise nothing
     columns = columns_of(rows, where, fields)
-    if columns.choices is None and any(is_number(row, columns.answer) for _, row in rows):
+    if not columns.choices and has_numbers(rows, columns.answer):
         rows = read(as_written=(columns.answer,))
     folder = Path(dataset_path or ".")
     folder = folder if folder.is_dir() else folder.parent
+    parts, marks = parts_of(rows, columns)
     problems = [
-        Problem(*parts_of(row, place, columns), images_of(row, place, folder))
-        for place, row in rows
+        Problem(*part, images_of(row, place, folder)) for part, (place, row) in zip(parts, rows)
     ]
-    taken = "" if columns.plain() else description(columns, where, problems[0])
+    first, table = problems[0], taken_from(columns, marks)
+    shown = f"{' '.join(first.question.split())[-40:]!r} -> {first.answer[:30]!r}"
+    taken = f"{where}: {table}; the first: {shown}" if table else ""
+    remarks = [line for line in (choices_remark(columns, where, problems),) if line]
+    if held_out and Path(dataset_path or "").is_dir():
+        remarks += _idle_splits(fields)
     if held_out:
         wanted, first = split == "test", {}
         firsts = [
@@ -182,7 +196,15 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1, fields=
         problems = [p for p, key in zip(problems, firsts) if is_held_out(key) == wanted]
     if not problems:
         raise nothing
-    return Problems(problems, seed, taken)
+    return Problems(problems, seed, taken, columns=table, remarks=remarks)
+
+
+def _idle_splits(fields):
+    """What --train_split and --test_split do not do on one table in a folder, a line each."""
+    named = {name: getattr(fields, name) for name in ("train_split", "test_split")}
+    for name, split in named.items():
+        if len({*named.values()}) > 1 and split != getattr(Fields, name):
+            yield f"--{name} {split} does nothing on one table: one question in five is held out"
 
 
 def _source(dataset_name, dataset_path, split, fields):
@@ -212,9 +234,9 @@ def _hub_splits(name):
     """{split: a function that makes its rows} of a dataset on the hub, or in its cache."""
     from datasets import load_dataset  # takes seconds to import and only the hub needs it
 
-    path, config = hub_dataset(name)
+    (path, config), token = hub_dataset(name), hub_token()
     try:
-        return arrow_splits(load_dataset(path, config), name)
+        return arrow_splits(load_dataset(path, config, token=token), name)
     except Exception as error:  # a library of many layers, each with errors of its own
         reason = " ".join(str(error).split())
         raise UserError(f"--dataset_name {name}: the hub did not deliver: {reason:.100}") from None

@@ -204,8 +204,8 @@ def read_problems(args, task, start=None):
     Raises UserError where nothing is left to train on.
     """
     train, test = (task.problems(split) for split in ("train", "test"))
-    if train.taken:
-        tqdm.write(train.taken)
+    for line in what_was_taken(train, test):
+        tqdm.write(line)
     kept = whole_blocks(train, without_overlap(train, test), task.together)
     if task.game:  # it has few positions, and what an evaluation asks of them is never rewarded
         kept = list(train)
@@ -220,6 +220,14 @@ def read_problems(args, task, start=None):
     held_out = held_out_problems(args, test, start, task.together)
     counts = {"overlap": overlap, "train_repeats": repeats(kept), "test_repeats": repeats(held_out)}
     return kept, held_out, counts
+
+
+def what_was_taken(*splits):
+    """What the splits were taken from and is not plain, a line each; once where it is the same."""
+    taken = {split.columns: split.taken for split in reversed(splits)}
+    lines = [taken[columns] for columns in dict.fromkeys(split.columns for split in splits)]
+    remarks = [remark for split in splits for remark in split.remarks]
+    return [line for line in dict.fromkeys([*lines, *remarks]) if line]
 
 
 def held_out_problems(args, test, start=None, together=1):
@@ -262,8 +270,8 @@ def evaluate_and_save(args):
     task = load_task(args)
     start_judge(task, args)
     test = task.problems("test")
-    if test.taken:
-        tqdm.write(test.taken)
+    for line in what_was_taken(test):
+        tqdm.write(line)
     problems = held_out_problems(args, test, together=task.together)
     policy, tokenizer = load_policy(args, accelerator)
     check_room(policy, tokenizer, problems, args, task)

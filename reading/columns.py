@@ -6,11 +6,13 @@ or none could, whoever has the data says so by --question_field and its like.
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 
+from reading.choices import LETTER, choice_columns, choices_of, counts_from_0, with_choices
 from reading.images import COLUMNS
-from utils import UserError
+from utils import UserError, is_number
 
 # Tiers: a name in an earlier one wins; two in one are not for us to choose from.
 QUESTIONS = (("question",), ("problem",),
@@ -23,10 +25,13 @@ ANSWERS = (
     ("messages", "conversations"),
 )  # fmt: skip
 WORKED = {*ANSWERS[2], *ANSWERS[3]}  # which hold a way to the answer, and mark it, if at all
-CHOICES = ("choices", "options")
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations, by ours
+# What a question is about, in a column beside it. Prompts are whole.
+CONTEXTS = ("context", "passage", "article", "body", "support")
+WHOLE = ("prompt", "messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of ours
 BRACES = re.compile(r"\\[\\{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+BOXED = "\\boxed{}"
+MARK = re.compile(r"(?<!\S)####(?!#)")
 
 
 @dataclass(frozen=True)
@@ -43,31 +48,33 @@ class Fields:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a table's questions, answers, ... are taken from, None where from none."""
+    """The columns that a table's questions, answers, ... are taken from, None or () where from
+    none."""
 
     question: str
     answer: str
     solution: str | None = None
-    choices: str | None = None
-    context: str | None = None  # Alpaca's `input`, which belongs to its instruction
+    choices: tuple = ()
+    input: str | None = None  # Alpaca's, which belongs to its instruction
+    contexts: tuple = ()
 
     def plain(self):
         """Whether this is what rows are asked to look like."""
-        ours = (self.question, self.answer, self.solution or "solution", self.choices)
-        return ours == ("question", "answer", "solution", None)
+        ours = (self.question, self.answer, self.solution or "solution")
+        return ours == ("question", "answer", "solution") and not (self.choices or self.contexts)
 
 
 def columns_of(rows, where, fields=Fields()):
     """The Columns of rows [(place, row)] of the table `where`. Raises UserError where they are not
     plain, naming the columns found and the flag that says it."""
     names = {name: None for _, row in rows for name in row}
-    for _, row in rows[:1]:
-        names.update({f"{name}.{inner}": None for name, value in row.items()
-                      if isinstance(value, dict) for inner in value})  # fmt: skip
-    lower = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
+    inner = {f"{name}.{inner}": None for _, row in rows for name, value in row.items()
+             if isinstance(value, dict) for inner in value}  # fmt: skip
+    everything = names | inner
+    lower = {name.lower(): name for name in reversed(everything)} | {n: n for n in everything}
     for flag in ("question_field", "answer_field", "solution_field"):
         name = getattr(fields, flag)
-        if name is not None and name not in names:
+        if name and all(value_at(row, name) is None for _, row in rows) and name not in everything:
             raise UserError(f"--{flag} {name}: {where} has no such column; {_listed(names)}")
 
     def found(tiers, kind):
@@ -87,11 +94,16 @@ def columns_of(rows, where, fields=Fields()):
     tiers = ANSWERS if question.lower() in ANSWERS[3] else ANSWERS[:3]
     answer = found(tiers, "answer")
     solution = fields.solution_field or lower.get("solution")
-    choices = next((lower[name] for name in CHOICES if name in lower), None)
-    holds_choices = choices and any(_choices(row.get(choices)) for _, row in rows)
-    context = lower.get("input") if question.lower() == "instruction" else None
-    return Columns(question, answer, None if solution == answer else solution,
-                   choices if holds_choices else None, context)  # fmt: skip
+    taken = {question, answer, solution}
+    choices = tuple(name for name in choice_columns(names) if name not in taken)
+    if not any(row.get(name) for _, row in rows for name in choices):
+        choices = ()
+    beside = [lower[name] for name in CONTEXTS if name in lower and question.lower() not in WHOLE]
+    contexts = tuple(name for name in beside if name not in taken
+                     and any(row.get(name) for _, row in rows))  # fmt: skip
+    return Columns(question, answer, None if solution == answer else solution, choices,
+                   lower.get("input") if question.lower() == "instruction" else None,
+                   contexts)  # fmt: skip
 
 
 def _listed(names):
@@ -108,51 +120,97 @@ def value_at(row, name):
     return row
 
 
-def parts_of(row, where, columns):
-    """(question, answer, solution, extra) of a row, texts but for extra, which is what else it
-    holds. Raises UserError, naming `where`, the row's place, and the column."""
+def parts_of(rows, columns):
+    """([(question, answer, solution, extra)] of rows [(place, row)], how many answers were found by
+    which mark): texts but for extra, which is what else a row holds. Raises UserError, naming place
+    and column."""
+    parts, marks = [], Counter()
+    for where, row in rows:
+        answer, solution, mark = _answer_of(row, columns, where)
+        worked = _text_at(row, columns.solution, where) if columns.solution else ""
+        # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
+        solution = re.sub(r"<<[^<>]*>>", "", worked or solution).strip()
+        used = {columns.question, columns.answer, columns.solution, columns.input, *COLUMNS}
+        extra = {name: row[name] for name in row if name not in used}
+        parts.append((_question_of(row, columns, where), answer, solution, extra))
+        marks[mark] += 1
+    if columns.choices:
+        tables = [choices_of(row, columns.choices, where) for where, row in rows]
+        counted = counts_from_0([answer for _, answer, _, _ in parts], tables)
+        for n, ((where, _), choices) in enumerate(zip(rows, tables)):
+            asked, answer, *rest = parts[n]
+            asked, answer = with_choices(asked, answer, choices, counted, where, columns)
+            parts[n] = (_checked(asked, columns.choices[0], where), answer, *rest)
+    return parts, marks
+
+
+def _question_of(row, columns, where):
     question = _text_at(row, columns.question, where, turn="user")
-    whole = _text_at(row, columns.answer, where, turn="assistant", numbers=True)
-    for name, value in ((columns.question, question), (columns.answer, whole)):
-        if not value:
-            raise UserError(f"{where}: `{name}` is missing or empty; every row needs one")
-    if columns.context and (context := _text_at(row, columns.context, where)):
-        question = f"{question}\n{context}"
-    solution, mark, answer = whole.rpartition("####")
-    answer = answer.strip().partition("\n")[0] if mark else answer
+    if not question:
+        raise UserError(f"{where}: `{columns.question}` is missing or empty; every row needs one")
+    if columns.input and (given := _text_at(row, columns.input, where)):
+        question = f"{question}\n{given}"
+    about = [_text_at(row, name, where, several=True) for name in columns.contexts]
+    return "\n\n".join([*filter(None, about), question])
+
+
+def _answer_of(row, columns, where):
+    """(the gold answer, the way to it or "", the mark that it was found by or "")."""
+    text = _text_at(row, columns.answer, where, turn="assistant", numbers=True)
+    if not text:
+        raise UserError(f"{where}: `{columns.answer}` is missing or empty; every row needs one")
+    way, mark, answer = _parted(text)
     if mark and not answer:
         raise UserError(f"{where}: nothing after #### in `{columns.answer}`; the answer belongs "
                         "there")  # fmt: skip
-    if not mark and columns.answer.lower() in WORKED:
-        answer, solution = last_box(whole) or whole, whole
-        if answer == whole and columns.answer.lower() == "solution":
-            raise UserError(f"{where}: `{columns.answer}` marks no answer, by \\boxed{{}} or ####; "
-                            "name the column that has it by --answer_field")  # fmt: skip
-        solution = "" if answer == whole else solution
-    if columns.choices:
-        question, answer = with_choices(question, answer.strip(), row, where, columns)
-    worked = _text_at(row, columns.solution, where) if columns.solution else ""
-    # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
-    solution = re.sub(r"<<[^<>]*>>", "", worked or solution)
-    used = {columns.question, columns.answer, columns.solution, columns.context, *COLUMNS}
-    extra = {name: row[name] for name in row if name not in used}
-    return question, answer.strip(), solution.strip(), extra
+    box = last_box(answer)
+    answer = answer.strip().partition("\n")[0] if mark else answer
+    if box and not mark:
+        more = re.sub(r"\\(boxed|fbox)|\W", "", text.replace(box, ""))
+        way, mark = text if more or columns.answer.lower() in WORKED else "", BOXED
+    if not mark and columns.answer.lower() == "solution":
+        raise UserError(f"{where}: `{columns.answer}` marks no answer, by \\boxed{{}} or ####; "
+                        "name the column that has it by --answer_field")  # fmt: skip
+    return box or answer.strip(), way, mark
 
 
-def _text_at(row, name, where, turn=None, numbers=False):
-    """A column's text, "" where it is missing; of messages, that of the last `turn`."""
+def _parted(text):
+    """(before, mark, after) of GSM8K's ####, ("", "", text) without one. A line that something
+    follows has to be a number: headings of Markdown begin like it."""
+    for last in [*MARK.finditer(text)][-1:]:
+        before, after = text[: last.start()], text[last.end() :].strip()
+        line, _, rest = after.partition("\n")
+        if not rest or (re.search(r"\d", line) and not re.search(r"[^\W\d]", line)):
+            return before, last[0], after
+    return "", "", text
+
+
+def _text_at(row, name, where, turn=None, numbers=False, several=False):
+    """A column's text, "" where it is missing; of messages, that of the last `turn`; of `several`
+    texts, all."""
     value = value_at(row, name)
     if isinstance(value, list) and turn and all(isinstance(part, dict) for part in value):
         value = _last(value, turn, where, name)
+    if isinstance(value, list) and several and all(isinstance(part, str) for part in value):
+        value = "\n\n".join(value)
     if numbers and (type(value) in (int, Decimal) or _is_finite(value)):
         value = str(value)
     if not isinstance(value, str | None):
         raise UserError(f"{where}: `{name}` is {str(value)[:40]}; expected text"
-                        + (" or a finite number" if numbers else ""))  # fmt: skip
-    text = (value or "").strip()
+                        + (" or a finite number" if numbers else "")
+                        + ("; rename it if no question needs it" if several else ""))  # fmt: skip
+    return _checked((value or "").strip(), name, where)
+
+
+def _checked(text, name, where):
     if re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where}: `{name}` holds half a character (\\ud800 to \\udfff); remove it")
     return text
+
+
+def has_numbers(rows, name):
+    """Whether a column, or a field in one, has numbers, of which the digits count."""
+    return any(is_number({name: value_at(row, name)}, name) for _, row in rows)
 
 
 def _is_finite(value):
@@ -175,7 +233,9 @@ def _last(messages, turn, where, name):
             raise UserError(f"{where}: `{name}` holds a message that is not a text {{role, "
                             f"content}} of user, assistant or system: {message!r:.40}")  # fmt: skip
         said[role].append(content)
-    if len(said["user"]) != 1 or len(said["assistant"]) > 1:
+    asked, answered = len(said["user"]), len(said["assistant"])
+    alone = turn == "assistant" and (asked, answered) == (0, 1)  # a completion, as TRL has it
+    if (asked != 1 or answered > 1) and not alone:
         raise UserError(f"{where}: `{name}` is a conversation of several turns, or of none; make "
                         "it one question")  # fmt: skip
     return said[turn][0] if said[turn] else ""
@@ -194,56 +254,31 @@ def last_box(text):
     return found[1]
 
 
-# --- multiple choice -----------------------------------------------------------------------------
+def taken_from(columns, marks):
+    """What was taken from which column of a table, "" where that is plain. marks: how many answers
+    were found by which, see parts_of."""
+    marked, whole = [mark for mark in sorted(marks) if mark], marks[""]
+    how, worked = "", columns.answer.lower() in WORKED
+    if BOXED in marked or (worked and marked):
+        how = f", its {' or '.join(marked)}"
+        how += f" ({whole} of {marks.total()} rows have none: the whole)" if whole else ""
+    elif worked:
+        how = f", the whole (no row has {BOXED} or ####)"
+    if columns.plain() and not how:
+        return ""
+    pairs = [("question", (columns.question,)), ("its input", (columns.input,)),
+             ("its context", columns.contexts), ("choices", columns.choices),
+             ("answer", (columns.answer,)), ("solution", (columns.solution,))]  # fmt: skip
+    return ", ".join(f"{kind} from {', '.join(f'`{name}`' for name in names)}"
+                     + how * (kind == "answer") for kind, names in pairs if any(names))  # fmt: skip
 
 
-def _choices(value):
-    """{label: text} of a row's choices: a list of texts, ARC's {text: [...], label: [...]}, or
-    {"A": text, ...}; {} where it is none of these."""
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        labels, texts = value.get("label") or LETTERS, value["text"]
-    elif isinstance(value, dict):
-        labels, texts = [*value], [*value.values()]
-    else:
-        labels, texts = LETTERS, value if isinstance(value, list) else []
-    texts = [str(text) if type(text) in (int, float) else text for text in texts]
-    if not texts or not all(isinstance(text, str) for text in texts) or len(labels) < len(texts):
-        return {}
-    # "A) red" says its letter itself
-    inside = [re.match(r"\(?([A-Z])[).:]\s*(?=\S)", text) for text in texts]
-    if all(inside):
-        return {match[1]: text[match.end():] for match, text in zip(inside, texts)}  # fmt: skip
-    return dict(zip(map(str, labels), texts))
-
-
-def with_choices(question, answer, row, where, columns):
-    """(the question with a line for each choice, the right one's label)."""
-    choices = _choices(row.get(columns.choices))
-    if not choices:
-        return question, answer
-    labels = [*choices]
-    same = [label for label, text in choices.items() if text.strip() == answer]
-    index = int(answer) if re.fullmatch(r"[0-9]{1,2}", answer) else len(labels)
-    numbered = index < len(labels) and answer not in choices
-    if numbered and (type(value_at(row, columns.answer)) is int or not same):
-        label = labels[index]  # counted from 0, as in MMLU
-    elif answer in choices or answer.upper() in choices:
-        label = answer if answer in choices else answer.upper()
-    elif len(same) == 1:
-        label = same[0]
-    else:
-        raise UserError(f"{where}: `{columns.answer}` {answer:.30} is none of the choices "
-                        f"{', '.join(labels):.40}; rename `{columns.choices}` if it is something "
-                        "else")  # fmt: skip
-    lines = [f"{label}. {text.strip()}" for label, text in choices.items()]
-    return "\n".join([question, *lines]), label
-
-
-def description(columns, where, problem):
-    """One line: what was taken for what in a table, with its first problem."""
-    pairs = [("question", columns.question), ("its context", columns.context),
-             ("choices", columns.choices), ("answer", columns.answer),
-             ("solution", columns.solution)]  # fmt: skip
-    taken = ", ".join(f"{kind} from `{name}`" for kind, name in pairs if name)
-    return (f"{where}: {taken}; the first: {' '.join(problem.question.split())[-40:]!r} -> "
-            f"{problem.answer[:30]!r}")  # fmt: skip
+def choices_remark(columns, where, problems):
+    """One line where golds are letters of choices that no problem shows, else ""."""
+    blind = [p.answer for p in problems if LETTER.fullmatch(p.answer)
+             and not re.search(rf"\b{p.answer.strip('()')}\s?[).:]", p.question)]  # fmt: skip
+    if columns.choices or not blind:
+        return ""
+    return (f"{where}: {len(blind)} of {len(problems)} answers are one letter, such as "
+            f"{blind[0]!r}, and no column is known for choices (`choices`, `options`, `A`, `B`, "
+            "...): nobody is shown any")  # fmt: skip

@@ -14,9 +14,10 @@ import re
 from functools import partial
 from pathlib import Path
 
+from reading.columns import has_numbers, value_at
 from utils import RepeatedKey, UserError, is_number, read_jsonl, without_repeats
 
-SHARD = re.compile(r"(.+?)(?:-\d+-of-\d+)?")  # train-00000-of-00002.parquet
+SHARD = re.compile(r"(.+?)(?:-(\d+)-of-(\d+))?")  # train-00000-of-00002.parquet
 ELSEWHERE = {  # forms that people have and that are not read, with the way out
     ".xlsx": "save it as CSV", ".xls": "save it as CSV", ".arrow": "name its folder",
     ".gz": "unpack it", ".zip": "unpack it", ".zst": "unpack it", ".bz2": "unpack it",
@@ -26,7 +27,8 @@ ELSEWHERE = {  # forms that people have and that are not read, with the way out
 
 def read_rows(path, as_written=()):
     """The rows of one file as [(place, {column: value})]. Finite numbers of JSON in the columns
-    `as_written` are the text that stands there. Raises UserError, naming file and line or row."""
+    `as_written` are the text that stands there; a.b, of field b in column a, is a column then.
+    Raises UserError, naming file and line or row."""
     path = Path(path)
     form = path.suffix.lower()
     if form in ELSEWHERE:
@@ -45,13 +47,27 @@ def _json_rows(path, as_written):
         raise UserError(f"{path}: {error.strerror}") from None
     if not start.startswith(b"["):
         rows = read_jsonl(path, as_written=as_written)
-        return [(f"{path}:{line}", row) for line, row in rows]
+        if any(has_numbers(rows, name) for name in as_written):  # in fields of columns
+            lines = _text(path).split("\n")
+            texts = (lines[number - 1].removeprefix("\ufeff") for number, _ in rows)
+            _keep_digits([row for _, row in rows], as_written, map(_with_digits, texts))
+        return [(f"{path}:{number}", row) for number, row in rows]
     text = _text(path)
     rows = _array(path, text)
     if as_written:
-        for row, written in zip(rows, json.loads(text, parse_float=str, parse_int=str)):
-            row |= {name: written[name] for name in as_written if is_number(row, name)}
+        _keep_digits(rows, as_written, _with_digits(text))
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _with_digits(text):
+    return json.loads(text, parse_float=str, parse_int=str)
+
+
+def _keep_digits(rows, as_written, texts):
+    for row, text in zip(rows, texts):
+        numbers = {name: value_at(row, name) for name in as_written}
+        written = {name: value_at(text, name) for name in as_written}
+        row |= {name: written[name] for name in as_written if is_number(numbers, name)}
 
 
 def _array(path, text):
@@ -116,13 +132,61 @@ def _parquet_rows(path):
 
     try:
         with open(path, "rb") as file:  # a ParquetFile takes no folder for a data set
-            rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+            table = pyarrow.parquet.ParquetFile(file).read()
+        names = table.column_names
+        for name in names:
+            if names.count(name) > 1:  # of a row, the last would be left
+                raise UserError(f"{path}: `{name}` twice among its columns; keep one")
+        rows = _short_floats(table.to_pylist(), table)
     except OSError as error:
         reason = error.strerror or _first_line(error)
         raise UserError(f"{path}: {reason}") from None
+    except OverflowError as error:
+        raise _unreadable(path, table, error) from None
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path}: not Parquet, or damaged: {_first_line(error)}") from None
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _unreadable(where, table, error):
+    """The complaint about a value that Python lacks, such as a date after the year 9999."""
+    for name in table.column_names:
+        try:
+            table.column(name).to_pylist()
+        except (OverflowError, ValueError):
+            where = f"{where}: `{name}`"
+            break
+    return UserError(f"{where} holds what cannot be read ({_first_line(error)}); mend it, or leave "
+                     "the column out")  # fmt: skip
+
+
+def _short_floats(rows, table):
+    """The rows of an Arrow table, a float32 having the digits that tell it from its neighbours: 0.1
+    and not 0.10000000149011612."""
+    import pyarrow
+
+    for name, column in zip(table.column_names, table.columns):
+        wide = _widened(column.type, pyarrow.float64())
+        if wide != column.type:
+            digits = column.cast(_widened(column.type, pyarrow.string()))
+            for row, value in zip(rows, digits.cast(wide).to_pylist()):
+                row[name] = value
+    return rows
+
+
+def _widened(kind, leaf):
+    """An Arrow type with `leaf` in the place of float32, within lists and structs too."""
+    from pyarrow import large_list, list_, struct, types
+
+    if types.is_float32(kind):
+        return leaf
+    if types.is_struct(kind):
+        return struct([field.with_type(_widened(field.type, leaf)) for field in kind])
+    if types.is_list(kind):
+        return list_(_widened(kind.value_type, leaf))
+    if types.is_large_list(kind):
+        return large_list(_widened(kind.value_type, leaf))
+    return kind
 
 
 def _first_line(error):
@@ -130,7 +194,7 @@ def _first_line(error):
 
 
 FORMS = {".jsonl": None, ".json": None, ".csv": _csv_rows, ".tsv": _csv_rows,
-         ".parquet": _parquet_rows}  # fmt: skip
+         ".parquet": _parquet_rows, ".pq": _parquet_rows}  # fmt: skip
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -139,7 +203,7 @@ FORMS = {".jsonl": None, ".json": None, ".csv": _csv_rows, ".tsv": _csv_rows,
 def file_splits(folder):
     """{split: a function that makes its [(place, row)]} of the files in a folder: train.jsonl,
     train.csv, train-00000-of-00002.parquet, ...; of those in its data/ where it has none itself, as
-    repositories of the hub do. Raises UserError where a split is there twice."""
+    repositories of the hub do. The function raises UserError where a split is there twice."""
     for place in (Path(folder), Path(folder) / "data"):
         found = {}
         for file in sorted(place.iterdir()) if place.is_dir() else ():
@@ -147,14 +211,24 @@ def file_splits(folder):
                 found.setdefault(SHARD.fullmatch(file.stem)[1], []).append(file)
         if found:
             break
-    for split, files in found.items():
-        if len({file.suffix for file in files}) > 1 or (len(files) > 1 and files[0].stem == split):
-            names = ", ".join(file.name for file in files)
-            raise UserError(f"{folder}: several files of split `{split}`: {names:.80}; keep one")
-    return {split: partial(_joined, files) for split, files in found.items()}
+    return {split: partial(_joined, folder, split, files) for split, files in found.items()}
 
 
-def _joined(files, as_written=()):
+def _joined(folder, split, files, as_written=()):
+    """The rows of a split's files, all of one form and, as their names number them, none missing.
+    Raises UserError."""
+    names = ", ".join(file.name for file in files)
+    shards = [SHARD.fullmatch(file.stem) for file in files]
+    counts = {int(shard[3] or 0) for shard in shards}
+    if (
+        len({file.suffix for file in files}) > 1
+        or (len(files) > 1 and counts == {0})
+        or (len(counts) > 1)
+    ):
+        raise UserError(f"{folder}: several files of split `{split}`: {names:.80}; keep one")
+    if counts != {0} and counts != {len({int(shard[2]) for shard in shards})}:
+        raise UserError(f"{folder}: {len(files)} of {max(counts)} files of split `{split}`, as "
+                        f"their names count: {names:.80}; add what is missing")  # fmt: skip
     return [row for file in files for row in read_rows(file, as_written)]
 
 
@@ -186,12 +260,16 @@ def arrow_splits(splits, where):
             for column, feature in dataset.features.items()
             if getattr(feature, "names", None)
         }
-        table = dataset.with_format("arrow")[:].to_pylist()
-        for row in table:
+        place = f"{where}, {split}" if split else where
+        arrow = dataset.with_format("arrow")
+        try:
+            table = dataset.with_format("arrow")[:].to_pylist()
+        except (OverflowError, ValueError) as error:
+            raise _unreadable(place, arrow[:], error) from None
+        for row in _short_floats(table, arrow[:]):
             for column, labels in names.items():  # of a ClassLabel, which is a number
                 label = row[column]
                 row[column] = None if label is None or label < 0 else labels[label]
-        place = f"{where}, {split}" if split else where
         return [(f"{place} row {number}", row) for number, row in enumerate(table, 1)]
 
     return {split: partial(rows, split, dataset) for split, dataset in splits.items()}

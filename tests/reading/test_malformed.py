@@ -36,7 +36,7 @@ FILES = [  # (name, text, flags, what the line says after the file's name)
     ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', {},
      ":1: `messages` holds a message that is not a text"),
     ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": "z"}', {},
-     ":1: `answer` z is none of the choices A, B; rename `choices` if"),
+     ":1: `answer` z is none of the choices A, B; mend it, or rename `choices`"),
     ("a.json", f'[{GOOD},\n{{"question": }}]', {}, ":2: not JSON: Expecting value; expected [{"),
     ("a.json", f"[{GOOD}, 7]", {}, ", row 2: expected an object like {...}, not one int"),
     ("a.json", '[{"question": "q", "question": "q"}]', {}, ": a row gives `question` twice; leave"),

@@ -55,11 +55,18 @@ SHAPES = {  # name: (a row of question and answer, what the line says of it)
                                                  {"from": "gpt", "value": a}]},
                  "question from `conversations`"),
     "alpaca": (lambda q, a: {"instruction": q, "input": "", "output": a},
-               "question from `instruction`, its context from `input`, answer from `output`"),
+               "question from `instruction`, its input from `input`, answer from `output`, "
+               "the whole (no row has \\boxed{} or ####)"),
     "verl": (lambda q, a: {"data_source": "x", "prompt": user(q), "ability": "math",
                            "reward_model": {"style": "rule", "ground_truth": a},
                            "extra_info": {"answer": "no", "index": 1}},
              "question from `prompt`, answer from `reward_model.ground_truth`"),
+    "completion of messages": (lambda q, a: {"prompt": user(q), "completion": [
+        {"role": "assistant", "content": f"Doubled.\n#### {a}"}]},
+        "question from `prompt`, answer from `completion`, its ####;"),
+    "developer": (lambda q, a: {"messages": [
+        {"role": "developer", "content": "Be."}, *user(q),
+        {"role": "assistant", "content": a}]}, "question from `messages`"),
     "capitals": (lambda q, a: {"Question": q, "Answer": a},
                  "question from `Question`, answer from `Answer`"),
 }  # fmt: skip
@@ -252,14 +259,16 @@ def test_a_dataset_of_the_hub_is_read_by_its_name_and_configuration(table, monke
 
     asked = []
 
-    def load_dataset(path, config):
+    def load_dataset(path, config, token):
         asked.append((path, config))
+        assert token == "hf_mine"
         if config is None:
             raise ValueError("Config name is missing.\nPlease pick one among ['main', 'socratic']")
         turned = table.select([*range(len(PAIRS))][::-1])
         return datasets.DatasetDict({"train": turned, "validation": table.select(range(9))})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
     fields = Fields(test_split="validation")
     test = load_problems("org/name/main", None, "test", 0, fields=fields)
     assert len(test) == 9 and test.taken.startswith(

@@ -1,0 +1,151 @@
+"""Multiple choice: every form of choices reaches the prompt, and the gold is the label."""
+
+import json
+
+import pytest
+
+from reading.choices import choice_columns
+from rldatasets import load_problems
+from utils import UserError
+
+
+def problems_of(folder, *rows, form="jsonl"):
+    """The problems of these rows, of which a test split has the same."""
+    for split in ("train", "test"):
+        text = rows[0] if form == "csv" else "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.{form}").write_text(text)
+    return load_problems("gsm8k", folder, "train", 0)
+
+
+def one(folder, *rows, **form):
+    problem = problems_of(folder, *rows, **form)[0]
+    return problem.question.removeprefix("Which?\n"), problem.answer
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"options": {"A": "x", "B": "y", "C": None}},  # as Arrow fills structs
+        {"choices": ["x", "y", None]},
+        {"options": [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}]},
+        {"choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
+        {"choices": [{"text": "x"}, {"text": "y"}]},
+        {"choices": {"label": ["A", "B"], "text": ["x", "y"]}},
+        {"choices": {"key": ["A", "B"], "value": ["x", "y"]}},
+        {"options": [["A", "x"], ["B", "y"]]},  # as Arrow reads maps
+        {"choices": '["x", "y"]'}, {"choices": "['x', 'y']"}, {"options": "{'A': 'x', 'B': 'y'}"},
+        {"A": "x", "B": "y", "C": "", "D": None}, {"option_a": "x", "option_b": "y"},
+        {"OptionA": "x", "OptionB": "y"}, {"Choice A": "x", "Choice B": "y"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", "B) y", "y", "Y", r"\text{B}"])
+def test_every_form_of_choices_and_of_answers_is_read(choices, answer, tmp_path):
+    row = {"question": "Which?", **choices, "answer": answer}
+    assert one(tmp_path, row) == ("A. x\nB. y", "B")
+    assert "choices from `" in problems_of(tmp_path, row).taken
+
+
+def test_columns_that_are_numbered_count_as_they_do(tmp_path):
+    row = {"question": "Which?", "option_1": "x", "option_2": "y", "answer": 2}
+    assert one(tmp_path, row) == ("1. x\n2. y", "2")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["question", "A", "B", "C"], ("A", "B", "C")), (["choices", "A", "B"], ("choices",)),
+        (["B", "A"], ("A", "B")), (["a", "b"], ()), (["Q", "A"], ()), (["A", "C"], ()),
+        (["option1", "option2"], ("option1", "option2")), (["option0", "option2"], ()),
+        ([f"choice_{n}" for n in range(12)], tuple(f"choice_{n}" for n in range(12))),
+    ],
+)  # fmt: skip
+def test_columns_for_each_choice_are_a_series(names, found):
+    assert choice_columns(names) == found
+
+
+def test_choices_with_empty_places_keep_their_labels(tmp_path):
+    row = {"question": "Which?", "choices": ["x", None, "z"], "answer": 2}
+    assert one(tmp_path, row) == ("A. x\nC. z", "C")
+    with pytest.raises(UserError, match=r"1: `answer` 1 is none of the choices A, C; mend it"):
+        one(tmp_path, {**row, "answer": 1})
+
+
+def test_labels_in_lower_case_stay_as_they_are(tmp_path):
+    row = {"question": "Which?", "options": {"a": "x", "b": "y"}, "answer": "B"}
+    assert one(tmp_path, row) == ("a. x\nb. y", "b")
+
+
+def test_a_table_of_csv_has_its_choices_in_cells(tmp_path):
+    text = "question,A,B,C,answer\nWhich?,x,y,,B\nWhich?,x,y,z,c\n"
+    assert [p.answer for p in problems_of(tmp_path, text, form="csv")] == ["B", "C"]
+    text = "question,choices,answer\nWhich?,\"['x', 'y']\",1.0\n"
+    assert one(tmp_path, text, form="csv") == ("A. x\nB. y", "B")
+
+
+def test_initials_are_no_labels(tmp_path):
+    names = ["J. Smith", "J. Doe", "K. Lee"]
+    row = {"question": "Which?", "choices": names, "answer": "J. Doe"}
+    assert one(tmp_path, row) == ("A. J. Smith\nB. J. Doe\nC. K. Lee", "B")
+    row["choices"] = ["(A) J. Smith", "(B) J. Doe", "(C) K. Lee"]
+    assert one(tmp_path, row) == ("A. J. Smith\nB. J. Doe\nC. K. Lee", "B")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    ["x, y", "['x' 'y']", "__import__('os').getcwd()", [["x"], ["y"]], [True, False], ["x"], 7,
+     {"text": ["x", "y"], "label": ["A"]}, [{"label": "A", "text": "x"}] * 2, [{"is": "x"}] * 2],
+)  # fmt: skip
+def test_choices_in_another_form_are_refused_by_their_place(choices, tmp_path):
+    good = {"question": "Which?", "choices": ["x", "y"], "answer": "A"}
+    with pytest.raises(UserError, match=r"train.jsonl:2: `choices` is .*; expected a list of") as e:
+        one(tmp_path, good, {**good, "choices": choices})
+    assert "\n" not in str(e.value)
+
+
+def test_more_choices_than_letters_are_refused(tmp_path):
+    row = {"question": "Which?", "choices": [f"x{n}" for n in range(27)], "answer": "x1"}
+    with pytest.raises(UserError, match=r":1: .*27 choices are more than there are letters"):
+        one(tmp_path, row)
+
+
+@pytest.mark.parametrize("nothing", [None, [], "", {"A": None, "B": None}])
+def test_a_row_without_choices_has_an_answer_of_its_own_or_is_refused(nothing, tmp_path):
+    good = {"question": "Which?", "choices": ["x", "y"], "answer": "B"}
+    open_one = {"question": "How many?", "choices": nothing, "answer": "7"}
+    assert [p.answer for p in problems_of(tmp_path, good, open_one)] == ["B", "7"]
+    said = r":2: `answer` {} names a choice, and the row has none in `choices`; add them"
+    with pytest.raises(UserError, match=said.format("B")):
+        problems_of(tmp_path, good, {**open_one, "answer": "B"})
+    with pytest.raises(UserError, match=said.format("0")):  # the other row counts from 0
+        problems_of(tmp_path, {**good, "answer": 1}, {**open_one, "answer": 0})
+
+
+def test_a_number_that_counts_to_one_choice_and_says_another_is_refused(tmp_path):
+    row = {"question": "2+1?", "choices": [1, 2, 3, 4], "answer": 3}
+    said = ":1: `answer` 3 may be choice D, counted from 0, or C, which says 3; give the choice's"
+    with pytest.raises(UserError, match=said):
+        one(tmp_path, row)
+
+
+def test_other_rows_settle_whether_numbers_count_the_choices(tmp_path):
+    row = {"question": "2+1?", "choices": [1, 2, 3, 4], "answer": 3}
+    counted = {"question": "Which?", "choices": ["x", "y"], "answer": 1}
+    assert [p.answer for p in problems_of(tmp_path, row, counted)] == ["D", "B"]
+    said = {"question": "5+5?", "choices": [10, 20], "answer": 10}
+    assert [p.answer for p in problems_of(tmp_path, row, said)] == ["C", "A"]
+    with pytest.raises(UserError, match=":1: `answer` 3 may be choice D"):
+        problems_of(tmp_path, row, counted, said)
+
+
+@pytest.mark.parametrize("choices", [["\ud800", "b"], {"\ud800": "x", "B": "b"}])
+def test_half_a_character_in_a_choice_is_refused_by_its_place(choices, tmp_path):
+    with pytest.raises(UserError, match=r":1: `choices` holds half a character"):
+        one(tmp_path, {"question": "Which?", "choices": choices, "answer": "b"})
+
+
+def test_letters_as_answers_to_choices_that_nobody_sees_are_told(tmp_path):
+    rows = [{"question": f"Which is {n}?", "endings": ["x", "y"], "answer": "B"} for n in range(3)]
+    [line] = problems_of(tmp_path, *rows).remarks
+    assert "train: 3 of 3 answers are one letter, such as 'B', and no column is known" in line
+    shown = {"question": "Which?\nA. x\nB. y", "answer": "B"}
+    assert problems_of(tmp_path, shown, {"question": "x?", "answer": "x"}).remarks == []
