@@ -1,5 +1,5 @@
 """A real server with OpenAI's API, `transformers serve`, as the referee. Not in the default suite:
-it needs fastapi, uvicorn and openai, and a minute."""
+it needs fastapi, uvicorn and openai, the embedded model, and a minute."""
 
 import os
 import socket
@@ -13,6 +13,7 @@ import pytest
 from test_referee import ASKING, CATS
 
 from evaluation.referee import Referee
+from reading.embedded import embedded_folder
 
 NEEDED = ("openai", "fastapi", "uvicorn")
 pytestmark = pytest.mark.slow
@@ -50,17 +51,18 @@ def url(tmp_path):
         server.wait(30)
 
 
-def test_a_real_server_answers_and_what_it_says_is_read_or_counted(url, saved_models, tmp_path):
+def test_a_real_server_s_verdicts_are_read(url, tmp_path):
+    """SmolLM2's, which says A or B to every other ask (3 of 6), and else starts to explain itself."""
     from evaluation.referee_url import UrlReferee
 
-    file = tmp_path / "referee.jsonl"
-    judge = UrlReferee(url, str(saved_models["qwen2"]), seconds=120.0, retries=1)
+    file, texts = tmp_path / "referee.jsonl", ["Cats are small animals.", "Cats cats cats.", "no"]
+    judge = UrlReferee(url, str(embedded_folder()), seconds=120.0, retries=1)
     referee = Referee(judge, ASKING, file=file)
-    rates = referee.win_rates(CATS, ["a cat", "cats", "no"])
+    rates = referee.win_rates(CATS, texts)
     counts = referee.counts()
     assert counts["calls"] == 6
-    assert counts["verdicts"] + counts["unread"] == 6  # a random model hardly ever says A or B
+    assert counts["verdicts"] + counts["unread"] == 6 and counts["verdicts"] > 0
     assert all(0 <= rate <= 1 for rate in rates)
     again = Referee(judge, ASKING, file=file)
-    assert again.win_rates(CATS, ["a cat", "cats", "no"]) == rates
+    assert again.win_rates(CATS, texts) == rates
     assert again.counts()["calls"] == 0
