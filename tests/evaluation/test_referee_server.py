@@ -52,7 +52,7 @@ def url(tmp_path):
 
 
 def test_a_real_server_s_verdicts_are_read(url, tmp_path):
-    """SmolLM2's, which says A or B to every other ask (3 of 6), and else starts to explain itself."""
+    """SmolLM2's, which says A or B to every other ask (3 of 6), else explains itself."""
     from evaluation.referee_url import UrlReferee
 
     file, texts = tmp_path / "referee.jsonl", ["Cats are small animals.", "Cats cats cats.", "no"]
