@@ -64,7 +64,10 @@ def judge_of(setup, role):
     if name == START:
         model, tokenizer = start_model(setup)
     else:
-        model, tokenizer = load_model(name, device, hub_token(), rendering_of(args))
+        try:
+            model, tokenizer = load_model(name, device, hub_token(), rendering_of(args))
+        except UserError as error:
+            raise UserError(str(error).replace("--model_name", f"--{role}")) from None
         probe(model, f"--{role} {name}")
         model = frozen(model, args)
     return LocalReferee(model, tokenizer, setup.accelerator, args.micro_batch_tokens, name)

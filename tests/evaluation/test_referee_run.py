@@ -216,6 +216,16 @@ def test_who_measures_is_not_who_rewards_under_another_name(flags, saved_models,
     assert status == 2 and "has the weights of the --referee, which cannot check itself" in err
 
 
+def test_a_referee_that_cannot_be_loaded_is_named_by_its_own_flag(flags, tmp_path, command):
+    model = make_model()
+    model.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"1234567890")
+    flags = [*flags[:-1], str(tmp_path / "broken")]
+    status, _, err = command(*flags, "--output_dir", tmp_path / "run")
+    assert status == 2 and "--referee " in err and "--model_name" not in err, err
+
+
 def test_another_judge_of_the_same_run_is_told(tmp_path, saved_models, capfd, monkeypatch):
     monkeypatch.setattr(referees, "rendering_of", lambda args: None)
     args = make_args(
