@@ -7,6 +7,7 @@ one text has won, where they do not it is a tie, and what cannot be read is no v
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import openai
 
@@ -19,7 +20,7 @@ from utils import UserError
 AT_ONCE = 8  # requests
 SECONDS, RETRIES = 60.0, 5  # of one request; the client waits longer before each further one
 TOKENS = 16  # of a reply
-KEYS = ("REFEREE_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
+KEY, OPENAI_KEY, OPENAI_HOST = "REFEREE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
 
 
 class UrlReferee:
@@ -31,7 +32,7 @@ class UrlReferee:
 
     def __init__(self, url, model, seconds=SECONDS, retries=RETRIES):
         self.url, self.model, self.name = url, model, f"{model} of a server"
-        self.key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
+        self.key = key_for(url)
         self.client = openai.OpenAI(
             base_url=url, api_key=self.key, timeout=seconds, max_retries=retries
         )
@@ -63,6 +64,12 @@ class UrlReferee:
         except (AttributeError, IndexError, TypeError):  # JSON, but not a reply
             return None
         return read_verdict(text, ask.words)
+
+
+def key_for(url):
+    """The key for a server, from the environment. OpenAI's own goes to OpenAI alone."""
+    names = (KEY, OPENAI_KEY) if urlsplit(url).hostname == OPENAI_HOST else (KEY,)
+    return next((os.environ[name] for name in names if os.environ.get(name)), "none")
 
 
 def read_verdict(text, words):

@@ -101,7 +101,7 @@ def add_flags(parser):
          "model's hub name or directory; None: nobody")
     flag("--referee_url", metavar="URL", help="instead: a server with OpenAI's API, such as "
          "http://127.0.0.1:8000/v1; its key, if it needs one, in the environment variable "
-         "REFEREE_API_KEY or OPENAI_API_KEY")
+         "REFEREE_API_KEY (for OpenAI itself also OPENAI_API_KEY)")
     flag("--referee_model", metavar="NAME", help="the server's model")
     flag("--eval_referee", metavar="WHO", help="a second referee that rewards nothing: with the "
          "first it judges held-out answers against those of step 0; as --referee")

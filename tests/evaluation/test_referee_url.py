@@ -17,7 +17,7 @@ from utils import UserError
 
 pytest.importorskip("openai", reason="pip install openai, see requirements-dev.txt")
 
-from evaluation.referee_url import UrlReferee, read_verdict
+from evaluation.referee_url import UrlReferee, key_for, read_verdict
 
 KEY = "sk-canary-4242"
 CATS = Problem("Tell me about cats.", "cats", "")
@@ -85,6 +85,16 @@ def longer(prompt):
     """The verdict of a server that likes the longer text, and is told nothing of orders."""
     a, b = (prompt.partition(f"Reply {letter}:")[2].partition("\n\n")[0] for letter in "AB")
     return "A" if len(a) > len(b) else "B"
+
+
+def test_openai_s_key_goes_to_openai_alone(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.delenv("REFEREE_API_KEY", raising=False)
+    assert key_for("https://api.openai.com/v1") == "theirs"
+    for url in ("http://127.0.0.1:8000/v1", "https://api.openai.com.example/v1"):
+        assert key_for(url) == "none"
+    monkeypatch.setenv("REFEREE_API_KEY", "ours")
+    assert key_for("https://api.openai.com/v1") == key_for("http://x/v1") == "ours"
 
 
 def test_agreeing_verdicts_win_and_the_server_is_asked_in_both_orders(serve):
