@@ -49,9 +49,10 @@ def choices_of(row, columns, where):
     try:
         return _read(value)
     except ValueError as error:
-        reason = str(error) or ("expected a list of texts, {label: text}, or such a list as text")
-        raise UserError(f"{where}: `{columns[0]}` is {str(value)[:30]}; {reason}; rename it if it "
-                        "is something else") from None  # fmt: skip
+        reason = str(error) or "expected a list of texts, {label: text}, or such a list as text"
+        shown = " ".join(str(value).split())
+        raise UserError(f"{where}: `{columns[0]}` is {shown:.30}; {reason}; rename it if it is "
+                        "something else") from None  # fmt: skip
 
 
 def _read(value):
@@ -170,7 +171,7 @@ def counts_from_0(answers, tables):
 def with_choices(question, answer, choices, counted, where, columns):
     """(the question with a line for each choice, the right one's label). counted: see
     counts_from_0. Raises UserError where no choice is meant, or more than one could be."""
-    named = f"{where}: `{columns.answer}` {answer:.30}"
+    named = f"{where}: `{columns.answer}` {' '.join(answer.split()):.30}"
     if not choices:
         number = re.fullmatch(r"([01]?[0-9]|2[0-5])(\.0*)?", answer)
         if LETTER.fullmatch(answer) or (counted and number):

@@ -57,11 +57,13 @@ class Columns:
     choices: tuple = ()
     input: str | None = None  # Alpaca's, which belongs to its instruction
     contexts: tuple = ()
+    left_out: tuple = ()  # what is called like a context and is no text
 
     def plain(self):
         """Whether this is what rows are asked to look like."""
         ours = (self.question, self.answer, self.solution or "solution")
-        return ours == ("question", "answer", "solution") and not (self.choices or self.contexts)
+        besides = self.choices or self.contexts or self.left_out
+        return ours == ("question", "answer", "solution") and not besides
 
 
 def columns_of(rows, where, fields=Fields()):
@@ -99,11 +101,19 @@ def columns_of(rows, where, fields=Fields()):
     if not any(row.get(name) for _, row in rows for name in choices):
         choices = ()
     beside = [lower[name] for name in CONTEXTS if name in lower and question.lower() not in WHOLE]
-    contexts = tuple(name for name in beside if name not in taken
-                     and any(row.get(name) for _, row in rows))  # fmt: skip
+    contexts, left_out = [], []
+    for name in beside:
+        values = [row[name] for _, row in rows if row.get(name)]
+        if values and name not in taken:
+            (contexts if all(map(_is_text, values)) else left_out).append(name)
     return Columns(question, answer, None if solution == answer else solution, choices,
                    lower.get("input") if question.lower() == "instruction" else None,
-                   contexts)  # fmt: skip
+                   tuple(contexts), tuple(left_out))  # fmt: skip
+
+
+def _is_text(value):
+    """Whether a value is a text, or several."""
+    return all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
 
 
 def _listed(names):
@@ -150,8 +160,12 @@ def _question_of(row, columns, where):
         raise UserError(f"{where}: `{columns.question}` is missing or empty; every row needs one")
     if columns.input and (given := _text_at(row, columns.input, where)):
         question = f"{question}\n{given}"
-    about = [_text_at(row, name, where, several=True) for name in columns.contexts]
-    return "\n\n".join([*filter(None, about), question])
+    for name in reversed(columns.contexts):
+        texts = row.get(name) or []
+        texts = texts if isinstance(texts, list) else [texts]
+        about = [text for text in texts if text.strip()]
+        question = _checked("\n\n".join([*about, question]), name, where)
+    return question
 
 
 def _answer_of(row, columns, where):
@@ -185,20 +199,16 @@ def _parted(text):
     return "", "", text
 
 
-def _text_at(row, name, where, turn=None, numbers=False, several=False):
-    """A column's text, "" where it is missing; of messages, that of the last `turn`; of `several`
-    texts, all."""
+def _text_at(row, name, where, turn=None, numbers=False):
+    """A column's text, "" where it is missing; of messages, that of the last `turn`."""
     value = value_at(row, name)
     if isinstance(value, list) and turn and all(isinstance(part, dict) for part in value):
         value = _last(value, turn, where, name)
-    if isinstance(value, list) and several and all(isinstance(part, str) for part in value):
-        value = "\n\n".join(value)
     if numbers and (type(value) in (int, Decimal) or _is_finite(value)):
         value = str(value)
     if not isinstance(value, str | None):
         raise UserError(f"{where}: `{name}` is {str(value)[:40]}; expected text"
-                        + (" or a finite number" if numbers else "")
-                        + ("; rename it if no question needs it" if several else ""))  # fmt: skip
+                        + (" or a finite number" if numbers else ""))  # fmt: skip
     return _checked((value or "").strip(), name, where)
 
 
@@ -259,7 +269,7 @@ def taken_from(columns, marks):
     were found by which, see parts_of."""
     marked, whole = [mark for mark in sorted(marks) if mark], marks[""]
     how, worked = "", columns.answer.lower() in WORKED
-    if BOXED in marked or (worked and marked):
+    if marked and (worked or whole or BOXED in marked):
         how = f", its {' or '.join(marked)}"
         how += f" ({whole} of {marks.total()} rows have none: the whole)" if whole else ""
     elif worked:
@@ -269,8 +279,10 @@ def taken_from(columns, marks):
     pairs = [("question", (columns.question,)), ("its input", (columns.input,)),
              ("its context", columns.contexts), ("choices", columns.choices),
              ("answer", (columns.answer,)), ("solution", (columns.solution,))]  # fmt: skip
-    return ", ".join(f"{kind} from {', '.join(f'`{name}`' for name in names)}"
-                     + how * (kind == "answer") for kind, names in pairs if any(names))  # fmt: skip
+    parts = [f"{kind} from {', '.join(f'`{name}`' for name in names)}" + how * (kind == "answer")
+             for kind, names in pairs if any(names)]  # fmt: skip
+    parts += [f"nothing from `{name}`, which is no text" for name in columns.left_out]
+    return ", ".join(parts)
 
 
 def choices_remark(columns, where, problems):

@@ -133,18 +133,20 @@ def _parquet_rows(path):
     try:
         with open(path, "rb") as file:  # a ParquetFile takes no folder for a data set
             table = pyarrow.parquet.ParquetFile(file).read()
-        names = table.column_names
-        for name in names:
-            if names.count(name) > 1:  # of a row, the last would be left
-                raise UserError(f"{path}: `{name}` twice among its columns; keep one")
-        rows = _short_floats(table.to_pylist(), table)
     except OSError as error:
         reason = error.strerror or _first_line(error)
         raise UserError(f"{path}: {reason}") from None
-    except OverflowError as error:
-        raise _unreadable(path, table, error) from None
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path}: not Parquet, or damaged: {_first_line(error)}") from None
+    names = table.column_names
+    for name in names:
+        if names.count(name) > 1:  # a row would hold the last of them
+            raise UserError(f"{path}: `{name}` twice among its columns; keep one")
+    try:
+        rows = table.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise _unreadable(path, table, error) from None
+    rows = _short_floats(rows, table)
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 

@@ -92,7 +92,8 @@ def test_initials_are_no_labels(tmp_path):
 
 @pytest.mark.parametrize(
     "choices",
-    ["x, y", "['x' 'y']", "__import__('os').getcwd()", [["x"], ["y"]], [True, False], ["x"], 7,
+    ["x, y", "A. x\nB. y", "['x' 'y']", "__import__('os').getcwd()", [["x"], ["y"]],
+     [True, False], ["x"], 7,
      {"text": ["x", "y"], "label": ["A"]}, [{"label": "A", "text": "x"}] * 2, [{"is": "x"}] * 2],
 )  # fmt: skip
 def test_choices_in_another_form_are_refused_by_their_place(choices, tmp_path):

@@ -46,6 +46,13 @@ def test_a_boxed_answer_is_what_the_last_box_holds_whatever_its_column(column, f
     assert rf"answer from `{column}`, its \boxed{{}}; the first" in problems.taken
 
 
+def test_rows_without_the_mark_of_the_others_are_told(tmp_path):
+    texts = ["So.\n#### 6", "#### Tuesday\nIt is Tuesday.", "#### 7"]
+    problems = problems_of(tmp_path, *({"question": text, "answer": text} for text in texts))
+    assert "answer from `answer`, its #### (1 of 3 rows have none: the whole)" in problems.taken
+    assert problems_of(tmp_path, {"question": "q", "answer": texts[0]}).taken == ""
+
+
 def test_a_box_alone_is_no_way_to_the_answer(tmp_path):
     [problem] = problems_of(tmp_path, {"question": "q", "answer": r"$\boxed{5}$"})
     assert (problem.answer, problem.solution) == ("5", "")
@@ -83,8 +90,13 @@ def test_a_context_may_be_several_texts_or_missing(tmp_path):
             {"context": None, "question": "q", "answer": "5"}]  # fmt: skip
     assert [p.question for p in problems_of(tmp_path, *rows)] == ["One.\n\nTwo.\n\nq", "q"]
     assert problems_of(tmp_path, rows[1]).taken == ""
-    with pytest.raises(UserError, match=r":1: `context` is \{'a': 1\}; expected text; rename it"):
-        problems_of(tmp_path, {**rows[0], "context": {"a": 1}})
+
+
+@pytest.mark.parametrize("other", [{"a": ["x"]}, 5, [["x"]]])
+def test_a_context_that_is_no_text_is_told_to_be_left_out(other, tmp_path):
+    problems = problems_of(tmp_path, {"context": other, "question": "q", "answer": "5"})
+    assert problems[0].question == "q"
+    assert "from `answer`, nothing from `context`, which is no text; the first" in problems.taken
 
 
 def test_a_prompt_is_whole_and_a_column_has_one_use(tmp_path):
