@@ -6,8 +6,9 @@ another model's, and outlives the run. A process that we start has what we send 
 that `--vllm_python` names, and ends with us.
 
 Before a step is sampled the policy goes over as a file, in shared memory where there is room, with
-adapters folded in. Token ids go in and come out. Whatever is wrong with an answer is a UserError
-before anything is trained on it: what comes back is held against the policy's own log-probs.
+adapters folded in. So it does from a GPU: one way for all devices, which is tested on any machine.
+Token ids go in and come out. Whatever is wrong with an answer is a UserError before anything is
+trained on it: what comes back is held against the policy's own log-probs.
 
 Letters: Q questions, G completions per question, C completion tokens.
 """
@@ -36,11 +37,12 @@ from training.lora import whole_weight
 from training.precision import DTYPES
 from training.processes import everyones, from_main, patient
 from training.progress import progress
-from training.sharding import whole
+from training.sharding import local_tensor, whole
 from utils import UserError, mixed_seed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 SHARED = Path("/dev/shm")
+FOLDER = "GRPO_WEIGHTS_FOLDER"  # an environment variable: where weights go over instead
 # Mean difference from the policy's own log-probs, in nats per token, above which the engine is
 # taken to answer from other weights. Rounding makes 2e-6 of it in fp32, 0.05 in bf16, of SmolLM2.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 0.05}
@@ -63,6 +65,7 @@ class Engine:
 
     def __init__(self, python, devices, seconds, log):
         self.seconds, self.log = seconds, log
+        self.holds = None  # the fingerprints of the weights that it was sent last
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:
             try:
@@ -127,6 +130,10 @@ def start_engine(policy, args, accelerator, describe):
     """
     if args.sampler != "vllm":
         return None
+    place = os.environ.get(FOLDER) or "."
+    if not (os.path.isdir(place) and os.access(place, os.W_OK)):
+        raise UserError(f"{FOLDER}={place}: no directory to write to; name one that vLLM sees too, "
+                        "or leave it unset")  # fmt: skip
     with patient(accelerator):
         engine = None
         if accelerator.is_main_process:
@@ -170,15 +177,23 @@ def sample_rollouts_vllm(setup, prompts, group_size, seeds):
     asked = [one for part in parts for one in part]
     rows = [(ids, mixed_seed(seed, g)) for ids, seed in asked for g in range(group_size)]
 
-    def drawn():
+    def sent():
         with model_files(policy, args) as folder:
             setup.engine.ask("weights", path=folder)
+        setup.engine.holds = now
+
+    def drawn():
         return setup.engine.ask(
             "sample", prompts=[ids for ids, _ in rows], seeds=[seed for _, seed in rows],
             stops=ends[1], max_tokens=args.max_completion_length, temperature=args.temperature,
         )  # fmt: skip
 
-    with whole(policy):
+    # A step's first draw is after an update; --max_draws may ask for more of the same weights.
+    now = everyones(fingerprints(policy), accelerator) if args.max_draws > 1 else None
+    with patient(accelerator):  # the engine's own limit is --vllm_timeout
+        if now is None or from_main(lambda: setup.engine.holds != now, accelerator):
+            with whole(policy):  # while the file is written alone
+                from_main(sent, accelerator)
         completions = from_main(drawn, accelerator)
     check_completions(completions, len(rows), policy, args.max_completion_length)
 
@@ -242,23 +257,32 @@ def dtype_of(args):
 
 @contextmanager
 def model_files(policy, args):
-    """A directory with the policy as any engine reads it, until it is left: in shared memory, or
-    among temporary files where there is none or too little."""
+    """A directory with the policy as any engine reads it, until it is left: where FOLDER says, else
+    in shared memory, or among temporary files where there is none or too little."""
     dtype = dtype_of(args)
     weights = plain_weights(policy, dtype)
     size = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
+    place = os.environ.get(FOLDER) or (SHARED if has_room else None)
     config = copy.deepcopy(policy.config)  # from_config changes it
     with torch.device("meta"):  # it knows what the files are to be called
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with tempfile.TemporaryDirectory(dir=SHARED if has_room else None) as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         try:
             model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
         except (OSError, SafetensorError) as error:
             raise UserError(f"--sampler vllm: no room for {size / 1e9:.1f} GB of weights in "
-                            f"{Path(folder).parent}; TMPDIR names another place ("
+                            f"{Path(folder).parent}; {FOLDER} names another place ("
                             f"{str(error)[:50]})") from None  # fmt: skip
         yield folder
+
+
+@torch.no_grad()
+def fingerprints(policy):
+    """A number for every parameter, or this process's part of it, which differs once it does. Made
+    of the numbers alone: whoever changes a weight need not say so."""
+    parts = [local_tensor(parameter) for parameter in policy.parameters()]
+    return [torch.hash_tensor(part).item() for part in parts if part.numel()]
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ import json
 import os
 import sys
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, make_args, make_model, make_tokenizer
+from several import launch
 from toys import assert_stops_end_completions, engine_setup, flags_of, naive
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +22,8 @@ from sampling import engine as engine_module
 from sampling.engine import model_files, sample_rollouts_vllm
 from sampling.vllm_worker import Worker
 from training.lora import add_adapter
+from training.processes import own_part
+from training.sharding import local_tensor, shard
 from utils import UserError, read_jsonl
 
 PROMPTS, SEEDS = [[5, 9, 3], [8, 2], [7, 7, 1, 3]], [11, 12, 13]
@@ -99,6 +104,89 @@ def test_every_process_gets_the_completions_of_its_own_prompts(setup_with, monke
     own = sample_rollouts_vllm(second, PROMPTS[1:], 4, SEEDS[1:])
     assert own.texts == everyone.texts[1:]
     assert [ids.tolist() for ids in own.prompt_ids] == PROMPTS[1:]
+
+
+def asked_of(engine, monkeypatch):
+    """What is asked of the engine from now on, a list that grows."""
+    asked, ask = [], engine.ask
+    monkeypatch.setattr(engine, "ask", lambda what, **more: asked.append(what) or ask(what, **more))
+    return asked
+
+
+def test_draws_of_one_step_send_the_weights_once_and_an_update_sends_them_anew(
+    setup_with, monkeypatch
+):
+    setup = setup_with(max_draws=3)
+    asked = asked_of(setup.engine, monkeypatch)
+    for _ in range(3):
+        sample_rollouts_vllm(setup, PROMPTS, 2, SEEDS)
+    assert asked == ["weights", *["sample"] * 3]
+    with torch.no_grad():  # as the least update there is
+        bias = setup.policy.model.norm.weight
+        bias[0] = torch.nextafter(bias[0], torch.tensor(9.0))
+    sample_rollouts_vllm(setup, PROMPTS, 2, SEEDS)
+    assert asked[4:] == ["weights", "sample"]
+
+
+def test_the_policy_is_whole_while_its_file_is_written_and_all_wait_with_patience(
+    setup_with, monkeypatch
+):
+    setup, happened = setup_with(), []
+    asked = asked_of(setup.engine, monkeypatch)
+
+    def noted(name):
+        @contextmanager
+        def inside(_):
+            happened.append(f"{name} begins")
+            yield
+            happened.append((f"{name} ends", *asked))
+            asked.clear()
+
+        return inside
+
+    for name in ("whole", "patient"):
+        monkeypatch.setattr(engine_module, name, noted(name))
+    sample_rollouts_vllm(setup, PROMPTS, 2, SEEDS)
+    assert happened == [
+        "patient begins", "whole begins", ("whole ends", "weights"), ("patient ends", "sample"),
+    ]  # fmt: skip
+
+
+def test_two_processes_with_a_part_of_the_policy_each_are_sampled_for_as_one(python, tmp_path):
+    def sampled(sharded):
+        """(texts of three draws, the last after an update, what the engine was asked)."""
+        accelerator, texts = Accelerator(cpu=True), []
+        setup = engine_setup(
+            without_layers(), accelerator, python, output_dir=str(tmp_path), vllm_timeout=20.0,
+            max_prompt_length=8, max_completion_length=12, max_draws=2,
+        )  # fmt: skip
+        patch = pytest.MonkeyPatch()
+        asked = asked_of(setup.engine, patch) if setup.engine else []
+        if sharded:
+            shard(setup.policy)
+        own = [own_part(items, accelerator) for items in (PROMPTS, SEEDS)]
+        for draw in range(3):
+            if draw == 2:
+                for parameter in setup.policy.parameters():
+                    local_tensor(parameter.detach()).add_(0.05)
+            texts.append(sample_rollouts_vllm(setup, own[0], 3, own[1]).texts)
+        return texts, asked
+
+    [(expected, once)] = launch(1, lambda: sampled(False))
+    (first, asked), (second, nothing) = launch(2, lambda: sampled(True))
+    assert [a + b for a, b in zip(first, second)] == expected
+    assert once == asked == ["weights", "sample", "sample", "weights", "sample"]
+    assert nothing == []
+
+
+def test_weights_go_where_the_environment_says(setup_with, tmp_path, monkeypatch):
+    (tmp_path / "seen by all").mkdir()
+    monkeypatch.setenv(engine_module.FOLDER, str(tmp_path / "seen by all"))
+    with model_files(without_layers(), make_args(precision="fp32")) as folder:
+        assert Path(folder).parent == tmp_path / "seen by all"
+    monkeypatch.setenv(engine_module.FOLDER, "nowhere")
+    with pytest.raises(UserError, match=r"^GRPO_WEIGHTS_FOLDER=nowhere: no directory to write"):
+        setup_with()
 
 
 def test_files_for_the_engine_have_adapters_folded_in_and_leave_the_policy_alone():
