@@ -238,7 +238,7 @@ def _last(messages, turn, where, name):
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
             known = all(isinstance(part, str) for part in parts)
             content = "\n".join(parts) if known else None
-        role = ROLES.get(role, role)
+        role = ROLES.get(role, role) if isinstance(role, str) else None
         if role not in said or not isinstance(content, str):
             raise UserError(f"{where}: `{name}` holds a message that is not a text {{role, "
                             f"content}} of user, assistant or system: {message!r:.40}")  # fmt: skip

@@ -33,6 +33,8 @@ FILES = [  # (name, text, flags, what the line says after the file's name)
     ("a.jsonl", '{"messages": []}', {}, ":1: `messages` is a conversation of several turns, or"),
     ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', {},
      ":1: `messages` holds a message that is not a text {role, content} of user, assistant or"),
+    ("a.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}', {},
+     ":1: `messages` holds a message that is not a text"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', {},
      ":1: `messages` holds a message that is not a text"),
     ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": "z"}', {},
