@@ -130,8 +130,8 @@ def start_engine(policy, args, accelerator, describe):
     """
     if args.sampler != "vllm":
         return None
-    place = os.environ.get(FOLDER) or "."
-    if not (os.path.isdir(place) and os.access(place, os.W_OK)):
+    place = os.environ.get(FOLDER)
+    if place and not (os.path.isdir(place) and os.access(place, os.W_OK)):
         raise UserError(f"{FOLDER}={place}: no directory to write to; name one that vLLM sees too, "
                         "or leave it unset")  # fmt: skip
     with patient(accelerator):
@@ -263,11 +263,11 @@ def model_files(policy, args):
     weights = plain_weights(policy, dtype)
     size = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
-    place = os.environ.get(FOLDER) or (SHARED if has_room else None)
+    place = os.path.abspath(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
     config = copy.deepcopy(policy.config)  # from_config changes it
     with torch.device("meta"):  # it knows what the files are to be called
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    with tempfile.TemporaryDirectory(dir=place or (SHARED if has_room else None)) as folder:
         try:
             model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
         except (OSError, SafetensorError) as error:
