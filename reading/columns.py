@@ -96,6 +96,9 @@ def columns_of(rows, where, fields=Fields()):
     tiers = ANSWERS if question.lower() in ANSWERS[3] else ANSWERS[:3]
     answer = found(tiers, "answer")
     solution = fields.solution_field or lower.get("solution")
+    if not fields.solution_field and any(not isinstance(row.get(solution), str | None)
+                                         for _, row in rows):  # fmt: skip
+        solution = None  # numbers, or several: nothing that a cold start could show
     taken = {question, answer, solution}
     choices = tuple(name for name in choice_columns(names) if name not in taken)
     if not any(row.get(name) for _, row in rows for name in choices):

@@ -118,3 +118,11 @@ def test_a_field_in_a_column_is_known_from_any_row(tmp_path):
     assert [problem.answer for problem in problems] == ["1.1", "2"]
     with pytest.raises(UserError, match=r"--answer_field meta.a.c: .* has no such column; there"):
         problems_of(tmp_path, *rows, answer_field="meta.a.c")
+
+
+def test_a_solution_that_is_no_text_ends_a_run_only_where_a_flag_names_it(tmp_path):
+    row = {"question": "q", "answer": "5", "solution": 5}
+    [problem] = problems_of(tmp_path, row)
+    assert (problem.answer, problem.solution, problem.extra) == ("5", "", {"solution": 5})
+    with pytest.raises(UserError, match=":1: `solution` is 5; expected text"):
+        problems_of(tmp_path, row, solution_field="solution")

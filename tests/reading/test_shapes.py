@@ -67,6 +67,7 @@ SHAPES = {  # name: (a row of question and answer, what the line says of it)
     "developer": (lambda q, a: {"messages": [
         {"role": "developer", "content": "Be."}, *user(q),
         {"role": "assistant", "content": a}]}, "question from `messages`"),
+    "a solution that is no text": (lambda q, a: {"question": q, "answer": a, "solution": [a]}, ""),
     "capitals": (lambda q, a: {"Question": q, "Answer": a},
                  "question from `Question`, answer from `Answer`"),
 }  # fmt: skip
