@@ -2,7 +2,8 @@
 
 import os
 
-from tasks import is_on_hub
+from tasks import is_on_hub, task_file
+from tasks.games import is_game_file
 
 FORMAT_REWARDS = ("integer_format", "strict_format", "soft_format", "tag_count")  # in evaluator.py
 
@@ -43,6 +44,8 @@ IDLE = (
      "on one file"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
+    (("tremble", "opponents"), lambda args: not is_game_file(task_file(args.dataset_name)[1]),
+     "in a task that is no game"),
     (("cold_start_learning_rate", "cold_start_schedule"), lambda args: args.cold_start_steps == 0,
      "at --cold_start_steps 0"),
     (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),

@@ -627,8 +627,8 @@ MUTANTS = [
            "            pass\n", FAMILIES),
     Mutant("checkpointing turns dropout on", "        layer.training = True\n\n\ndef checkpointed",
            "        layer.train()\n\n\ndef checkpointed", FAMILIES),
-    Mutant("layers with a state are not refused", "if layers & MIXING_LAYERS or kind._is_stateful:", "if False:",
-           FAMILIES),
+    Mutant("layers with a state are not refused",
+           "if layers & MIXING_LAYERS or kind._is_stateful:", "if False:", FAMILIES),
     Mutant("longrope's context is the long one", "context = min(context, rope.get(",
            "context = max(context, rope.get(", "launch/test_parser.py"),
     # episodes of several turns

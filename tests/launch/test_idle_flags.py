@@ -37,6 +37,7 @@ CPU = ["--preset", "cpu", "--plan"]
         (["--entropy_target", "0.3"], "--entropy_target 0.3 does nothing at --entropy_bonus 0"),
         (["--advantage_scale", "gdpo", "--baseline", "leave_one_out"],
          "--baseline leave_one_out does nothing with --advantage_scale gdpo"),
+        (["--tremble", "0.1"], "--tremble 0.1 does nothing in a task that is no game"),
         (["--allow_changed_rewards"], "--allow_changed_rewards True does nothing without --resume"),
     ],
 )  # fmt: skip
@@ -56,6 +57,7 @@ def test_an_idle_flag_is_told_in_one_line(argv, warning, capsys):
         ["--clip_epsilon", "0.3", "--num_inner_epochs", "2"],
         ["--update_ref_model_freq", "9", "--update_ref_model", "--kl_beta", "0.1"],
         ["--difficulty", "3"],
+        ["--dataset_name", "nim", "--tremble", "0.1"],
         ["--ratio", "sequence", "--tis_cap", "2"],  # a correction per token
         ["--clip", "gmpo", "--tis_cap", "2"],  # the same
         ["--clip_delta", "4", "--num_inner_epochs", "2"],
