@@ -106,22 +106,26 @@ def row_of(name, runs, compared):
 
 
 def draw(path, found):
-    """A panel for each objective: its mean and range over seeds, and in grey that of the other."""
+    """A panel for each objective: its mean and range over seeds, and in grey that of the other over
+    the same seeds."""
     shown = [name for name in found if OBJECTIVES[name][0] in found]
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * rows), layout="constrained", dpi=110)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).ravel()
-    for axes, name in zip(panels, shown):
+    for place, (axes, name) in enumerate(zip(panels, shown)):
         other = OBJECTIVES[name][0]
+        seeds = [seed for seed in found[name] if seed in found[other]]
         for each, colour in ((other, GREY), (name, BLUE)):
-            means = Mean(each, [Series(folder) for folder in found[each].values()])
+            means = Mean(each, [Series(found[each][seed]) for seed in seeds])
             steps, values = means.metrics[CURVE]
             low, high = means.metric_ranges[CURVE]
             axes.fill_between(steps, *([value / 2 for value in side] for side in (low, high)),
                               color=colour, alpha=0.15, linewidth=0)  # fmt: skip
             axes.plot(steps, [value / 2 for value in values], color=colour, linewidth=2, label=each)
-        axes.set_title(name, loc="left", fontweight="bold", fontsize=10)
+        several = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
+        axes.set_title(f"{name}{several}", loc="left", fontweight="bold", fontsize=10)
+        axes.tick_params(labelbottom=place + columns >= len(shown))  # the last one of its column
         axes.legend(frameon=False, fontsize=8, loc="lower right")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
