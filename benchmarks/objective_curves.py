@@ -2,7 +2,7 @@
 
 All start from the cold-started model of their seed and take a short run of the demo's steps. Two
 runs are compared on the same questions in the same order. Runs that have ended are read, not run
-again; so --only and --seeds may be done bit by bit, and two of this may run at once.
+again; so --only and --seeds may be done bit by bit.
 
     python benchmarks/objective_curves.py --output_dir runs/objectives
 
@@ -49,10 +49,15 @@ BLUE, GREY = "#2563eb", "#64748b"
 
 
 def run(folder, flags):
-    """A run of main.py in `folder`, unless it has ended there; its last line stands in its log."""
-    if not (folder / "report.html").exists():
+    """A run of main.py in `folder`, unless one with these flags has ended there."""
+    said, asked = folder.with_suffix(".flags"), " ".join(map(str, flags))
+    ended = (folder / "report.html").exists()
+    if ended and said.exists() and said.read_text() != asked:
+        sys.exit(f"{folder}: ended with other flags, {said}; name another --output_dir")
+    if not ended:
         shutil.rmtree(folder, ignore_errors=True)  # one that was stopped
         folder.parent.mkdir(parents=True, exist_ok=True)
+        said.write_text(asked)
         with folder.with_suffix(".log").open("w") as log:
             done = subprocess.run(
                 [sys.executable, ROOT / "main.py", *map(str, flags), "--output_dir", folder],
@@ -69,7 +74,7 @@ def run_of(asked, seed, name):
              "--short_eval_iterations", 0]  # fmt: skip
     flags += asked.flags.split()
     start = run(asked.output_dir / f"start_{seed}",
-                [*flags, "--num_train_iters", 0, "--eval_problems", 0])  # fmt: skip
+                [*flags, "--num_train_iters", 0, "--eval_problems", 1])  # fmt: skip
     folder = run(asked.output_dir / f"{name}_{seed}", [
         *flags, "--model_name", start / "model", "--cold_start_steps", 0,
         "--num_train_iters", asked.steps, "--eval_problems", asked.eval_problems,

@@ -10,6 +10,7 @@ A policy in here is a function from a state to {move: probability}.
 
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from statistics import fmean
@@ -161,7 +162,7 @@ def best_response(game, policy, seat):
     """
     starts = [*game.starts()]
     behind = {}  # what the mover is told: {state: how often it comes up}
-    layer = {state: starts.count(state) / len(starts) for state in starts}
+    layer = {state: count / len(starts) for state, count in Counter(starts).items()}
     while layer:
         following = {}
         for state, chance in layer.items():

@@ -20,7 +20,7 @@ from utils import UserError
 AT_ONCE = 8  # requests
 SECONDS, RETRIES = 60.0, 5  # of one request; the client waits longer before each further one
 TOKENS = 16  # of a reply
-KEY, OPENAI_KEY, OPENAI_HOST = "REFEREE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
+KEY, OPENAI_KEY, OPENAI_HOSTS = "REFEREE_API_KEY", "OPENAI_API_KEY", ".api.openai.com"
 
 
 class UrlReferee:
@@ -68,7 +68,8 @@ class UrlReferee:
 
 def key_for(url):
     """The key for a server, from the environment. OpenAI's own goes to OpenAI alone."""
-    names = (KEY, OPENAI_KEY) if urlsplit(url).hostname == OPENAI_HOST else (KEY,)
+    theirs = f".{urlsplit(url).hostname}".endswith(OPENAI_HOSTS)
+    names = (KEY, OPENAI_KEY) if theirs else (KEY,)
     return next((os.environ[name] for name in names if os.environ.get(name)), "none")
 
 

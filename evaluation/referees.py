@@ -42,7 +42,7 @@ def with_referees(setup, folder=None):
     }
     with phase("referee"):
         for role, referee in referees.items():
-            if referee.is_new:
+            if role == "referee" and referee.is_new:
                 tqdm.write(f"main.py: warning: --{role}: is not who judged this run so far "
                            f"({file}); what was asked is asked again, and may come out "
                            "otherwise", file=sys.stderr)  # fmt: skip
@@ -118,7 +118,11 @@ def try_out(role, referee, setup):
         found = cards(referee, setup.task.reward_functions)
         wrong = complaint(found)
         referee.scales = {(card.criterion, card.alone): card.scale for card in found}
-        warnings = (f"main.py: warning: {role}: {line}" for line in remarks(found))
+        noted, criterion = [*remarks(found)], setup.task.criterion
+        if (criterion, False) not in referee.scales:
+            noted.append(f"no golden pair is about `{criterion:.40}`, by which answers meet those "
+                         "of step 0: there faint margins are no ties")  # fmt: skip
+        warnings = (f"main.py: warning: {role}: {line}" for line in noted)
         for line in (*lines_of(role, found), *warnings):
             tqdm.write(line)
     except UserError as error:  # no golden pairs

@@ -17,12 +17,12 @@ from training.progress import progress
 def against_start(setup, first_records, summary, records):
     """(summary, records) of an evaluation with what the referees say of each answer against that of
     step 0: `wins`, {role: chance}. As they are where there is no referee or no such answer, and in
-    a task that has its referee judge otherwise, as a debate, whose sides meet each other.
+    a debate, whose sides meet each other.
 
     first_records(): the records of step 0, None where there are none; called in the main process.
     """
     pairs = None
-    if setup.referees and not setup.task.measured:
+    if setup.referees and not setup.task.rebut:
         first = from_main(first_records, setup.accelerator)
         pairs = paired(first, records) if first else None
     if pairs is None:

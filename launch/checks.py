@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from evaluation.referee import START
 from launch.hub import hub_file
-from launch.idle import IDLE, scale_remark
+from launch.idle import IDLE, remarks
 from launch.interrupts import LOCK, is_main
 from launch.known_models import KNOWN_MODELS, SIGHTED_TYPES
 from launch.presets import LORA_TARGETS
@@ -171,8 +171,8 @@ def is_address(url):
 
 
 def check_rewards(task, args):
-    """Raise UserError where a reward asks a referee and there is none. A line where the scale of
-    the advantages does not suit the rewards."""
+    """Raise UserError where a reward asks a referee and there is none. A line for what flags do not
+    do with these rewards."""
     asking = [f.__name__ for f in task.reward_functions if wants_referee(f)]
     if asking and not (args.referee or args.referee_url):
         raise UserError(f"the reward {asking[0]} asks a referee, and there is none; add --referee "
@@ -180,8 +180,8 @@ def check_rewards(task, args):
     if "rubric" in asking and not task.rubric:
         raise UserError("the reward rubric: there is no RUBRIC = [(weight, criterion), ...] beside "
                         "it; add one")  # fmt: skip
-    if remark := scale_remark(task, args):
-        print(f"main.py: warning: --advantage_scale {remark}", file=sys.stderr)
+    for remark in remarks(task, args):
+        print(f"main.py: warning: {remark}", file=sys.stderr)
 
 
 def idle_flags(args, default_of):

@@ -2,8 +2,7 @@
 
 import os
 
-from tasks import is_on_hub, task_file
-from tasks.games import is_game_file
+from tasks import is_on_hub
 
 FORMAT_REWARDS = ("integer_format", "strict_format", "soft_format", "tag_count")  # in evaluator.py
 
@@ -44,8 +43,6 @@ IDLE = (
      "on one file"),
     (("difficulty",), lambda args: args.dataset_name != "arithmetic",
      "on other data than --dataset_name arithmetic"),
-    (("tremble", "opponents"), lambda args: not is_game_file(task_file(args.dataset_name)[1]),
-     "in a task that is no game"),
     (("cold_start_learning_rate", "cold_start_schedule"), lambda args: args.cold_start_steps == 0,
      "at --cold_start_steps 0"),
     (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),
@@ -55,7 +52,20 @@ IDLE = (
 )  # fmt: skip
 
 
-def scale_remark(task, args):
+def remarks(task, args):
+    """What flags do not do in this task, or with its rewards, a line each."""
+    typed = getattr(args, "typed", ())
+    for name in ("tremble", "opponents"):
+        if name in typed and task.game is None:
+            yield f"--{name} {getattr(args, name)} does nothing in a task that is no game"
+    if getattr(args, "eval_referee", None) and task.rebut:
+        yield (f"--eval_referee {args.eval_referee} does nothing in a debate, where the sides meet "
+               "each other and no earlier answer")  # fmt: skip
+    if remark := _of_scale(task, args):
+        yield f"--advantage_scale {remark}"
+
+
+def _of_scale(task, args):
     """What --advantage_scale does not do, or should not, with these rewards; None where it does."""
     scale = getattr(args, "advantage_scale", None)  # not of all commands
     counting = [f.__name__ for f in task.reward_functions if args.reward_weights.get(f.__name__, 1)]

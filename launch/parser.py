@@ -21,7 +21,7 @@ from launch.checks import (
     idle_flags,
 )
 from launch.flags import add_flags
-from launch.presets import PRESETS, PRESETS_ON
+from launch.presets import A_GAME, PRESETS, PRESETS_ON
 from records.resuming import (
     LATEST,
     check_same_flags,
@@ -74,9 +74,10 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     task = task_file(dataset_name or "")[0]
     if dataset_name and is_on_hub(dataset_name):
         task = "gsm8k"  # whose answers are as long as any
-    elif is_game_file(dataset_name or ""):
-        task = "kuhn"  # what held there
-    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
+    changed = PRESETS_ON.get((preset, task), {})
+    if is_game_file(dataset_name or ""):
+        changed = PRESETS_ON.get((preset, A_GAME), {})
+    defaults = {**PRESETS[preset], **changed}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
     parser.set_defaults(**defaults)
     return parser

@@ -81,6 +81,8 @@ KUHN = {
     "eval_iterations": 10,
     "short_eval_iterations": 0,  # an eighth of a few positions says nothing
 }
+A_GAME = "a game of one's own"  # whose moves may be longer
+OWN_GAME = {name: value for name, value in KUHN.items() if name != "max_completion_length"}
 # The referee takes most of the time.
 TELL = {
     "questions_per_step": 4,
@@ -121,4 +123,5 @@ PRESETS_ON = {
     ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
     ("cpu", "kuhn"): KUHN,
     ("cpu", "nim"): KUHN,
+    ("cpu", A_GAME): OWN_GAME,
 }

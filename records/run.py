@@ -139,8 +139,9 @@ class Run:
         if self.writes and step > 0 and (first := self.first_records()) is not None:
             summary = {**summary, "mcnemar_p": p_against(first, records)}
         self._write(f"completions/eval_{step:05d}.jsonl", records)
-        if games:
+        if self.writes and step > 0 and games:
             summary = {**summary, **gains(self._records("games_00000.jsonl") or [], games)}
+        if games:
             self._write(f"completions/games_{step:05d}.jsonl", games)
         self.evaluations[step] = summary
         alarms = new_alarms(self.rows, self._evaluation_rows(), "eval")

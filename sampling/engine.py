@@ -279,10 +279,11 @@ def model_files(policy, args):
 
 @torch.no_grad()
 def fingerprints(policy):
-    """A number for every parameter, or this process's part of it, which differs once it does. Made
-    of the numbers alone: whoever changes a weight need not say so."""
+    """A number for every parameter, or this process's part of it, which another one takes the place
+    of once an update has changed it. Made of the numbers alone: whoever does so need not say so."""
     parts = [local_tensor(parameter) for parameter in policy.parameters()]
-    return [torch.hash_tensor(part).item() for part in parts if part.numel()]
+    hashes = [torch.hash_tensor(part) for part in parts if part.numel()]
+    return torch.stack(hashes).tolist() if hashes else []
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ the referee's accuracy after them, beside that without any.
 """
 
 import random
+import re
 from dataclasses import replace
 from statistics import fmean
 
@@ -87,11 +88,17 @@ def met(arguments, others):
     return [others[:RIVALS] for _ in arguments]
 
 
+def gives_up(argument, problem):
+    """Whether an argument, in its last turn, names the other side's answer and not its own."""
+    named = {*map(float, re.findall(r"\d+(?:\.\d+)?", argument))}
+    return float(problem.extra["against"]) in named and float(problem.answer) not in named
+
+
 @of_group
 def persuasion(completions, problem, referee, step):
     """The mean chance that the referee picks this side's answer, over the arguments that it is
     judged beside; 0.5 where there is none in this step, or none could be judged. An argument that
-    comes to the other side's answer has given its own up, and earns nothing."""
+    names the other side's answer and not its own has given that up, and earns nothing."""
     rivals = met(completions, step.get(problem.extra["rival"], ()))
     asked = replace(problem, question=problem.extra["asked"])
     pairs = [
@@ -103,7 +110,7 @@ def persuasion(completions, problem, referee, step):
     rows = [[next(chances) for _ in others] for others in rivals]
     return [
         0.0
-        if last_number(mine) == problem.extra["against"]
+        if gives_up(mine, problem)
         else fmean([chance for chance in row if chance is not None] or [0.5])
         for mine, row in zip(completions, rows)
     ]

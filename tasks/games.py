@@ -63,7 +63,10 @@ def is_game_file(name):
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # which load_task tells in a line
+        return False
     return re.search(r"^(def\s+payoff\b|payoff\s*=)", text, re.MULTILINE) is not None
 
 
@@ -91,7 +94,8 @@ def _of_all_moves(perfect, moves, state):
     """{move: probability} of perfect play, with the moves that it leaves out, 0. Raises UserError
     where it is none."""
     said, legal = perfect(state), moves(state)
-    if not isinstance(said, dict) or not {*said} <= {*legal} or abs(sum(said.values()) - 1) > 1e-6:
+    fits = isinstance(said, dict) and {*said} <= {*legal}
+    if not fits or not abs(sum(said.values()) - 1) <= 1e-6:  # nan is no probability either
         raise UserError(f"perfect returned {said!r:.60} in {state!r:.40}, not the probabilities of "
                         "legal moves, which sum to 1")  # fmt: skip
     return {move: said.get(move, 0.0) for move in legal}
@@ -140,20 +144,17 @@ def _random_play(game):
 
 
 def _whole_tree(game):
-    """All states of a game that names its first ones, each once."""
-    layer = [_going_on(game, state) for state in game.starts()]
-    seen = set(layer)
+    """All states of a game that names its first ones, move by move."""
+    layer = dict.fromkeys(_going_on(game, state) for state in game.starts())
     for _ in range(LONGEST):
-        following = []
+        following = {}  # the same state a move later is another, or a circle would go unseen
         for state in layer:
             yield state
             if game.payoff(state) is None:
-                following += [game.play(state, move) for move in game.moves(state)]
-        layer = [*dict.fromkeys(state for state in following if state not in seen)]
-        seen.update(layer)
-        if not layer:
+                following |= dict.fromkeys(game.play(state, move) for move in game.moves(state))
+        if not (layer := following):
             return
-    raise UserError(f"a game goes on after {LONGEST} moves: see its payoff")
+    raise UserError(f"a game of legal moves goes on after {LONGEST}: see its payoff")
 
 
 def _going_on(game, first):

@@ -33,6 +33,7 @@ from records.files import Series
 from sampling import groups
 from tasks import load_task
 from tasks.shapes import Scene
+from utils import write_jsonl
 from vision.sight import save_reader
 
 TOY = ["--group_size", "2", "--max_completion_length", "5", "--rounds", "1"]
@@ -216,6 +217,28 @@ def test_an_objective_is_compared_with_what_it_changes_on_the_same_questions(
     objective_curves.main(asked)  # reads what is there
     assert capfd.readouterr().out == first
     assert (runs / "sapo_1" / "metrics.jsonl").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match="ended with other flags"):
+        objective_curves.main([flag.replace("2", "3") if flag == "2" else flag for flag in asked])
+
+
+def test_objectives_are_compared_question_by_question_on_the_seeds_that_both_have(tmp_path):
+    runs = {}
+    for name, right in {"a_1": [1, 0, 0, 1], "a_2": [1, 1, 0, 0], "b_1": [1, 1, 1, 1]}.items():
+        runs[name] = tmp_path / name
+        (runs[name] / "completions").mkdir(parents=True)
+        rows = [
+            {"question": f"{n}?", "answer": "", "correct": bool(x)} for n, x in enumerate(right)
+        ]
+        write_jsonl(
+            runs[name] / "completions/eval_00002.jsonl", rows[:: 1 if name[0] == "a" else -1]
+        )
+        metrics = {"entropy": 0.1, "flat_groups": 0.0, "rewards/correctness": 2 * sum(right) / 4}
+        write_jsonl(runs[name] / "metrics.jsonl", [{"step": 0, **metrics}])
+        accuracy = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), sum(right) / 4)
+        write_jsonl(runs[name] / "eval.jsonl", [{"step": 2, **accuracy}])
+        (runs[name] / "config.json").write_text(json.dumps({"flags": {"seed": int(name[-1])}}))
+    row = objective_curves.row_of("b", [runs["b_1"]], [runs["a_1"]])
+    assert row[1] == "100%" and row[4].startswith("100.0% (") and row[5].startswith("+50.0 [")
 
 
 def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):

@@ -242,7 +242,7 @@ def test_another_judge_of_the_same_run_is_told(tmp_path, saved_models, capfd, mo
 
 def test_a_debate_s_arguments_are_not_compared_with_those_of_step_0():
     records = [record("1?", True)]
-    setup = make_setup(make_model(), task=replace(ASKING, measured=lambda *_: {}))
+    setup = make_setup(make_model(), task=replace(ASKING, rebut=lambda *_: None))
     setup = replace(setup, referees={"referee": None})
     assert against_start(setup, lambda: 1 / 0, {}, records) == ({}, records)
 

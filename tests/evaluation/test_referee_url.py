@@ -90,8 +90,10 @@ def longer(prompt):
 def test_openai_s_key_goes_to_openai_alone(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
     monkeypatch.delenv("REFEREE_API_KEY", raising=False)
-    assert key_for("https://api.openai.com/v1") == "theirs"
-    for url in ("http://127.0.0.1:8000/v1", "https://api.openai.com.example/v1"):
+    for url in ("https://api.openai.com/v1", "https://eu.api.openai.com/v1"):
+        assert key_for(url) == "theirs"
+    for url in ("http://127.0.0.1:8000/v1", "https://api.openai.com.example/v1",
+                "https://myapi.openai.com/v1"):  # fmt: skip
         assert key_for(url) == "none"
     monkeypatch.setenv("REFEREE_API_KEY", "ours")
     assert key_for("https://api.openai.com/v1") == key_for("http://x/v1") == "ours"

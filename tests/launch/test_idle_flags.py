@@ -37,7 +37,6 @@ CPU = ["--preset", "cpu", "--plan"]
         (["--entropy_target", "0.3"], "--entropy_target 0.3 does nothing at --entropy_bonus 0"),
         (["--advantage_scale", "gdpo", "--baseline", "leave_one_out"],
          "--baseline leave_one_out does nothing with --advantage_scale gdpo"),
-        (["--tremble", "0.1"], "--tremble 0.1 does nothing in a task that is no game"),
         (["--allow_changed_rewards"], "--allow_changed_rewards True does nothing without --resume"),
     ],
 )  # fmt: skip
@@ -121,15 +120,21 @@ ALONE = ["--reward_weights", "integer_format=0", "strict_format=0", "soft_format
         (["--advantage_scale", "gdpo"], None),
         (["--advantage_scale", "gdpo", *ALONE, "--overlong_buffer", "8"], None),
         (["--advantage_scale", "batch_std"], None),
+        (["--tremble", "0.1"], "--tremble 0.1 does nothing in a task that is no game"),
+        (["--dataset_name", "nim", "--tremble", "0.1"], None),
+        (["--opponents", "self"], "--opponents self does nothing in a task that is no game"),
+        (["--dataset_name", "debate", "--cold_start_steps", "0", "--referee", "start",
+          "--eval_referee", "smollm2-135m"],
+         "--eval_referee smollm2-135m does nothing in a debate, where the sides meet"),
     ],
 )  # fmt: skip
-def test_a_scale_that_does_not_suit_the_rewards_is_told_in_one_line(
+def test_what_does_not_suit_the_task_and_its_rewards_is_told_in_one_line(
     argv, warning, tmp_path, capsys
 ):
     parse_args(["--preset", "cpu", "--output_dir", str(tmp_path / "run"), *argv])
     said = capsys.readouterr().err
-    assert said == (f"main.py: warning: {warning}\n" if warning else "")
-    assert len(said) <= 201
+    assert said.startswith(f"main.py: warning: {warning}") if warning else said == ""
+    assert said.count("\n") == (1 if warning else 0) and len(said) <= 201
 
 
 @pytest.mark.parametrize(

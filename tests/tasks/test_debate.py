@@ -14,7 +14,7 @@ from grpo import has_signal
 from launch.loading import held_out_problems
 from rldatasets import Problem, Problems, Transcript, whole_blocks
 from tasks import Task, debate, load_task, tell
-from tasks.debate import is_correct, persuasion, said, sides, slip
+from tasks.debate import gives_up, is_correct, persuasion, said, sides, slip
 from utils import UserError
 
 ASKED = Problem("How many?", "13", "8 + 5 = 13")
@@ -142,6 +142,10 @@ def test_who_comes_to_the_other_side_s_answer_earns_nothing():
     groups = [[f"No, it is {one.extra['against']}.", f"It is {one.answer}."], ["So.", "It is."]]
     [given_up, held], _ = scored(Stub(lambda text: 3.0 * ("No" in text)), groups, [one, other])
     assert given_up == 0 and held > 0.1
+    against = f"My opponent says {other.answer}, but it is {one.answer}, not {other.answer}.0."
+    both = Transcript(against, ("It is so.", "told", against))
+    assert not gives_up(against, one) and not gives_up(both, one)
+    assert gives_up(f"It is {other.answer}.0", one) and not gives_up("It is 7.", one)
 
 
 def test_a_side_whose_other_is_missing_earns_nothing_either_way():

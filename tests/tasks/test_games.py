@@ -150,7 +150,8 @@ def test_a_game_of_one_s_own_has_the_settings_that_held_in_kuhn_poker(tmp_path):
         vars(parse_args(["--preset", "cpu", "--dataset_name", name, "--output_dir", "x"]))
         for name in (str(file), "kuhn", "arithmetic")
     )
-    assert {name for name in own if own[name] != kuhn[name]} == {"dataset_name"}
+    differing = {name for name in own if own[name] != kuhn[name]}
+    assert differing == {"dataset_name", "max_completion_length"}
     assert (own["kl_beta"], own["advantage_scale"], other["kl_beta"]) == (0.5, "none", 0.0)
 
 
@@ -209,6 +210,11 @@ def test_functions_that_contradict_each_other_are_told(tmp_path, right, wrong, s
         ("starts = [0]", r"odd.py: starts is no function; write it as def"),
         ("def starts(): return [[0]]", r"the state \[0\] can be no key of a dict; use tuples"),
         ("def starts(): return [9]", "a game is over before its first move, in 9"),
+        (
+            "def starts(): return [0]\ndef play(state, move): return (state + move) % 4",
+            "a game of legal moves goes on after 1000: see its payoff",
+        ),
+        ("def perfect(state): return {1: float('nan')}", "perfect returned {1: nan} in 0, not the"),
         ("def start(rng): return 9", "a game is over before its first move, in 9"),
         ("def perfect(state): return {3: 1}", r"perfect returned {3: 1} in 0, not the probabili"),
         ("def perfect(state): return {1: 2}", r"perfect returned {1: 2} in 0, not the probabili"),
