@@ -14,6 +14,7 @@ LABELS = ("label", "key", "letter", "id")  # what rows call a choice's label, an
 TEXTS = ("text", "value", "content")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER = re.compile(r"\(?[A-Z]\)?")
+WAYS = {"label": "by its label", "number": "counted from 0", "text": "by its text"}
 
 
 def choice_columns(names):
@@ -137,17 +138,18 @@ def _text(value):
 
 def _readings(answer, choices):
     """{how an answer can be read: the label that it then means}."""
-    if answer in choices:
-        return {"label": answer}
-    labels, found = [*choices], {}
     number = re.fullmatch(r"([0-9]{1,2})(?:\.0*)?", answer)  # pandas makes 1.0 of 1
-    index = int(number[1]) if number else len(labels)
-    if index < len(labels):
-        found["number"] = labels[index]  # counted from 0, as in MMLU
     writings = {answer, number[1] if number else answer}
-    same = [label for label, text in choices.items() if text in writings]
-    if len(same) == 1:
-        found["text"] = same[0]
+    labels = [*choices]
+    same = {
+        "label": [label for label in labels if label in writings]
+        or [label for label in labels if label.casefold() == answer.casefold()],
+        "text": [label for label, text in choices.items() if text in writings],
+    }
+    found = {way: one[0] for way, one in same.items() if len(one) == 1}
+    if number and int(number[1]) < len(labels):
+        index = int(number[1])
+        found["number"] = labels[index]  # counted from 0, as in MMLU
     return found or _loosely(answer, choices)
 
 
@@ -160,31 +162,31 @@ def _loosely(answer, choices):
     return {"label": meant[0]} if len(meant) == 1 else {}
 
 
-def counts_from_0(answers, tables):
-    """Whether numbers as the answers of a table count its choices from 0 (True), or are what these
-    say (False), as the rows that can be read in one way alone have it; None where they do not."""
-    seen = [{*_readings(answer, choices)} for answer, choices in zip(answers, tables) if choices]
-    numbers, texts = {"number"} in seen, {"text"} in seen
-    return numbers if numbers != texts else None
+def way_of(answers, tables):
+    """The one way in which all answers of a table can be read: "label", "number" (the choices
+    counted from 0) or "text"; None where there are several such ways, or none."""
+    found = [_readings(answer, choices) for answer, choices in zip(answers, tables) if choices]
+    ways = {*WAYS}.intersection(*(readings for readings in found if readings))
+    return ways.pop() if len(ways) == 1 else None
 
 
-def with_choices(question, answer, choices, counted, where, columns):
-    """(the question with a line for each choice, the right one's label). counted: see
-    counts_from_0. Raises UserError where no choice is meant, or more than one could be."""
+def with_choices(question, answer, choices, way, where, columns):
+    """(the question with a line for each choice, the right one's label). way: see way_of. Raises
+    UserError where no choice is meant, or more than one could be."""
     named = f"{where}: `{columns.answer}` {' '.join(answer.split()):.30}"
     if not choices:
-        number = re.fullmatch(r"([01]?[0-9]|2[0-5])(\.0*)?", answer)
-        if LETTER.fullmatch(answer) or (counted and number):
+        counts = way == "number" and re.fullmatch(r"([01]?[0-9]|2[0-5])(\.0*)?", answer)
+        if LETTER.fullmatch(answer) or counts:
+            mend = "give the other rows' answers as letters" if counts else "leave it out"
             raise UserError(f"{named} names a choice, and the row has none in "
-                            f"`{columns.choices[0]}`; add them, or leave it out")  # fmt: skip
+                            f"`{columns.choices[0]}`; add them, or {mend}")  # fmt: skip
         return question, answer
     found = _readings(answer, choices)
-    if counted is not None and len(found) > 1:
-        found = {"number": found["number"]} if counted else {"text": found["text"]}
+    found = {way: found[way]} if way in found else found
     if len({*found.values()}) > 1:
-        raise UserError(f"{named} may be choice {found['number']}, counted from 0, or "
-                        f"{found['text']}, which says {answer:.10}; give the choice's label "
-                        "instead")  # fmt: skip
+        may_be = " or ".join(f"{label}, {WAYS[way]}" for way, label in found.items())
+        mend = "text" if "label" in found else "label"  # letters are no numbers
+        raise UserError(f"{named} may be choice {may_be}; give each choice's {mend} instead")
     label = next(iter(found.values()), None)
     if choices.get(label) is None:
         there = ", ".join(label for label, text in choices.items() if text is not None)

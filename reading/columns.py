@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 
-from reading.choices import LETTER, choice_columns, choices_of, counts_from_0, with_choices
+from reading.choices import LETTER, choice_columns, choices_of, way_of, with_choices
 from reading.images import COLUMNS
 from utils import UserError, is_number
 
@@ -149,10 +149,10 @@ def parts_of(rows, columns):
         marks[mark] += 1
     if columns.choices:
         tables = [choices_of(row, columns.choices, where) for where, row in rows]
-        counted = counts_from_0([answer for _, answer, _, _ in parts], tables)
+        way = way_of([answer for _, answer, _, _ in parts], tables)
         for n, ((where, _), choices) in enumerate(zip(rows, tables)):
             asked, answer, *rest = parts[n]
-            asked, answer = with_choices(asked, answer, choices, counted, where, columns)
+            asked, answer = with_choices(asked, answer, choices, way, where, columns)
             parts[n] = (_checked(asked, columns.choices[0], where), answer, *rest)
     return parts, marks
 

@@ -63,6 +63,51 @@ def test_columns_for_each_choice_are_a_series(names, found):
     assert choice_columns(names) == found
 
 
+NUMBERED = [
+    lambda *texts: {f"choice{n}": text for n, text in enumerate(texts, 1)},  # as in COPA
+    lambda *texts: {f"option_{n}": text for n, text in enumerate(texts, 1)},
+    lambda *texts: {"choices": {"text": texts, "label": [str(n + 1) for n in range(len(texts))]}},
+]
+
+
+@pytest.mark.parametrize("numbered", NUMBERED)
+@pytest.mark.parametrize(
+    ("answers", "golds"),
+    [
+        ([0, 1, 2, 3], ["1", "2", "3", "4"]), ([1, 0], ["2", "1"]), (["1.0", "0.0"], ["2", "1"]),
+        ([1, 2, 3, 4], ["1", "2", "3", "4"]), ([1, 4], ["1", "4"]),
+    ],
+)  # fmt: skip
+def test_the_table_tells_whether_numbers_are_labels_or_count_from_0(
+    numbered, answers, golds, tmp_path
+):
+    row = {"question": "Which?", **numbered("w", "x", "y", "z")}
+    problems = problems_of(tmp_path, *({**row, "answer": answer} for answer in answers))
+    assert [problem.answer for problem in problems] == golds
+
+
+@pytest.mark.parametrize("numbered", NUMBERED)
+@pytest.mark.parametrize("answers", [[1], [1, 2], [1, 0, 3]])
+def test_numbers_that_may_be_labels_or_count_from_0_are_refused(numbered, answers, tmp_path):
+    row = {"question": "Which?", **numbered("x", "y", "z")}
+    said = (
+        ":1: `answer` 1 may be choice 1, by its label or 2, counted from 0; give each choice's te"
+    )
+    with pytest.raises(UserError, match=said):
+        problems_of(tmp_path, *({**row, "answer": answer} for answer in answers))
+
+
+def test_a_letter_that_is_a_label_and_another_choice_s_text_is_refused(tmp_path):
+    row = {"question": "Which?", "choices": ["b", "a"], "answer": "b"}
+    with pytest.raises(UserError, match=":1: `answer` b may be choice B, by its label or A, by"):
+        one(tmp_path, row)
+    plain = {"question": "Which?", "choices": ["x", "y"], "answer": "a"}
+    assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["B", "A"]
+    plain["answer"] = "x"
+    assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["A", "A"]
+    assert one(tmp_path, {**row, "choices": ["c", "d"], "answer": "c"})[1] == "A"
+
+
 def test_choices_with_empty_places_keep_their_labels(tmp_path):
     row = {"question": "Which?", "choices": ["x", None, "z"], "answer": 2}
     assert one(tmp_path, row) == ("A. x\nC. z", "C")
@@ -117,13 +162,16 @@ def test_a_row_without_choices_has_an_answer_of_its_own_or_is_refused(nothing, t
     said = r":2: `answer` {} names a choice, and the row has none in `choices`; add them"
     with pytest.raises(UserError, match=said.format("B")):
         problems_of(tmp_path, good, {**open_one, "answer": "B"})
+    said += ", or give the other rows' answers as letters"
     with pytest.raises(UserError, match=said.format("0")):  # the other row counts from 0
         problems_of(tmp_path, {**good, "answer": 1}, {**open_one, "answer": 0})
 
 
 def test_a_number_that_counts_to_one_choice_and_says_another_is_refused(tmp_path):
     row = {"question": "2+1?", "choices": [1, 2, 3, 4], "answer": 3}
-    said = ":1: `answer` 3 may be choice D, counted from 0, or C, which says 3; give the choice's"
+    said = (
+        ":1: `answer` 3 may be choice C, by its text or D, counted from 0; give each choice's lab"
+    )
     with pytest.raises(UserError, match=said):
         one(tmp_path, row)
 
@@ -134,7 +182,7 @@ def test_other_rows_settle_whether_numbers_count_the_choices(tmp_path):
     assert [p.answer for p in problems_of(tmp_path, row, counted)] == ["D", "B"]
     said = {"question": "5+5?", "choices": [10, 20], "answer": 10}
     assert [p.answer for p in problems_of(tmp_path, row, said)] == ["C", "A"]
-    with pytest.raises(UserError, match=":1: `answer` 3 may be choice D"):
+    with pytest.raises(UserError, match=":1: `answer` 3 may be choice C"):
         problems_of(tmp_path, row, counted, said)
 
 
