@@ -177,11 +177,11 @@ def load_problems(dataset_name, dataset_path, split, seed, difficulty=1, fields=
         rows = read(as_written=(columns.answer,))
     folder = Path(dataset_path or ".")
     folder = folder if folder.is_dir() else folder.parent
-    parts, marks = parts_of(rows, columns)
+    parts, *marks = parts_of(rows, columns)
     problems = [
         Problem(*part, images_of(row, place, folder)) for part, (place, row) in zip(parts, rows)
     ]
-    first, table = problems[0], taken_from(columns, marks)
+    first, table = problems[0], taken_from(columns, *marks)
     shown = f"{' '.join(first.question.split())[-40:]!r} -> {first.answer[:30]!r}"
     taken = f"{where}: {table}; the first: {shown}" if table else ""
     remarks = [line for line in (choices_remark(columns, where, problems),) if line]

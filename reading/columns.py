@@ -31,7 +31,7 @@ WHOLE = ("prompt", "messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of ours
 BRACES = re.compile(r"\\[\\{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BOXED = "\\boxed{}"
-MARK = re.compile(r"(?<!\S)####(?!#)")
+MARK = re.compile(r"(?<!#)####(?!#)")
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ def value_at(row, name):
 
 def parts_of(rows, columns):
     """([(question, answer, solution, extra)] of rows [(place, row)], how many answers were found by
-    which mark): texts but for extra, which is what else a row holds. Raises UserError, naming place
-    and column."""
-    parts, marks = [], Counter()
+    which mark, how many have a #### that is none): texts but for extra, which is what else a row
+    holds. Raises UserError, naming place and column."""
+    parts, marks, headings = [], Counter(), 0
     for where, row in rows:
-        answer, solution, mark = _answer_of(row, columns, where)
+        answer, solution, mark, passed = _answer_of(row, columns, where)
         worked = _text_at(row, columns.solution, where) if columns.solution else ""
         # <<48/2=24>> are calculator calls for GSM8K's own models, not part of the text.
         solution = re.sub(r"<<[^<>]*>>", "", worked or solution).strip()
@@ -147,6 +147,7 @@ def parts_of(rows, columns):
         extra = {name: row[name] for name in row if name not in used}
         parts.append((_question_of(row, columns, where), answer, solution, extra))
         marks[mark] += 1
+        headings += passed
     if columns.choices:
         tables = [choices_of(row, columns.choices, where) for where, row in rows]
         way = way_of([answer for _, answer, _, _ in parts], tables)
@@ -154,7 +155,7 @@ def parts_of(rows, columns):
             asked, answer, *rest = parts[n]
             asked, answer = with_choices(asked, answer, choices, way, where, columns)
             parts[n] = (_checked(asked, columns.choices[0], where), answer, *rest)
-    return parts, marks
+    return parts, marks, headings
 
 
 def _question_of(row, columns, where):
@@ -172,34 +173,51 @@ def _question_of(row, columns, where):
 
 
 def _answer_of(row, columns, where):
-    """(the gold answer, the way to it or "", the mark that it was found by or "")."""
+    """(the gold answer, the way to it or "", the mark that it was found by or "", whether there is
+    a #### and none is a mark)."""
     text = _text_at(row, columns.answer, where, turn="assistant", numbers=True)
     if not text:
         raise UserError(f"{where}: `{columns.answer}` is missing or empty; every row needs one")
     way, mark, answer = _parted(text)
+    passed = not mark and bool(MARK.search(text))
     if mark and not answer:
         raise UserError(f"{where}: nothing after #### in `{columns.answer}`; the answer belongs "
                         "there")  # fmt: skip
-    box = last_box(answer)
     answer = answer.strip().partition("\n")[0] if mark else answer
+    box = last_box(answer)
     if box and not mark:
         more = re.sub(r"\\(boxed|fbox)|\W", "", text.replace(box, ""))
         way, mark = text if more or columns.answer.lower() in WORKED else "", BOXED
     if not mark and columns.answer.lower() == "solution":
         raise UserError(f"{where}: `{columns.answer}` marks no answer, by \\boxed{{}} or ####; "
                         "name the column that has it by --answer_field")  # fmt: skip
-    return box or answer.strip(), way, mark
+    return box or answer.strip(), way, mark, passed
 
 
 def _parted(text):
-    """(before, mark, after) of GSM8K's ####, ("", "", text) without one. A line that something
-    follows has to be a number: headings of Markdown begin like it."""
-    for last in [*MARK.finditer(text)][-1:]:
-        before, after = text[: last.start()], text[last.end() :].strip()
+    """(before, mark, after) of GSM8K's ####, ("", "", text) without one: of the last that no
+    heading of Markdown is, for these begin like it."""
+    marks = [*MARK.finditer(text)]
+    for mark in reversed(marks):
+        before, after = text[: mark.start()], text[mark.end() :].strip()
         line, _, rest = after.partition("\n")
-        if not rest or (re.search(r"\d", line) and not re.search(r"[^\W\d]", line)):
-            return before, last[0], after
+        if _ends_in(rest, line) or (len(marks) == 1 and not _is_body(rest)):
+            return before, mark[0], after
     return "", "", text
+
+
+def _ends_in(rest, line):
+    """Whether a #### line is the answer by itself: a number, or the last line, or what the rest
+    ends in, as MetaMath's "The answer is: 10 PM"."""
+    if not rest.strip() or (re.search(r"\d", line) and not re.search(r"[^\W\d]", line)):
+        return True
+    said = re.escape(line.strip(" .$"))
+    return said and re.search(rf"(?<!\w){said}\W*\Z", rest)
+
+
+def _is_body(rest):
+    """Whether this is what a heading has below it: several lines, or a box with the answer."""
+    return len(re.findall(r"\S.*", rest)) > 1 or last_box(rest)
 
 
 def _text_at(row, name, where, turn=None, numbers=False):
@@ -267,16 +285,18 @@ def last_box(text):
     return found[1]
 
 
-def taken_from(columns, marks):
-    """What was taken from which column of a table, "" where that is plain. marks: how many answers
-    were found by which, see parts_of."""
+def taken_from(columns, marks, headings):
+    """What was taken from which column of a table, "" where that is plain. marks, headings: see
+    parts_of."""
     marked, whole = [mark for mark in sorted(marks) if mark], marks[""]
     how, worked = "", columns.answer.lower() in WORKED
     if marked and (worked or whole or BOXED in marked):
         how = f", its {' or '.join(marked)}"
         how += f" ({whole} of {marks.total()} rows have none: the whole)" if whole else ""
     elif worked:
-        how = f", the whole (no row has {BOXED} or ####)"
+        how = ", the whole" + (not headings) * f" (no row has {BOXED} or ####)"
+    if headings:
+        how += f" (rows with #### as a heading alone: {headings})"
     if columns.plain() and not how:
         return ""
     pairs = [("question", (columns.question,)), ("its input", (columns.input,)),

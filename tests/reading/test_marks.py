@@ -24,14 +24,21 @@ HEADINGS = "#### Step 1: add\n2+3=5\n#### Conclusion\nThe answer is "
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (HEADINGS + r"\boxed{5}.", "5"), (HEADINGS + "5.", HEADINGS + "5."), ("C#### 5", "C#### 5"),
+        (HEADINGS + r"\boxed{5}.", "5"), (HEADINGS + "5.", HEADINGS + "5."), ("C#### 5", "5"),
         ("##### 5", "##### 5"), ("So.\n#### 5 apples", "5 apples"), ("So. #### 5", "5"),
-        ("So.\n#### $1,080\nThe answer is: 1080", "$1,080"), ("#### 1\nor \\boxed{2}", "2"),
+        ("So.\n#### $1,080\nThe answer is: 1080", "$1,080"), ("#### 1\nor \\boxed{2}", "1"),
         ("So.\n#### \\boxed{5}", "5"), ("#### Then\n#### 5", "5"),
+        ("3+1=4.#### 4", "4"), ("Half.\n#### \\frac{1}{2}\nDone.", "\\frac{1}{2}"),
+        ("So.\n#### 10 PM\nThe answer is: 10 PM", "10 PM"), ("#### 72\n#### Check\nfine", "72"),
+        ("#### a\n#### 10 PM\nThe answer is: 10 PM.\n", "10 PM"),
+        ("#### Step 1: add\nIn Step 1: add them.\nSo 5.",
+         "#### Step 1: add\nIn Step 1: add them.\nSo 5."),
+        ("#### Add\nSo \\boxed{5}", "5"), ("##### Add\n5", "##### Add\n5"),
+        ("#### PM\n#### b\n\nIt is 10PM", "#### PM\n#### b\n\nIt is 10PM"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("column", ["answer", "output"])
-def test_the_mark_is_the_last_line_or_a_number_and_no_heading(text, answer, column, tmp_path):
+def test_the_mark_is_the_last_that_is_no_heading(text, answer, column, tmp_path):
     [problem] = problems_of(tmp_path, {"question": "q", column: text})
     assert problem.answer == answer
 
@@ -47,10 +54,27 @@ def test_a_boxed_answer_is_what_the_last_box_holds_whatever_its_column(column, f
 
 
 def test_rows_without_the_mark_of_the_others_are_told(tmp_path):
-    texts = ["So.\n#### 6", "#### Tuesday\nIt is Tuesday.", "#### 7"]
+    texts = ["So.\n#### 6", "#### Day\nIt is\nTuesday.", "#### 7"]
     problems = problems_of(tmp_path, *({"question": text, "answer": text} for text in texts))
     assert "answer from `answer`, its #### (1 of 3 rows have none: the whole)" in problems.taken
+    assert "the whole) (rows with #### as a heading alone: 1);" in problems.taken
     assert problems_of(tmp_path, {"question": "q", "answer": texts[0]}).taken == ""
+
+
+def test_headings_are_told_of_columns_that_are_plain_otherwise(tmp_path):
+    rows = [{"question": "q", "answer": HEADINGS + "5."}, {"question": "q", "answer": "5"}]
+    said = "answer from `answer` (rows with #### as a heading alone: 1); the first"
+    assert said in problems_of(tmp_path, *rows).taken
+    row = {"question": "q", "output": HEADINGS}
+    said = "answer from `output`, the whole (rows with #### as a heading alone: 1); the"
+    assert said in problems_of(tmp_path, row).taken
+    rows[0]["answer"] += r" \boxed{5}"
+    assert "(rows with #### as a heading alone: 1)" in problems_of(tmp_path, *rows).taken
+
+
+def test_a_box_below_the_mark_s_line_does_not_count(tmp_path):
+    [problem] = problems_of(tmp_path, {"question": "q", "answer": "#### 72\nso \\boxed{73}"})
+    assert problem.answer == "72"
 
 
 def test_a_box_alone_is_no_way_to_the_answer(tmp_path):
