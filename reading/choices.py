@@ -43,10 +43,7 @@ def _label_of(name):
 def choices_of(row, columns, where):
     """{label: text, None where a label has none} of a row, {} where the row has no choices. Raises
     UserError, naming `where`, the row's place, for what is none of the forms."""
-    if len(columns) > 1:
-        value = {_label_of(name): row.get(name) for name in columns}
-    else:
-        value = row.get(columns[0])
+    value = row.get(columns[0]) if len(columns) == 1 else _series(row, columns)
     try:
         return _read(value)
     except ValueError as error:
@@ -54,6 +51,10 @@ def choices_of(row, columns, where):
         shown = " ".join(str(value).split())
         raise UserError(f"{where}: `{columns[0]}` is {shown:.30}; {reason}; rename it if it is "
                         "something else") from None  # fmt: skip
+
+
+def _series(row, columns):
+    return {_label_of(name): row.get(name) for name in columns}
 
 
 def _read(value):
@@ -122,15 +123,36 @@ def _named(part, names, kind=object):
     return next((value for value in values if value is not None and isinstance(value, kind)), None)
 
 
+def _is_blank(value):
+    return value is None or (type(value) is float and not math.isfinite(value))
+
+
 def _text(value):
     """A choice's text, None where it is blank, as Arrow and tables fill up what a row lacks."""
-    if value is None or (type(value) is float and not math.isfinite(value)):
+    if _is_blank(value):
         return None
     if type(value) in (int, float, Decimal):
         return str(value)
     if not isinstance(value, str):
         raise ValueError
     return value.strip() or None
+
+
+def why_none(rows, columns, answers):
+    """Why columns that are called like a series of choices hold none, "" where they do: texts
+    alone, in every row, and what each answer means. A and B are names of numbers as well."""
+    for (where, row), answer in zip(rows, answers):
+        values = _series(row, columns)
+        if not all(isinstance(value, str) or _is_blank(value) for value in values.values()):
+            return f"for {where} has there what is no text"
+        try:
+            choices = _read(values)
+        except ValueError:
+            return f"for {where} has a single choice there"
+        meant = _readings(answer, choices).values()
+        if choices and all(choices[label] is None for label in meant):
+            return f"for {where} has an answer that is none of them"
+    return ""
 
 
 # --- the right one -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 
-from reading.choices import LETTER, choice_columns, choices_of, way_of, with_choices
+from reading.choices import LETTER, choice_columns, choices_of, way_of, why_none, with_choices
 from reading.images import COLUMNS
 from utils import UserError, is_number
 
@@ -57,7 +57,7 @@ class Columns:
     choices: tuple = ()
     input: str | None = None  # Alpaca's, which belongs to its instruction
     contexts: tuple = ()
-    left_out: tuple = ()  # what is called like a context and is no text
+    left_out: tuple = ()  # (columns that are called like contexts or choices, why they are none)
 
     def plain(self):
         """Whether this is what rows are asked to look like."""
@@ -96,8 +96,8 @@ def columns_of(rows, where, fields=Fields()):
     tiers = ANSWERS if question.lower() in ANSWERS[3] else ANSWERS[:3]
     answer = found(tiers, "answer")
     solution = fields.solution_field or lower.get("solution")
-    if not fields.solution_field and any(not isinstance(row.get(solution), str | None)
-                                         for _, row in rows):  # fmt: skip
+    worked = [row[solution] for _, row in rows if row.get(solution) is not None]
+    if worked and not fields.solution_field and not any(isinstance(one, str) for one in worked):
         solution = None  # numbers, or several: nothing that a cold start could show
     taken = {question, answer, solution}
     choices = tuple(name for name in choice_columns(names) if name not in taken)
@@ -108,7 +108,14 @@ def columns_of(rows, where, fields=Fields()):
     for name in beside:
         values = [row[name] for _, row in rows if row.get(name)]
         if values and name not in taken:
-            (contexts if all(map(_is_text, values)) else left_out).append(name)
+            if all(map(_is_text, values)):
+                contexts.append(name)
+            else:
+                left_out.append(((name,), "which is no text"))
+    if len(choices) > 1:
+        answers = [_answer_of(row, Columns(question, answer), where)[0] for where, row in rows]
+        if why := why_none(rows, choices, answers):
+            left_out, choices = [*left_out, (choices, why)], ()
     return Columns(question, answer, None if solution == answer else solution, choices,
                    lower.get("input") if question.lower() == "instruction" else None,
                    tuple(contexts), tuple(left_out))  # fmt: skip
@@ -302,10 +309,14 @@ def taken_from(columns, marks, headings):
     pairs = [("question", (columns.question,)), ("its input", (columns.input,)),
              ("its context", columns.contexts), ("choices", columns.choices),
              ("answer", (columns.answer,)), ("solution", (columns.solution,))]  # fmt: skip
-    parts = [f"{kind} from {', '.join(f'`{name}`' for name in names)}" + how * (kind == "answer")
+    parts = [f"{kind} from {_quoted(names)}" + how * (kind == "answer")
              for kind, names in pairs if any(names)]  # fmt: skip
-    parts += [f"nothing from `{name}`, which is no text" for name in columns.left_out]
+    parts += [f"nothing from {_quoted(names)}, {why}" for names, why in columns.left_out]
     return ", ".join(parts)
+
+
+def _quoted(names):
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def choices_remark(columns, where, problems):

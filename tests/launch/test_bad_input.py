@@ -27,6 +27,7 @@ GOOD = [
     "--output_dir", "out",
 ]  # fmt: skip
 ROWS = "".join(f'{{"question": "What is {i}?", "answer": "{i}"}}\n' for i in range(30))
+WORKED = '{"question": "What is 1?", "answer": "1", "solution": "It is 1."}\n'
 LONG = "a" * 100_000
 
 
@@ -207,7 +208,11 @@ def test_a_path_or_name_that_leads_nowhere(refused, flag, value, parts):
         ('{"question": "a", "answer": true}', [":1: `answer` is True; expected"]),
         ('{"question": "a", "answer": NaN}', [":1: `answer` is nan; expected", "finite"]),
         ('{"question": "a", "answer": 1e999}', [":1: `answer` is inf; expected"]),
+        (WORKED + '{"question": "a", "answer": "1", "solution": [1]}',
+         [":2: `solution` is [1]; expected"]),
         (r'{"question": "a \ud800", "answer": "1"}', [":1: `question` holds half a character"]),
+        (WORKED + '{"question": "' + LONG + '", "answer": 2.5, "solution": 3}',
+         ["`solution` is 3;"]),
     ],
     ids=lambda value: ascii(value)[:40] if isinstance(value, str) else "",
 )  # fmt: skip

@@ -63,6 +63,42 @@ def test_columns_for_each_choice_are_a_series(names, found):
     assert choice_columns(names) == found
 
 
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"question": "What is A+B?", "A": 1, "B": 9, "answer": 10}], "1 has there what is no te"),
+        ([{"question": "Which is larger?", "A": 3, "B": 9, "answer": 9}], "1 has there what is no"),
+        ([{"question": "q", "A": 3.5, "B": None, "answer": "B"}], "1 has there what is no text"),
+        ([{"question": "q", "A": "x", "B": "y", "answer": "A"},
+          {"question": "What is A+B?", "A": "1", "B": "9", "answer": "10"}],
+         "2 has an answer that is none of them"),
+        ([{"question": "q", "A": "x", "B": "", "answer": "A"}], "1 has a single choice there"),
+        ([{"question": "q", "A": "x", "B": "", "C": "z", "answer": "B"}], "1 has an answer that"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_called_like_a_series_and_hold_no_choices_are_told(rows, why, tmp_path):
+    problems = problems_of(tmp_path, *rows)
+    for problem, row in zip(problems, rows):
+        assert (problem.question, problem.answer) == (row["question"], str(row["answer"]))
+        assert problem.extra == {name: row[name] for name in "ABC" if name in row}
+    assert f"nothing from `A`, `B`{', `C`' * ('C' in rows[0])}, for " in problems.taken
+    assert f"train.jsonl:{why}" in problems.taken
+
+
+def test_a_number_beside_what_is_no_series_of_choices_keeps_its_digits(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(
+            '{"question": "A+B?", "A": 1, "B": 0.10, "answer": 1.10}'
+        )
+    assert load_problems("gsm8k", tmp_path, "train", 0)[0].answer == "1.10"
+
+
+def test_rows_of_a_series_that_have_no_choices_have_answers_of_their_own(tmp_path):
+    rows = [{"question": "q", "A": "x", "B": "y", "answer": "B"},
+            {"question": "How many?", "A": None, "B": float("nan"), "answer": "7"}]  # fmt: skip
+    assert [problem.answer for problem in problems_of(tmp_path, *rows)] == ["B", "7"]
+
+
 NUMBERED = [
     lambda *texts: {f"choice{n}": text for n, text in enumerate(texts, 1)},  # as in COPA
     lambda *texts: {f"option_{n}": text for n, text in enumerate(texts, 1)},

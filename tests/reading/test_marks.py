@@ -150,3 +150,12 @@ def test_a_solution_that_is_no_text_ends_a_run_only_where_a_flag_names_it(tmp_pa
     assert (problem.answer, problem.solution, problem.extra) == ("5", "", {"solution": 5})
     with pytest.raises(UserError, match=":1: `solution` is 5; expected text"):
         problems_of(tmp_path, row, solution_field="solution")
+
+
+def test_a_solution_that_is_no_text_among_texts_is_refused_by_its_place(tmp_path):
+    rows = [{"question": "q", "answer": "5", "solution": one} for one in ("So 5.", None, [1])]
+    with pytest.raises(UserError, match=r":3: `solution` is \[1\]; expected text"):
+        problems_of(tmp_path, *rows)
+    assert [p.solution for p in problems_of(tmp_path, *rows[:2])] == ["So 5.", ""]
+    found = problems_of(tmp_path, *rows[1:])
+    assert [p.extra for p in found] == [{"solution": None}, {"solution": [1]}]
