@@ -146,7 +146,7 @@ def _parquet_rows(path):
         rows = table.to_pylist()
     except (OverflowError, ValueError) as error:
         raise _unreadable(path, table, error) from None
-    rows = _short_floats(rows, table)
+    rows = _short_floats(rows, table.schema)
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
@@ -162,32 +162,39 @@ def _unreadable(where, table, error):
                      "the column out")  # fmt: skip
 
 
-def _short_floats(rows, table):
+def _short_floats(rows, schema):
     """The rows of an Arrow table, a float32 having the digits that tell it from its neighbours: 0.1
-    and not 0.10000000149011612."""
+    and not 0.10000000149011612. A table without float32 costs nothing."""
     import pyarrow
 
-    for name, column in zip(table.column_names, table.columns):
-        wide = _widened(column.type, pyarrow.float64())
-        if wide != column.type:
-            digits = column.cast(_widened(column.type, pyarrow.string()))
+    for field in schema:
+        wide = _widened(field.type, pyarrow.float64())
+        if wide != field.type:
+            column = pyarrow.array([row[field.name] for row in rows], field.type)
+            digits = column.cast(_widened(field.type, pyarrow.string()))
             for row, value in zip(rows, digits.cast(wide).to_pylist()):
-                row[name] = value
+                row[field.name] = value
     return rows
 
 
 def _widened(kind, leaf):
-    """An Arrow type with `leaf` in the place of float32, within lists and structs too."""
-    from pyarrow import large_list, list_, struct, types
+    """An Arrow type with `leaf` in the place of float32, in whatever holds it."""
+    from pyarrow import large_list, list_, map_, struct, types
 
     if types.is_float32(kind):
         return leaf
+    if types.is_dictionary(kind):  # each value once, and where it stands
+        wide = _widened(kind.value_type, leaf)
+        return kind if wide == kind.value_type else wide
     if types.is_struct(kind):
         return struct([field.with_type(_widened(field.type, leaf)) for field in kind])
-    if types.is_list(kind):
-        return list_(_widened(kind.value_type, leaf))
-    if types.is_large_list(kind):
-        return large_list(_widened(kind.value_type, leaf))
+    if types.is_map(kind):
+        return map_(_widened(kind.key_type, leaf), _widened(kind.item_type, leaf))
+    if types.is_fixed_size_list(kind):
+        return list_(_widened(kind.value_type, leaf), kind.list_size)
+    for is_list, made in ((types.is_list, list_), (types.is_large_list, large_list)):
+        if is_list(kind):
+            return made(_widened(kind.value_type, leaf))
     return kind
 
 
@@ -263,12 +270,12 @@ def arrow_splits(splits, where):
             if getattr(feature, "names", None)
         }
         place = f"{where}, {split}" if split else where
-        arrow = dataset.with_format("arrow")
         try:
             table = dataset.with_format("arrow")[:].to_pylist()
         except (OverflowError, ValueError) as error:
+            arrow = dataset.with_format("arrow")
             raise _unreadable(place, arrow[:], error) from None
-        for row in _short_floats(table, arrow[:]):
+        for row in _short_floats(table, dataset.features.arrow_schema):
             for column, labels in names.items():  # of a ClassLabel, which is a number
                 label = row[column]
                 row[column] = None if label is None or label < 0 else labels[label]

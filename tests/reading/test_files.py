@@ -8,6 +8,7 @@ import pytest
 from launch.loading import what_was_taken
 from launch.parser import parse_args
 from reading.columns import Fields
+from reading.files import arrow_splits
 from rldatasets import load_problems
 from utils import UserError
 
@@ -80,6 +81,45 @@ def test_float32_has_the_digits_that_it_has(tmp_path):
     assert [problem.answer for problem in problems] == ["0.1", "2.5"]
     assert problems[0].extra["more"] == {"a": 0.1, "b": 1 / 3, "c": [0.2, None]}
     assert problems[1].extra == {"more": None, "when": datetime.date(2020, 1, 1)}
+
+
+def nested_floats():
+    import pyarrow
+
+    short = pyarrow.float32()
+    kinds = {"pair": (pyarrow.list_(short, 2), [[0.1, 0.2], None]),
+             "many": (pyarrow.large_list(short), [[0.1], [None]]),
+             "map": (pyarrow.map_(pyarrow.string(), short), [[("a", 0.1)], None]),
+             "within": (pyarrow.list_(pyarrow.struct([("a", pyarrow.list_(short, 1))])),
+                        [[{"a": [0.1]}, None], []])}  # fmt: skip
+    columns = {name: pyarrow.array(values, kind) for name, (kind, values) in kinds.items()}
+    few = pyarrow.array([0.1, 0.1], short).dictionary_encode()
+    names = pyarrow.array(["a", "b"]).dictionary_encode()
+    table = {"question": ["p", "q"], "answer": ["1", "2"], "few": few, "names": names, **columns}
+    rows = [{"few": 0.1, "names": name, **{column: kinds[column][1][n] for column in kinds}}
+            for n, name in enumerate("ab")]  # fmt: skip
+    return pyarrow.table(table), rows
+
+
+def test_float32_has_its_digits_in_whatever_holds_it(tmp_path):
+    table, rows = nested_floats()
+    assert [problem.extra for problem in read(folder_of(table, tmp_path))] == rows
+
+
+def test_what_save_to_disk_left_is_fetched_once_and_has_its_digits(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table, rows = nested_floats()
+    table = table.drop_columns(["few", "names", "map"])
+    saved = datasets.Dataset(datasets.table.InMemoryTable(table))
+    fetched, fetch = [], datasets.Dataset.__getitem__
+    monkeypatch.setattr(
+        datasets.Dataset, "__getitem__", lambda *args: fetched.append(args) or fetch(*args)
+    )
+    [split] = arrow_splits({None: saved}, "here").values()
+    found = [row for _, row in split()]
+    assert [row["pair"] for row in found] == [row["pair"] for row in rows]
+    assert [row["within"] for row in found] == [row["within"] for row in rows]
+    assert len(fetched) == 1
 
 
 def test_the_short_name_of_parquet_is_known(tmp_path):
