@@ -186,15 +186,19 @@ def _widened(kind, leaf):
     if types.is_dictionary(kind):  # each value once, and where it stands
         wide = _widened(kind.value_type, leaf)
         return kind if wide == kind.value_type else wide
+
+    def inner(field):
+        return field.with_type(_widened(field.type, leaf))
+
     if types.is_struct(kind):
-        return struct([field.with_type(_widened(field.type, leaf)) for field in kind])
+        return struct([inner(field) for field in kind])
     if types.is_map(kind):
-        return map_(_widened(kind.key_type, leaf), _widened(kind.item_type, leaf))
+        return map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
     if types.is_fixed_size_list(kind):
-        return list_(_widened(kind.value_type, leaf), kind.list_size)
+        return list_(inner(kind.value_field), kind.list_size)
     for is_list, made in ((types.is_list, list_), (types.is_large_list, large_list)):
         if is_list(kind):
-            return made(_widened(kind.value_type, leaf))
+            return made(inner(kind.value_field))
     return kind
 
 

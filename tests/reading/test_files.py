@@ -8,7 +8,7 @@ import pytest
 from launch.loading import what_was_taken
 from launch.parser import parse_args
 from reading.columns import Fields
-from reading.files import arrow_splits
+from reading.files import _widened, arrow_splits
 from rldatasets import load_problems
 from utils import UserError
 
@@ -104,6 +104,23 @@ def nested_floats():
 def test_float32_has_its_digits_in_whatever_holds_it(tmp_path):
     table, rows = nested_floats()
     assert [problem.extra for problem in read(folder_of(table, tmp_path))] == rows
+
+
+def test_a_type_without_float32_stays_the_same_type():
+    import pyarrow
+    from pyarrow import field, int8, large_list, list_, map_, string, struct
+
+    held = field("element", string(), nullable=False)
+    kinds = [
+        list_(held),
+        list_(held, 2),
+        large_list(held),
+        struct([held]),
+        int8(),
+        map_(string(), held, keys_sorted=True),
+        pyarrow.dictionary(int8(), string()),
+    ]
+    assert [_widened(kind, pyarrow.float64()) for kind in kinds] == kinds
 
 
 def test_what_save_to_disk_left_is_fetched_once_and_has_its_digits(tmp_path, monkeypatch):
