@@ -163,12 +163,11 @@ def _readings(answer, choices):
     number = re.fullmatch(r"([0-9]{1,2})(?:\.0*)?", answer)  # pandas makes 1.0 of 1
     writings = {answer, number[1] if number else answer}
     labels = [*choices]
-    same = {
+    found = _single({
         "label": [label for label in labels if label in writings]
         or [label for label in labels if label.casefold() == answer.casefold()],
         "text": [label for label, text in choices.items() if text in writings],
-    }
-    found = {way: one[0] for way, one in same.items() if len(one) == 1}
+    })  # fmt: skip
     if number and int(number[1]) < len(labels):
         index = int(number[1])
         found["number"] = labels[index]  # counted from 0, as in MMLU
@@ -179,9 +178,16 @@ def _loosely(answer, choices):
     """The same of "(b)", "B.", "B. blue", or a text in another case."""
     bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", r"\1", answer).casefold().strip()
     label, rest = re.fullmatch(r"(?s)\(?(\w*)[).:]*\s*(.*)", bare).groups()
-    meant = [name for name, text in choices.items() if (text or "").casefold() == bare
-             or (name.casefold() == label and rest in ("", (text or "").casefold()))]  # fmt: skip
-    return {"label": meant[0]} if len(meant) == 1 else {}
+    folded = {name: (text or "").casefold() for name, text in choices.items()}
+    return _single({
+        "label": [name for name, text in folded.items()
+                  if name.casefold() == label and rest in ("", text)],
+        "text": [name for name, text in folded.items() if text == bare],
+    })  # fmt: skip
+
+
+def _single(same):
+    return {way: labels[0] for way, labels in same.items() if len(labels) == 1}
 
 
 def way_of(answers, tables):

@@ -96,7 +96,7 @@ def columns_of(rows, where, fields=Fields()):
     tiers = ANSWERS if question.lower() in ANSWERS[3] else ANSWERS[:3]
     answer = found(tiers, "answer")
     solution = fields.solution_field or lower.get("solution")
-    worked = [row[solution] for _, row in rows if row.get(solution) is not None]
+    worked = [row[solution] for _, row in rows if row.get(solution) not in (None, "")]
     if worked and not fields.solution_field and not any(isinstance(one, str) for one in worked):
         solution = None  # numbers, or several: nothing that a cold start could show
     taken = {question, answer, solution}

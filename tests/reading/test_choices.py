@@ -141,6 +141,10 @@ def test_a_letter_that_is_a_label_and_another_choice_s_text_is_refused(tmp_path)
     assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["B", "A"]
     plain["answer"] = "x"
     assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["A", "A"]
+    plain |= {"answer": "Red", "choices": ["red", "blue"]}  # a text in another case is a text
+    assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["A", "A"]
+    plain["answer"] = "B. blue"
+    assert [p.answer for p in problems_of(tmp_path, row, plain)] == ["B", "B"]
     assert one(tmp_path, {**row, "choices": ["c", "d"], "answer": "c"})[1] == "A"
 
 

@@ -157,5 +157,7 @@ def test_a_solution_that_is_no_text_among_texts_is_refused_by_its_place(tmp_path
     with pytest.raises(UserError, match=r":3: `solution` is \[1\]; expected text"):
         problems_of(tmp_path, *rows)
     assert [p.solution for p in problems_of(tmp_path, *rows[:2])] == ["So 5.", ""]
-    found = problems_of(tmp_path, *rows[1:])
-    assert [p.extra for p in found] == [{"solution": None}, {"solution": [1]}]
+    for blank in (None, "", []):
+        rows[1]["solution"] = blank
+        found = problems_of(tmp_path, *rows[1:])
+        assert [p.extra for p in found] == [{"solution": blank}, {"solution": [1]}]
