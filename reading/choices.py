@@ -148,7 +148,7 @@ def why_none(rows, columns, answers):
         try:
             choices = _read(values)
         except ValueError:
-            return f"for {where} has a single choice there"
+            return f"for {where} has one choice there, or more than 26"
         meant = _readings(answer, choices).values()
         if choices and all(choices[label] is None for label in meant):
             return f"for {where} has an answer that is none of them"

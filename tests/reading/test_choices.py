@@ -72,7 +72,7 @@ def test_columns_for_each_choice_are_a_series(names, found):
         ([{"question": "q", "A": "x", "B": "y", "answer": "A"},
           {"question": "What is A+B?", "A": "1", "B": "9", "answer": "10"}],
          "2 has an answer that is none of them"),
-        ([{"question": "q", "A": "x", "B": "", "answer": "A"}], "1 has a single choice there"),
+        ([{"question": "q", "A": "x", "B": "", "answer": "A"}], "1 has one choice there, or more"),
         ([{"question": "q", "A": "x", "B": "", "C": "z", "answer": "B"}], "1 has an answer that"),
     ],
 )  # fmt: skip
