@@ -170,7 +170,7 @@ def is_address(url):
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
 
 
-def check_rewards(task, args):
+def check_rewards(task, args, default_of=lambda name: None):
     """Raise UserError where a reward asks a referee and there is none. A line for what flags do not
     do with these rewards."""
     asking = [f.__name__ for f in task.reward_functions if wants_referee(f)]
@@ -180,7 +180,7 @@ def check_rewards(task, args):
     if "rubric" in asking and not task.rubric:
         raise UserError("the reward rubric: there is no RUBRIC = [(weight, criterion), ...] beside "
                         "it; add one")  # fmt: skip
-    for remark in remarks(task, args):
+    for remark in remarks(task, args, default_of):
         print(f"main.py: warning: {remark}", file=sys.stderr)
 
 

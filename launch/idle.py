@@ -52,11 +52,10 @@ IDLE = (
 )  # fmt: skip
 
 
-def remarks(task, args):
+def remarks(task, args, default_of):
     """What flags do not do in this task, or with its rewards, a line each."""
-    typed = getattr(args, "typed", ())
     for name in ("tremble", "opponents"):
-        if name in typed and task.game is None:
+        if task.game is None and getattr(args, name, default_of(name)) != default_of(name):
             yield f"--{name} {getattr(args, name)} does nothing in a task that is no game"
     if getattr(args, "eval_referee", None) and task.rebut:
         yield (f"--eval_referee {args.eval_referee} does nothing in a debate, where the sides meet "

@@ -170,7 +170,7 @@ def parse_args(argv=None, prog="main.py", epilog=None):
             return args
         if not args.plan:  # which reads no data
             check_dataset(args)
-            check_rewards(load_task(args), args)
+            check_rewards(load_task(args), args, parser.get_default)
         check_model(args)
         if not args.plan:  # which writes nothing
             check_output_dir(args)
