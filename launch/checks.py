@@ -170,9 +170,9 @@ def is_address(url):
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
 
 
-def check_rewards(task, args, default_of=lambda name: None):
+def check_rewards(task, args, default_of=None):
     """Raise UserError where a reward asks a referee and there is none. A line for what flags do not
-    do with these rewards."""
+    do with these rewards, of which default_of says the default; only a run is told of all."""
     asking = [f.__name__ for f in task.reward_functions if wants_referee(f)]
     if asking and not (args.referee or args.referee_url):
         raise UserError(f"the reward {asking[0]} asks a referee, and there is none; add --referee "

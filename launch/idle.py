@@ -55,7 +55,7 @@ IDLE = (
 def remarks(task, args, default_of):
     """What flags do not do in this task, or with its rewards, a line each."""
     for name in ("tremble", "opponents"):
-        if task.game is None and getattr(args, name, default_of(name)) != default_of(name):
+        if default_of and task.game is None and getattr(args, name) != default_of(name):
             yield f"--{name} {getattr(args, name)} does nothing in a task that is no game"
     if getattr(args, "eval_referee", None) and task.rebut:
         yield (f"--eval_referee {args.eval_referee} does nothing in a debate, where the sides meet "
