@@ -74,10 +74,9 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     task = task_file(dataset_name or "")[0]
     if dataset_name and is_on_hub(dataset_name):
         task = "gsm8k"  # whose answers are as long as any
-    changed = PRESETS_ON.get((preset, task), {})
-    if is_game_file(dataset_name or ""):
-        changed = PRESETS_ON.get((preset, A_GAME), {})
-    defaults = {**PRESETS[preset], **changed}
+    elif is_game_file(dataset_name or ""):
+        task = A_GAME
+    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
     defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
     parser.set_defaults(**defaults)
     return parser
