@@ -146,6 +146,9 @@ def add_flags(parser):
          "has them; None: all that this program sees")
     flag("--vllm_arguments", type=engine_arguments, default={}, metavar="JSON", help="further "
          "arguments of vLLM's LLM, as a JSON object, e.g. '{\"tensor_parallel_size\": 2}'")
+    flag("--vllm_transfer", choices=("file", "broadcast", "ipc"), default="file", help="how "
+         "weights reach it. file: in shared memory, on any machine; broadcast: from the run's "
+         "device to vLLM's, by NCCL between GPUs; ipc: CUDA IPC, where it is on the run's own GPU")
     flag("--vllm_timeout", type=POSITIVE, default=600.0, metavar="SECONDS",
          help="the run ends where vLLM takes longer to start, or for one step's samples")
 

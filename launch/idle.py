@@ -45,7 +45,7 @@ IDLE = (
      "on other data than --dataset_name arithmetic"),
     (("cold_start_learning_rate", "cold_start_schedule"), lambda args: args.cold_start_steps == 0,
      "at --cold_start_steps 0"),
-    (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout"),
+    (("vllm_python", "vllm_devices", "vllm_arguments", "vllm_transfer", "vllm_timeout"),
      lambda args: args.sampler != "vllm", "without --sampler vllm"),
     (("sampling_batch_size",), lambda args: args.sampler == "vllm", "with --sampler vllm"),
     (("allow_changed_rewards",), lambda args: args.resume is None, "without --resume"),

@@ -18,10 +18,10 @@ MANIFEST, REPORT = "manifest.json", "report.html"
 MAY_CHANGE = {
     "output_dir", "resume", "resume_or_start", "plan", "verbose", "num_train_iters",
     "eval_iterations", "short_eval_iterations", "save_steps", "save_rollouts", "keep_checkpoints",
-    "reward_timeout",
-    "sampling_batch_size", "micro_batch_tokens", "eval_batch_size", "gradient_checkpointing",
-    "track", "merge_lora", "allow_changed_rewards", "reward_workers", "referee_url",
-    "referee_anyway", "vllm_python", "vllm_devices", "vllm_arguments", "vllm_timeout",
+    "reward_timeout", "vllm_python", "vllm_devices", "vllm_arguments", "vllm_transfer",
+    "vllm_timeout", "sampling_batch_size", "micro_batch_tokens", "eval_batch_size",
+    "gradient_checkpointing", "track", "merge_lora", "allow_changed_rewards", "reward_workers",
+    "referee_url", "referee_anyway",
     # Where problems come from: that they are the same is checked by what they say.
     "dataset_path", "question_field", "answer_field", "solution_field", "train_split", "test_split",
 }  # fmt: skip

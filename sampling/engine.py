@@ -5,44 +5,36 @@ server speaks text by default, takes no weights but those in files that both can
 another model's, and outlives the run. A process that we start has what we send it, at the version
 that `--vllm_python` names, and ends with us.
 
-Before a step is sampled the policy goes over as a file, in shared memory where there is room, with
-adapters folded in. So it does from a GPU: one way for all devices, which is tested on any machine.
-Token ids go in and come out. Whatever is wrong with an answer is a UserError before anything is
-trained on it: what comes back is held against the policy's own log-probs.
+Before a step is sampled the policy goes over (weights.py). Token ids go in and come out. Whatever
+is wrong with an answer is a UserError before anything is trained on it: what comes back is held
+against the policy's own log-probs.
 
 Letters: Q questions, G completions per question, C completion tokens.
 """
 
-import copy
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from grpo import completion_lengths
 from sampling.rollouts import listed_rollouts, padding_and_stops
+from sampling.weights import FOLDER, dtype_of, fingerprints, model_files, transfer
 from training.logprobs import logprobs_without_gradient
-from training.lora import whole_weight
-from training.precision import DTYPES
 from training.processes import everyones, from_main, patient
 from training.progress import progress
-from training.sharding import local_tensor, whole
+from training.sharding import whole
 from utils import UserError, mixed_seed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-SHARED = Path("/dev/shm")
-FOLDER = "GRPO_WEIGHTS_FOLDER"  # an environment variable: where weights go over instead
 # Mean difference from the policy's own log-probs, in nats per token, above which the engine is
 # taken to answer from other weights. Rounding makes 2e-6 of it in fp32, 0.05 in bf16, of SmolLM2.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 0.05}
@@ -66,6 +58,7 @@ class Engine:
     def __init__(self, python, devices, seconds, log):
         self.seconds, self.log = seconds, log
         self.holds = None  # the fingerprints of the weights that it was sent last
+        self.send = None  # what sends it the policy's weights
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:
             try:
@@ -80,10 +73,15 @@ class Engine:
         self.channel, self.lines = ours, ours.makefile("rb")
         self.end = weakref.finalize(self, end, self.process)
 
-    def ask(self, what, **arguments):
-        """Its answer. Raises UserError, and ends it, where it gives none."""
+    def ask(self, what, meanwhile=None, **arguments):
+        """Its answer. Raises UserError, and ends it, where it gives none.
+
+        meanwhile(): our side of what it does for that, in a thread, so that an engine which ends or
+        hangs in the middle is told like any other.
+        """
         try:
             self.channel.sendall(json.dumps([what, arguments]).encode() + b"\n")
+            side = meanwhile and Side(meanwhile)
             line = self.lines.readline()
             answer = json.loads(line) if line else {"error": self._how_it_ended()}
         except TimeoutError:
@@ -96,6 +94,8 @@ class Engine:
             self.end()
             raise UserError(f"--sampler vllm: {what}: {' '.join(answer['error'].split())[:90]}; "
                             f"see {self.log}, then --resume")  # fmt: skip
+        if side:
+            side.done()
         return answer
 
     def _how_it_ended(self):
@@ -104,6 +104,26 @@ class Engine:
             how = f"by signal {-status}" if status < 0 else f"with exit status {status}"
             return f"the engine ended {how}"
         return "the engine closed its end"
+
+
+class Side(Thread):
+    """A function in a thread that nobody waits for at the program's end."""
+
+    def __init__(self, function):
+        super().__init__(daemon=True)
+        self.function, self.error = function, None
+        self.start()
+
+    def run(self):
+        try:
+            self.function()
+        except Exception as error:  # raised by done(), unless the other side has a better reason
+            self.error = error
+
+    def done(self):
+        self.join()
+        if self.error:
+            raise self.error
 
 
 def end(process):
@@ -147,6 +167,7 @@ def start_engine(policy, args, accelerator, describe):
                 engine.end()
                 raise UserError(f"--sampler vllm: it has {vocabulary} tokens, --model_name "
                                 f"{known}; it does not know this model")  # fmt: skip
+            engine.send = transfer(engine, args, policy.device)
         accelerator.wait_for_everyone()
     return engine
 
@@ -177,12 +198,11 @@ def sample_rollouts_vllm(setup, prompts, group_size, seeds):
     asked = [one for part in parts for one in part]
     rows = [(ids, mixed_seed(seed, g)) for ids, seed in asked for g in range(group_size)]
 
-    def sent():
-        with model_files(policy, args) as folder:
-            setup.engine.ask("weights", path=folder)
+    def send():
+        setup.engine.send(policy)
         setup.engine.holds = now
 
-    def drawn():
+    def draw():
         return setup.engine.ask(
             "sample", prompts=[ids for ids, _ in rows], seeds=[seed for _, seed in rows],
             stops=ends[1], max_tokens=args.max_completion_length, temperature=args.temperature,
@@ -192,9 +212,9 @@ def sample_rollouts_vllm(setup, prompts, group_size, seeds):
     now = everyones(fingerprints(policy), accelerator) if args.max_draws > 1 else None
     with patient(accelerator):  # the engine's own limit is --vllm_timeout
         if now is None or from_main(lambda: setup.engine.holds != now, accelerator):
-            with whole(policy):  # while the file is written alone
-                from_main(sent, accelerator)
-        completions = from_main(drawn, accelerator)
+            with whole(policy):  # while they go over alone
+                from_main(send, accelerator)
+        completions = from_main(draw, accelerator)
     check_completions(completions, len(rows), policy, args.max_completion_length)
 
     def rollouts(first, last):  # of these questions
@@ -245,58 +265,3 @@ def check_agreement(setup, rollouts):
         raise UserError(f"--sampler vllm: its log-probs are {off:.2g} nats per token off the "
                         "policy's: it answers from other weights, or reads the model otherwise; "
                         "--resume starts it anew")  # fmt: skip
-
-
-def dtype_of(args):
-    """What the engine computes in: what autocast does here, or fp32 without it."""
-    return DTYPES[args.precision] or torch.float32
-
-
-# --- weights -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def model_files(policy, args):
-    """A directory with the policy as any engine reads it, until it is left: where FOLDER says, else
-    in shared memory, or among temporary files where there is none or too little."""
-    dtype = dtype_of(args)
-    weights = plain_weights(policy, dtype)
-    size = sum(tensor.nbytes for tensor in weights.values())
-    has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
-    place = os.path.abspath(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
-    config = copy.deepcopy(policy.config)  # from_config changes it
-    with torch.device("meta"):  # it knows what the files are to be called
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with tempfile.TemporaryDirectory(dir=place or (SHARED if has_room else None)) as folder:
-        try:
-            model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--sampler vllm: no room for {size / 1e9:.1f} GB of weights in "
-                            f"{Path(folder).parent}; {FOLDER} names another place ("
-                            f"{str(error)[:50]})") from None  # fmt: skip
-        yield folder
-
-
-@torch.no_grad()
-def fingerprints(policy):
-    """A number for every parameter, or this process's part of it, which another one takes the place
-    of once an update has changed it. Made of the numbers alone: whoever does so need not say so."""
-    parts = [local_tensor(parameter) for parameter in policy.parameters()]
-    hashes = [torch.hash_tensor(part) for part in parts if part.numel()]
-    return torch.stack(hashes).tolist() if hashes else []
-
-
-@torch.no_grad()
-def plain_weights(policy, dtype):
-    """{name: tensor} of a model without adapters that does what the policy does. On the CPU."""
-    weights = {}
-    for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
-            continue
-        holder, _, kind = name.replace(".base_layer.", ".").rpartition(".")
-        if ".base_layer." in name and kind == "weight":
-            weight = whole_weight(policy.get_submodule(holder), dtype)
-        else:
-            weight = parameter.to(dtype)
-        weights[f"{holder}.{kind}"] = weight.detach().cpu()
-    return weights

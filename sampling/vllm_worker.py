@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import traceback
+from datetime import timedelta
 
 
 class Worker:
@@ -32,11 +33,23 @@ class Worker:
         self.engine.collective_rpc("update_config", args=(real,))
         return self.engine.llm_engine.model_config.get_vocab_size()
 
-    def weights(self, path):
-        """Take the weights in this directory in place of those that there are."""
+    def devices(self):
+        """The device of each of vLLM's workers: a GPU's UUID, or "cpu"."""
+        return self.engine.collective_rpc(device_of)
+
+    def meet(self, **where):
+        """Let the workers join the trainer's process group."""
+        return self.engine.collective_rpc(meet, kwargs=where)
+
+    def weights(self, path=None, layout=None, handles=None):
+        """Take other weights in place of those that there are: from the files in this directory, by
+        broadcast, each of this name, dtype and shape, or from where these handles say."""
         from vllm.platforms import current_platform
 
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        if path is not None:
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        else:
+            self.engine.collective_rpc(take_weights, args=(layout, handles))
         if current_platform.is_cpu():
             self.engine.apply_model(pack_heads)
         # It holds keys and values of the weights before: a prompt that comes again would be
@@ -76,6 +89,73 @@ class Worker:
             )
             for output in outputs
         ]
+
+
+# --- in vLLM's workers, of which each has a GPU or all a CPU -------------------------------------
+
+
+def device_of(worker):
+    import torch
+
+    if worker.device.type == "cpu":
+        return "cpu"
+    return str(torch.cuda.get_device_properties(worker.device).uuid)
+
+
+def meet(worker, host, port, size, seconds):
+    from torch.distributed import TCPStore
+
+    wait = timedelta(seconds=seconds)
+    store = TCPStore(host, port, size, is_master=False, timeout=wait)
+    rank = 1 + worker.rank  # the trainer is 0
+    worker.trainer = weights_group(worker.device.type, store, rank, size, wait)
+
+
+def weights_group(kind, store, rank, size, wait):
+    """A process group beside all others: vLLM and the trainer have their own default ones."""
+    import torch.distributed as dist
+
+    group = dist.ProcessGroupGloo if kind == "cpu" else dist.ProcessGroupNCCL
+    return group(dist.PrefixStore("weights", store), rank, size, timeout=wait)
+
+
+def broadcast(group, tensor):
+    """Rank 0's tensor, in everyone's."""
+    import torch.distributed as dist
+
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([tensor], options).wait()
+
+
+def take_weights(worker, layout, handles):
+    """vLLM's reload, of weights that come by broadcast or lie on this GPU already."""
+    import torch
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    def received():
+        for name, dtype, shape in layout:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=worker.device)
+            broadcast(worker.trainer, tensor)
+            yield name, tensor
+
+    def opened():
+        for name, handle in handles:
+            arguments = [of_torch(value) for value in handle]
+            arguments[6] = worker.device.index  # which may have another number here
+            yield name, rebuild_cuda_tensor(*arguments)
+
+    def of_torch(value):  # see weights.py, `handle`
+        match value:
+            case {"bytes": digits}:
+                return bytes.fromhex(digits)
+            case {"torch": name}:
+                return getattr(torch, name)
+        return value
+
+    worker.reload_weights(weights_iterator=received() if handles is None else opened())
+    if worker.device.type != "cpu":
+        torch.cuda.synchronize(worker.device)  # then the trainer may have its memory back
 
 
 def pack_heads(model):

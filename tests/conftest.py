@@ -283,3 +283,31 @@ def four_layers(tmp_path_factory):
     model = make_model(**FOUR_LAYERS)
     model.config.save_pretrained(folder)
     return model, str(folder)
+
+
+# --- --sampler vllm, with tests/stub_vllm.py in vLLM's place -------------------------------------
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch):
+    """A program that stands for the Python of vLLM's environment."""
+    monkeypatch.setenv("STUB_WORKER", str(ROOT / "sampling" / "vllm_worker.py"))
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "stub_vllm.py").read_text())
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.fixture
+def setup_with(python, tmp_path, accelerator):
+    """A Setup whose engine is the stub, that many tokens per completion."""
+    from toys import engine_setup, without_layers  # which import this
+
+    def started(model=None, python=python, **flags):
+        model = without_layers() if model is None else model
+        return engine_setup(
+            model, accelerator, python, output_dir=str(tmp_path), vllm_timeout=20.0,
+            max_prompt_length=8, max_completion_length=12, **flags,
+        )  # fmt: skip
+
+    return started

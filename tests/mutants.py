@@ -72,6 +72,7 @@ SHARING, TREE = "sampling/test_sharing.py", "training/test_tree.py"
 ADVANTAGES, SURROGATES = "test_advantages.py", "test_surrogates.py"
 SHAPES, MALFORMED = "reading/test_shapes.py", "reading/test_malformed.py"
 FAMILIES, ENGINE = "sampling/test_families.py", "sampling/test_engine.py"
+WEIGHTS = "sampling/test_weights.py"
 
 MUTANTS = [
     # --- advantages
@@ -763,10 +764,15 @@ MUTANTS = [
            "records/test_thumbnails.py"),
     # --- another engine
     Mutant("adapters are left out of what the engine is sent",
-           'if ".base_layer." in name and kind == "weight":', "if False:", ENGINE),
+           'if ".base_layer." in name and kind == "weight":', "if False:", WEIGHTS),
     Mutant("what the engine is sent changes the policy's own configuration",
            "config = copy.deepcopy(policy.config)  # from_config changes it",
-           "config = policy.config", ENGINE),
+           "config = policy.config", WEIGHTS),
+    Mutant("experts are broadcast as transformers has put them together",
+           "return revert_weight_conversion(_empty_model(policy, dtype), "
+           "plain_weights(policy, dtype))", "return plain_weights(policy, dtype)", WEIGHTS),
+    Mutant("vLLM opens the GPU that has the trainer's number",
+           "arguments[6] = worker.device.index", "pass", WEIGHTS),
     Mutant("an engine with other weights is believed",
            "if not off <= TOLERANCE[args.precision]:", "if False:", ENGINE),
     Mutant("the engine draws a group from one seed",

@@ -1,12 +1,16 @@
 """Speaks as sampling/vllm_worker.py does, of a model without layers: what vLLM would be asked, it
-answers with numpy, from the files that it was sent. STUB_FAULT says what goes wrong, and from which
-request for samples on: "ends 2"."""
+answers with numpy, from the weights that it was sent. STUB_FAULT says what goes wrong, and from
+which request for samples on: "ends 2". STUB_DEVICE is where its one worker is, STUB_WORKER where
+the code of vLLM's workers is read, which needs torch and a second."""
 
 import json
 import os
 import socket
 import sys
 import time
+from functools import cache
+from runpy import run_path
+from types import SimpleNamespace
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -21,9 +25,39 @@ def load(settings):
         return json.load(file)["vocab_size"] + (FAULT == "vocabulary")
 
 
-def take(path):
-    if not (weights and is_wrong("stale")):
+def take(path=None, layout=None, handles=None):
+    if is_wrong("halfway"):
+        worker().reload_weights = lambda weights_iterator: (next(weights_iterator), os._exit(7))
+    if path is None:
+        code().take_weights(worker(), layout, handles)
+    elif not (weights and is_wrong("stale")):
         weights.update(load_file(f"{path}/model.safetensors"))
+
+
+@cache
+def code():
+    return SimpleNamespace(**run_path(os.environ["STUB_WORKER"]))
+
+
+@cache
+def worker():
+    import torch
+
+    def reload_weights(weights_iterator):
+        weights.update((name, tensor.cpu().numpy()) for name, tensor in weights_iterator)
+
+    device = torch.device(os.environ.get("STUB_DEVICE", "cpu"))
+    return SimpleNamespace(device=device, rank=0, reload_weights=reload_weights)
+
+
+def devices():
+    return [os.environ.get("STUB_NAME") or code().device_of(worker())]
+
+
+def meet(**where):
+    if is_wrong("alone"):
+        raise ValueError("nobody there")
+    code().meet(worker(), **where)
 
 
 def is_wrong(fault):
@@ -66,11 +100,12 @@ def sample(prompts, seeds, stops, max_tokens, temperature):
     return found[:-1] if is_wrong("count") else found
 
 
+known = {"load": load, "weights": take, "sample": sample, "devices": devices, "meet": meet}
 channel = socket.socket(fileno=int(sys.argv[-1]))
 for line in channel.makefile():
     what, arguments = json.loads(line)
     try:
-        answer = {"load": load, "weights": take, "sample": sample}[what](**arguments)
+        answer = known[what](**arguments)
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     text = "what?" if is_wrong("no_json") else json.dumps(answer)

@@ -264,12 +264,29 @@ def saver_of(path, model=None, reference=None, start=None, **overrides):
     return Saver(setup, optimizer, {"n": 1}, start)
 
 
+def without_layers(**more):
+    plain = {"vocab_size": 40, "num_hidden_layers": 0, "tie_word_embeddings": False}
+    return make_model("llama", **{**plain, **more})
+
+
+def asked_of(engine, monkeypatch):
+    """What is asked of an engine of --sampler vllm from now on, a list that grows."""
+    asked, ask = [], engine.ask
+
+    def noted(what, *more, **arguments):
+        asked.append(what)
+        return ask(what, *more, **arguments)
+
+    monkeypatch.setattr(engine, "ask", noted)
+    return asked
+
+
 def engine_setup(model, accelerator, python, describe=lambda folder: None, **flags):
     """A Setup of --sampler vllm, whose engine this Python has started. describe: see
     start_engine."""
     args = make_args(
         sampler="vllm", precision="fp32", vllm_python=python, vllm_devices=None,
-        vllm_arguments={}, **flags,
+        **{"vllm_arguments": {}, "vllm_transfer": "file", **flags},
     )  # fmt: skip
     setup = make_setup(model, args, accelerator, Words(0))
     return replace(setup, engine=start_engine(model, args, accelerator, describe))

@@ -7,54 +7,30 @@ import sys
 import types
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_args, make_model, make_tokenizer
+from conftest import make_tokenizer
 from several import launch
-from toys import assert_stops_end_completions, engine_setup, flags_of, naive
-from transformers import AutoModelForCausalLM
+from toys import (
+    asked_of,
+    assert_stops_end_completions,
+    engine_setup,
+    flags_of,
+    naive,
+    without_layers,
+)
 
 from launch.parser import parse_args
 from sampling import engine as engine_module
-from sampling.engine import model_files, sample_rollouts_vllm
+from sampling.engine import sample_rollouts_vllm
 from sampling.vllm_worker import Worker
-from training.lora import add_adapter
 from training.processes import own_part
 from training.sharding import local_tensor, shard
 from utils import UserError, read_jsonl
 
 PROMPTS, SEEDS = [[5, 9, 3], [8, 2], [7, 7, 1, 3]], [11, 12, 13]
-
-
-@pytest.fixture
-def python(tmp_path):
-    """A program that stands for the Python of vLLM's environment."""
-    program = tmp_path / "python"
-    program.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "stub_vllm.py").read_text())
-    program.chmod(0o755)
-    return str(program)
-
-
-def without_layers(**more):
-    plain = {"vocab_size": 40, "num_hidden_layers": 0, "tie_word_embeddings": False}
-    return make_model("llama", **{**plain, **more})
-
-
-@pytest.fixture
-def setup_with(python, tmp_path, accelerator):
-    """A Setup whose engine is the stub, that many tokens per completion."""
-
-    def started(model=None, python=python, **flags):
-        model = without_layers() if model is None else model
-        return engine_setup(
-            model, accelerator, python, output_dir=str(tmp_path), vllm_timeout=20.0,
-            max_prompt_length=8, max_completion_length=12, **flags,
-        )  # fmt: skip
-
-    return started
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
@@ -104,13 +80,6 @@ def test_every_process_gets_the_completions_of_its_own_prompts(setup_with, monke
     own = sample_rollouts_vllm(second, PROMPTS[1:], 4, SEEDS[1:])
     assert own.texts == everyone.texts[1:]
     assert [ids.tolist() for ids in own.prompt_ids] == PROMPTS[1:]
-
-
-def asked_of(engine, monkeypatch):
-    """What is asked of the engine from now on, a list that grows."""
-    asked, ask = [], engine.ask
-    monkeypatch.setattr(engine, "ask", lambda what, **more: asked.append(what) or ask(what, **more))
-    return asked
 
 
 def test_draws_of_one_step_send_the_weights_once_and_an_update_sends_them_anew(
@@ -177,46 +146,6 @@ def test_two_processes_with_a_part_of_the_policy_each_are_sampled_for_as_one(pyt
     assert [a + b for a, b in zip(first, second)] == expected
     assert once == asked == ["weights", "sample", "sample", "weights", "sample"]
     assert nothing == []
-
-
-def test_weights_go_where_the_environment_says(setup_with, tmp_path, monkeypatch):
-    (tmp_path / "seen by all").mkdir()
-    monkeypatch.setenv(engine_module.FOLDER, str(tmp_path / "seen by all"))
-    with model_files(without_layers(), make_args(precision="fp32")) as folder:
-        assert Path(folder).parent == tmp_path / "seen by all"
-    monkeypatch.setenv(engine_module.FOLDER, "nowhere")
-    with pytest.raises(UserError, match=r"^GRPO_WEIGHTS_FOLDER=nowhere: no directory to write"):
-        setup_with()
-
-
-def test_files_for_the_engine_have_adapters_folded_in_and_leave_the_policy_alone():
-    model, args = make_model(vocab_size=40), make_args(lora_rank=2, precision="fp32")
-    add_adapter(model, args)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    before, ids = model.config.to_dict(), torch.arange(9)[None]
-    with model_files(model, make_args(precision="bf16")):
-        pass
-    with model_files(model, args) as folder:
-        files = {file.name for file in Path(folder).iterdir()}
-        plain = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert "model.safetensors" in files and "adapter_config.json" not in files
-    assert not Path(folder).exists()
-    assert model.config.to_dict() == before
-    assert (plain(ids).logits - model(ids).logits).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("shared_has_room", [True, False])
-def test_weights_go_through_shared_memory_where_there_is_room(
-    shared_has_room, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(engine_module, "SHARED", tmp_path)
-    free = types.SimpleNamespace(free=10**9 if shared_has_room else 1000)
-    monkeypatch.setattr(engine_module.shutil, "disk_usage", lambda path: free)
-    with model_files(without_layers(), make_args(precision="fp32")) as folder:
-        assert (Path(folder).parent == tmp_path) == shared_has_room
 
 
 @pytest.mark.parametrize(

@@ -46,17 +46,24 @@ def moved(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "rank"), [("qwen2", True, 0), ("llama", False, 0), ("qwen3", True, 4)]
+    ("family", "tied", "rank", "way"),
+    [
+        ("qwen2", True, 0, "file"),
+        ("llama", False, 0, "file"),
+        ("qwen3", True, 4, "file"),
+        ("qwen2", True, 0, "broadcast"),
+        ("llama", False, 4, "broadcast"),
+    ],
 )
 def test_its_samples_are_the_policy_s_before_and_after_updates(
-    family, tied, rank, accelerator, tmp_path
+    family, tied, rank, way, accelerator, tmp_path
 ):
     model = make_model(
         family, hidden_size=128, head_dim=32, tie_word_embeddings=tied, initializer_range=0.1
     )
     if rank:
         add_adapter(model, make_args(lora_rank=rank, precision="fp32"))
-    setup = started(model, accelerator, tmp_path, temperature=0.7)
+    setup = started(model, accelerator, tmp_path, temperature=0.7, vllm_transfer=way)
     seen = []
     for _ in range(3):
         first, again = (sample_rollouts_vllm(setup, prompts(), 20, SEEDS) for _ in range(2))
