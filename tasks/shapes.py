@@ -10,8 +10,9 @@ One of each variant:
 
 Scenes, not pictures, are split: no scene of the test occurs in training, however it is drawn. The
 answers to one kind of question are about equally frequent, so that one who does not look is right
-in a third of the cases at most. The worked solution reads the scene row by row, and then says in a
-sentence what was asked.
+in a third of the cases at most. The worked solution of a colour is one sentence: which it is has to
+be looked up in the picture, and that is what reward teaches. Those of count and position read the
+scene row by row first.
 """
 
 import random
@@ -136,7 +137,7 @@ def _colour(rng):
     if not single:
         return None
     colour, kind = rng.choice(single)
-    worked = f"{in_words(scene)}\nThe {kind} is {colour}."
+    worked = f"The {kind} is {colour}."
     return Problem(f"Which colour is the {kind}?", colour, worked, {}, (scene,))
 
 
