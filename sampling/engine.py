@@ -27,7 +27,7 @@ import torch
 
 from grpo import completion_lengths
 from sampling.rollouts import listed_rollouts, padding_and_stops
-from sampling.weights import FOLDER, dtype_of, fingerprints, model_files, transfer
+from sampling.weights import FOLDER, dtype_of, fingerprints, model_files, way_to
 from training.logprobs import logprobs_without_gradient
 from training.processes import everyones, from_main, patient
 from training.progress import progress
@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, python, devices, seconds, log):
         self.seconds, self.log = seconds, log
         self.holds = None  # the fingerprints of the weights that it was sent last
-        self.send = None  # what sends it the policy's weights
+        self.way = None  # that weights take to it, see weights.py
         ours, theirs = socket.socketpair()
         with theirs, open(log, "ab") as file:
             try:
@@ -167,7 +167,7 @@ def start_engine(policy, args, accelerator, describe):
                 engine.end()
                 raise UserError(f"--sampler vllm: it has {vocabulary} tokens, --model_name "
                                 f"{known}; it does not know this model")  # fmt: skip
-            engine.send = transfer(engine, args, policy.device)
+            engine.way = way_to(engine, args, policy.device)
         accelerator.wait_for_everyone()
     return engine
 
@@ -199,7 +199,7 @@ def sample_rollouts_vllm(setup, prompts, group_size, seeds):
     rows = [(ids, mixed_seed(seed, g)) for ids, seed in asked for g in range(group_size)]
 
     def send():
-        setup.engine.send(policy)
+        setup.engine.way(setup.engine, policy, args)
         setup.engine.holds = now
 
     def draw():

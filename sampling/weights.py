@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,27 +35,26 @@ FOLDER = "GRPO_WEIGHTS_FOLDER"  # an environment variable: where weights go over
 HERE = "127.0.0.1"  # the engine is a process of this machine
 
 
-def transfer(engine, args, device):
-    """send(policy) of --vllm_transfer, which returns once the engine has the weights.
+def way_to(engine, args, device):
+    """send(engine, policy, args) of --vllm_transfer, which returns once the engine has the weights.
 
     Raises UserError where this way does not lead from the policy's device to the engine's.
     """
     if args.vllm_transfer == "file":
-        return lambda policy: by_file(engine, policy, args)
+        return by_file
     devices, ours = engine.ask("devices"), device_name(device)
     shared = ours in devices and ours != "cpu"
     if args.vllm_transfer == "ipc":
         if {*devices} != {ours} or not shared:
             raise UserError("--vllm_transfer ipc: is for an engine on the run's own GPU, and it is "
                             "on another; use broadcast")  # fmt: skip
-        return lambda policy: by_ipc(engine, policy, args)
+        return by_ipc
     if shared:
         raise UserError("--vllm_transfer broadcast: NCCL does not lead from a GPU to itself; give "
                         "vLLM others by --vllm_devices, or use ipc")  # fmt: skip
     if len({name == "cpu" for name in (ours, *devices)}) > 1:
         raise UserError("--vllm_transfer broadcast: one side is on a GPU and one is not; use file")
-    group = meet(engine, device, 1 + len(devices), args.vllm_timeout)
-    return lambda policy: by_broadcast(engine, policy, args, group)
+    return partial(by_broadcast, meet(engine, device, 1 + len(devices), args.vllm_timeout))
 
 
 def device_name(device):
@@ -82,7 +82,7 @@ def meet(engine, device, size, seconds):
     return groups[0]
 
 
-def by_broadcast(engine, policy, args, group):
+def by_broadcast(group, engine, policy, args):
     weights = named_as_in_files(policy, args)
 
     def send():

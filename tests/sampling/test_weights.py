@@ -129,7 +129,7 @@ def test_nothing_is_broadcast_from_a_gpu_to_itself(monkeypatch):
     monkeypatch.setattr(weights_module, "device_name", lambda device: "GPU-1")
     engine = types.SimpleNamespace(ask=lambda what: ["GPU-2", "GPU-1"])
     with pytest.raises(UserError, match=r"^--vllm_transfer broadcast: NCCL does not lead from"):
-        weights_module.transfer(engine, make_args(vllm_transfer="broadcast"), torch.device("cuda"))
+        weights_module.way_to(engine, make_args(vllm_transfer="broadcast"), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
