@@ -104,12 +104,12 @@ def train(args):
             saver.completed(done, metrics["skipped"])
             evaluate_if_due(done)
             if is_due(done, args.save_steps):
-                saver.save()
-                run.draw(done)
+                with run.drawn_meanwhile(done):
+                    saver.save()
             sample = rollouts.texts[0][0] if args.verbose else None
             show_progress(bar, metrics, run.last_evaluation, sample)
-        saver.publish()
-        run.draw(args.num_train_iters, with_report=True)
+        with run.drawn_meanwhile(args.num_train_iters, with_report=True):
+            saver.publish()
         finish_trackers(run.trackers)
     print(summary_table(run.path, run.first_evaluation, run.last_evaluation))
     setup.accelerator.state.destroy_process_group()

@@ -127,6 +127,11 @@ def _fingerprint(path):
         return path.name, {"size": file.tell(), "sha256": checksum.hexdigest()}
 
 
+def _write_moments(moments, path):
+    with open(path, "wb") as file:
+        torch.save(moments, file)
+
+
 def _disk_full(error):
     if isinstance(error, SafetensorError):  # which has the number in its text alone
         return any(f"(os error {number})" in str(error) for number in DISK_FULL)
@@ -335,6 +340,29 @@ class Saver:
         free = shutil.disk_usage(new).free
         if free < needed:
             raise OSError(f"it needs {needed:,} bytes of disk, {free:,} are free")
+        with ThreadPoolExecutor(1) as side:  # the moments are two thirds of the bytes
+            written = side.submit(_write_moments, moments, new / OPTIMIZER)
+            self._write_models(new, weights)
+            written.result()
+        manifest = {
+            "step": self.done,
+            "flags": vars(self.args),
+            "loss_scale": vars(self.loss_scale),
+            "data": self.data,
+            "files": _fingerprints(sorted(new.iterdir())),
+        }
+        (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_flush, (*new.iterdir(), *self.run_path.glob("*.jsonl"))))
+        _flush(new)
+        _discard(target)  # a damaged one of this step
+        os.replace(new, target)
+        for path in (self.folder, self.run_path):
+            _flush(path)
+        if problem := damage(target):
+            raise OSError(f"read back, {problem}")
+
+    def _write_models(self, new, weights):
         if self.adapted:
             save_adapter(self.policy, new / ADAPTER)
         else:
@@ -344,24 +372,6 @@ class Saver:
         if self.reference is not None:
             save = save_adapter if self.adapted else save_model
             save(self.reference, new / REFERENCE)
-        with open(new / OPTIMIZER, "wb") as file:
-            torch.save(moments, file)
-        manifest = {
-            "step": self.done,
-            "flags": vars(self.args),
-            "loss_scale": vars(self.loss_scale),
-            "data": self.data,
-            "files": _fingerprints(sorted(new.iterdir())),
-        }
-        (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
-        for path in (*new.iterdir(), new, *self.run_path.glob("*.jsonl")):
-            _flush(path)
-        _discard(target)  # a damaged one of this step
-        os.replace(new, target)
-        for path in (self.folder, self.run_path):
-            _flush(path)
-        if problem := damage(target):
-            raise OSError(f"read back, {problem}")
 
     def publish(self):
         """The newest checkpoint's model alone as `model/`, sharing its files on the disk.

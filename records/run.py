@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -202,14 +203,23 @@ class Run:
             path = self.path / "rollouts" / f"step_{step:05d}.safetensors"
             save_rollouts(path, rollouts, rewards, advantages, chosen)
 
-    def draw(self, step, with_report=False):
-        """Draw the plots anew, and write the report where the run is at its end."""
+    @contextmanager
+    def drawn_meanwhile(self, step, with_report=False):
+        """Draw the plots anew, and write the report where the run is at its end, on another core
+        while what is inside is done: saving, which is as long."""
         if not self.writes:
+            yield
             return
-        with progress.shown("drawing figures"):
-            log_plots(self.trackers, step, plot_run(self.path))
-            if with_report:
-                write_report(self.path)
+        with ThreadPoolExecutor(1) as side:
+            drawn = side.submit(self._draw, step, with_report)
+            yield
+            with progress.shown("drawing figures"):
+                drawn.result()
+
+    def _draw(self, step, with_report):
+        log_plots(self.trackers, step, plot_run(self.path))
+        if with_report:
+            write_report(self.path)
 
     def save_tokens(self, step, problems, records):
         """Write one group token by token, see token_log.py; nothing without records."""

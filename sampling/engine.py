@@ -71,7 +71,8 @@ class Engine:
                 raise UserError(f"--vllm_python {python}: {error.strerror}") from None
         ours.settimeout(seconds)
         self.channel, self.lines = ours, ours.makefile("rb")
-        self.end = weakref.finalize(self, end, self.process)
+        self.groups = []  # the process group that weights.py makes of it and us, if any
+        self.end = weakref.finalize(self, end, self.process, self.groups)
 
     def ask(self, what, meanwhile=None, **arguments):
         """Its answer. Raises UserError, and ends it, where it gives none.
@@ -79,9 +80,10 @@ class Engine:
         meanwhile(): our side of what it does for that, in a thread, so that an engine which ends or
         hangs in the middle is told like any other.
         """
+        side = None
         try:
             self.channel.sendall(json.dumps([what, arguments]).encode() + b"\n")
-            side = meanwhile and Side(meanwhile)
+            side = meanwhile and Side(meanwhile, self)
             line = self.lines.readline()
             answer = json.loads(line) if line else {"error": self._how_it_ended()}
         except TimeoutError:
@@ -90,12 +92,14 @@ class Engine:
             answer = {"error": self._how_it_ended()}
         except ValueError:
             answer = {"error": "what it says is no JSON"}
+        if side and not isinstance(answer, dict):
+            side.join()
+        if side and side.error:
+            answer = {"error": f"{type(side.error).__name__}: {side.error}"}
         if isinstance(answer, dict):
             self.end()
             raise UserError(f"--sampler vllm: {what}: {' '.join(answer['error'].split())[:90]}; "
                             f"see {self.log}, then --resume")  # fmt: skip
-        if side:
-            side.done()
         return answer
 
     def _how_it_ended(self):
@@ -107,30 +111,32 @@ class Engine:
 
 
 class Side(Thread):
-    """A function in a thread that nobody waits for at the program's end."""
+    """Our side of what an Engine is asked for. Where it fails, the engine, which waits for it, is
+    ended. `error`: why it failed, unless that is because the engine had ended."""
 
-    def __init__(self, function):
-        super().__init__(daemon=True)
-        self.function, self.error = function, None
+    def __init__(self, function, engine):
+        super().__init__(daemon=True)  # at the program's end nobody waits for it
+        self.function, self.engine, self.error = function, engine, None
         self.start()
 
     def run(self):
         try:
             self.function()
-        except Exception as error:  # raised by done(), unless the other side has a better reason
-            self.error = error
+        except Exception as error:
+            try:
+                self.engine.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.error = error
+                self.engine.end()
 
-    def done(self):
-        self.join()
-        if self.error:
-            raise self.error
 
-
-def end(process):
-    """End a process and those that it has started."""
+def end(process, groups):
+    """End a process and those that it has started, and what they and we had begun on a GPU."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    while groups:
+        groups.pop().abort()  # else a broadcast would keep all that comes after it waiting
 
 
 def environment(devices):

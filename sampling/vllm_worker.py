@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 
 
@@ -105,18 +106,28 @@ def device_of(worker):
 def meet(worker, host, port, size, seconds):
     from torch.distributed import TCPStore
 
+    try:  # vLLM may have pinned settings of NCCL, which both sides have to share
+        from vllm.utils.nccl import unpinned_nccl_env
+    except ImportError:
+        unpinned_nccl_env = nullcontext
     wait = timedelta(seconds=seconds)
     store = TCPStore(host, port, size, is_master=False, timeout=wait)
-    rank = 1 + worker.rank  # the trainer is 0
-    worker.trainer = weights_group(worker.device.type, store, rank, size, wait)
+    with unpinned_nccl_env():
+        worker.trainer = weights_group(worker.device, store, 1 + worker.rank, size, wait)
 
 
-def weights_group(kind, store, rank, size, wait):
-    """A process group beside all others: vLLM and the trainer have their own default ones."""
+def weights_group(device, store, rank, size, wait):
+    """The process group of the trainer, rank 0, and vLLM's workers, beside those that each has."""
     import torch.distributed as dist
 
-    group = dist.ProcessGroupGloo if kind == "cpu" else dist.ProcessGroupNCCL
-    return group(dist.PrefixStore("weights", store), rank, size, timeout=wait)
+    store = dist.PrefixStore("weights", store)
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout=wait)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = 2 * wait  # which ends the process; whoever waits says so in a line before
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)  # here, and not in the first broadcast
+    return group
 
 
 def broadcast(group, tensor):
@@ -130,6 +141,17 @@ def broadcast(group, tensor):
 
 def take_weights(worker, layout, handles):
     """vLLM's reload, of weights that come by broadcast or lie on this GPU already."""
+    try:
+        reload(worker, layout, handles)
+    except Exception:
+        # vLLM hears its workers in turn: those before this one wait for a broadcast without end.
+        if worker.rank:
+            traceback.print_exc()
+            os._exit(1)
+        raise
+
+
+def reload(worker, layout, handles):
     import torch
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,16 +44,21 @@ def way_to(engine, args, device):
     devices, ours = engine.ask("devices"), device_name(device)
     shared = ours in devices and ours != "cpu"
     if args.vllm_transfer == "ipc":
-        if {*devices} != {ours} or not shared:
+        if not shared or len(devices) > 1:
             raise UserError("--vllm_transfer ipc: is for an engine on the run's own GPU, and it is "
                             "on another; use broadcast")  # fmt: skip
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            if "expandable_segments:True" in os.environ.get(name, ""):
+                raise UserError(f"--vllm_transfer ipc: {name} has expandable_segments, which other "
+                                "processes may not open; leave it out")  # fmt: skip
         return by_ipc
     if shared:
         raise UserError("--vllm_transfer broadcast: NCCL does not lead from a GPU to itself; give "
                         "vLLM others by --vllm_devices, or use ipc")  # fmt: skip
     if len({name == "cpu" for name in (ours, *devices)}) > 1:
         raise UserError("--vllm_transfer broadcast: one side is on a GPU and one is not; use file")
-    return partial(by_broadcast, meet(engine, device, 1 + len(devices), args.vllm_timeout))
+    meet(engine, device, 1 + len(devices), args.vllm_timeout)
+    return by_broadcast
 
 
 def device_name(device):
@@ -71,19 +75,18 @@ def by_file(engine, policy, args):
 
 
 def meet(engine, device, size, seconds):
-    """A process group of the policy's process, rank 0, and the engine's workers."""
-    wait, groups = timedelta(seconds=seconds), []
+    """Join a process group, of which the policy's process is rank 0 and the engine's workers are
+    the others."""
+    wait = timedelta(seconds=seconds)
     store = TCPStore(HERE, 0, size, is_master=True, timeout=wait, wait_for_workers=False)
-
-    def join():
-        groups.append(weights_group(device.type, store, 0, size, wait))
-
-    engine.ask("meet", join, host=HERE, port=store.port, size=size, seconds=seconds)
-    return groups[0]
+    engine.ask(
+        "meet", lambda: engine.groups.append(weights_group(device, store, 0, size, wait)),
+        host=HERE, port=store.port, size=size, seconds=seconds,
+    )  # fmt: skip
 
 
-def by_broadcast(group, engine, policy, args):
-    weights = named_as_in_files(policy, args)
+def by_broadcast(engine, policy, args):
+    weights, [group] = named_as_in_files(policy, args), engine.groups
 
     def send():
         for tensor in weights.values():
@@ -93,11 +96,13 @@ def by_broadcast(group, engine, policy, args):
 
 
 def by_ipc(engine, policy, args):
-    # Until it has answered, what it reads has to be there.
-    weights = {name: x.contiguous() for name, x in named_as_in_files(policy, args).items()}
+    # Copies, also where none is needed: torch keeps a record of every time it has shared a tensor,
+    # as long as that is there. And until the engine has answered, what it reads has to be.
+    weights = {name: x.clone() for name, x in named_as_in_files(policy, args).items()}
     handles = [[name, handle(tensor)] for name, tensor in weights.items()]
     torch.cuda.synchronize(policy.device)
     engine.ask("weights", handles=handles)
+    del weights
     torch.cuda.ipc_collect()
 
 
@@ -131,8 +136,7 @@ def dtype_of(args):
 
 @torch.no_grad()
 def plain_weights(policy, dtype):
-    """{name: tensor} of a model without adapters that does what the policy does, on its device."""
-    weights = {}
+    """(name, tensor) of a model without adapters that does what the policy does, on its device."""
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             continue
@@ -141,15 +145,14 @@ def plain_weights(policy, dtype):
             weight = whole_weight(policy.get_submodule(holder), dtype)
         else:
             weight = parameter.to(dtype)
-        weights[f"{holder}.{kind}"] = weight.detach()
-    return weights
+        yield f"{holder}.{kind}", weight.detach()
 
 
 def named_as_in_files(policy, args):
     """{name: tensor} as the policy's files would have them: what transformers has put together for
     its layers, such as experts, is taken apart again."""
     dtype = dtype_of(args)
-    return revert_weight_conversion(_empty_model(policy, dtype), plain_weights(policy, dtype))
+    return revert_weight_conversion(_empty_model(policy, dtype), dict(plain_weights(policy, dtype)))
 
 
 def _empty_model(policy, dtype):
@@ -163,7 +166,7 @@ def model_files(policy, args):
     """A directory with the policy as any engine reads it, until it is left: where FOLDER says, else
     in shared memory, or among temporary files where there is none or too little."""
     dtype = dtype_of(args)
-    weights = {name: tensor.cpu() for name, tensor in plain_weights(policy, dtype).items()}
+    weights = {name: tensor.cpu() for name, tensor in plain_weights(policy, dtype)}
     size = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.1 * size
     place = os.path.abspath(os.environ[FOLDER]) if os.environ.get(FOLDER) else None

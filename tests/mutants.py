@@ -770,7 +770,8 @@ MUTANTS = [
            "config = policy.config", WEIGHTS),
     Mutant("experts are broadcast as transformers has put them together",
            "return revert_weight_conversion(_empty_model(policy, dtype), "
-           "plain_weights(policy, dtype))", "return plain_weights(policy, dtype)", WEIGHTS),
+           "dict(plain_weights(policy, dtype)))", "return dict(plain_weights(policy, dtype))",
+           WEIGHTS),
     Mutant("vLLM opens the GPU that has the trainer's number",
            "arguments[6] = worker.device.index", "pass", WEIGHTS),
     Mutant("an engine with other weights is believed",

@@ -31,7 +31,16 @@ def take(path=None, layout=None, handles=None):
     if path is None:
         code().take_weights(worker(), layout, handles)
     elif not (weights and is_wrong("stale")):
-        weights.update(load_file(f"{path}/model.safetensors"))
+        weights.update(read(f"{path}/model.safetensors"))
+
+
+def read(file):
+    try:
+        return load_file(file)
+    except TypeError:  # numpy has no bf16
+        from safetensors.torch import load_file as load_tensors
+
+        return {name: tensor.float().numpy() for name, tensor in load_tensors(file).items()}
 
 
 @cache
@@ -44,7 +53,8 @@ def worker():
     import torch
 
     def reload_weights(weights_iterator):
-        weights.update((name, tensor.cpu().numpy()) for name, tensor in weights_iterator)
+        arrived = list(weights_iterator)  # vLLM too has many at hand before it copies one
+        weights.update((name, tensor.float().cpu().numpy()) for name, tensor in arrived)
 
     device = torch.device(os.environ.get("STUB_DEVICE", "cpu"))
     return SimpleNamespace(device=device, rank=0, reload_weights=reload_weights)

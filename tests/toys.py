@@ -285,8 +285,8 @@ def engine_setup(model, accelerator, python, describe=lambda folder: None, **fla
     """A Setup of --sampler vllm, whose engine this Python has started. describe: see
     start_engine."""
     args = make_args(
-        sampler="vllm", precision="fp32", vllm_python=python, vllm_devices=None,
-        **{"vllm_arguments": {}, "vllm_transfer": "file", **flags},
+        sampler="vllm", vllm_python=python, vllm_devices=None,
+        **{"precision": "fp32", "vllm_arguments": {}, "vllm_transfer": "file", **flags},
     )  # fmt: skip
     setup = make_setup(model, args, accelerator, Words(0))
     return replace(setup, engine=start_engine(model, args, accelerator, describe))

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -167,3 +168,19 @@ def test_later_evaluations_are_tested_against_step_0_on_the_same_questions(tmp_p
     rows = [row for _, row in read_jsonl(tmp_path / "eval.jsonl")]
     assert [row["step"] for row in rows] == [0, 10, 20]
     assert "mcnemar_p" not in rows[0] and rows[1]["mcnemar_p"] == summary["mcnemar_p"]
+
+
+def test_figures_are_drawn_while_what_is_inside_goes_on_and_their_errors_are_told(
+    tmp_path, monkeypatch
+):
+    drawing, inside = threading.Event(), threading.Event()
+
+    def draw(path):
+        drawing.set()
+        assert inside.wait(10)
+        raise OSError("no room")
+
+    monkeypatch.setattr("records.run.plot_run", draw)
+    with pytest.raises(OSError, match="no room"), Run(tmp_path).drawn_meanwhile(3):
+        assert drawing.wait(10)
+        inside.set()

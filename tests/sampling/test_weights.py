@@ -2,6 +2,7 @@
 that runs in vLLM's workers. With vLLM itself: test_real_vllm.py."""
 
 import json
+import time
 import types
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def texts_of(setup):
     return found
 
 
-def test_broadcast_brings_what_the_file_brings(setup_with):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_broadcast_brings_what_the_file_brings(precision, setup_with):
     def texts(way):
         torch.manual_seed(0)
-        return texts_of(setup_with(without_layers(), vllm_transfer=way))
+        return texts_of(setup_with(without_layers(), vllm_transfer=way, precision=precision))
 
     assert texts("broadcast") == texts("file")
 
@@ -148,18 +150,70 @@ def test_an_engine_that_ends_in_the_middle_of_it_is_one_line(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_what_fails_on_our_side_is_what_is_told_and_at_once(setup_with, monkeypatch):
+    def full(group, tensor):
+        raise torch.OutOfMemoryError("no room for it")
+
+    monkeypatch.setattr(weights_module, "broadcast", full)
+    setup, began = setup_with(vllm_transfer="broadcast"), time.monotonic()
+    aborted, [group] = [], setup.engine.groups
+    setup.engine.groups[:] = [types.SimpleNamespace(abort=lambda: aborted.append(group))]
+    with pytest.raises(UserError, match=r"^--sampler vllm: weights: OutOfMemoryError: no room for"):
+        sample_rollouts_vllm(setup, PROMPTS, 2, SEEDS)
+    assert time.monotonic() - began < 15 and setup.engine.process.poll() is not None
+    assert aborted == [group]  # or a GPU would wait in it for good
+
+
+def test_a_worker_whose_answer_is_not_heard_ends_where_it_fails(monkeypatch, capsys):
+    def fails(weights_iterator):
+        raise ValueError("no such name")
+
+    worker = types.SimpleNamespace(rank=0, device=torch.device("cpu"), reload_weights=fails)
+    with pytest.raises(ValueError, match="no such name"):
+        vllm_worker.take_weights(worker, [], None)
+    assert capsys.readouterr().err == ""
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    worker.rank = 1
+    with pytest.raises(ValueError, match="no such name"):
+        vllm_worker.take_weights(worker, [], None)
+    assert ended == [1] and "no such name" in capsys.readouterr().err
+
+
+def test_memory_that_others_cannot_open_is_refused(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setattr(weights_module, "device_name", lambda device: "GPU-1")
+    engine = types.SimpleNamespace(ask=lambda what: ["GPU-1"])
+    with pytest.raises(UserError, match=r"^--vllm_transfer ipc: PYTORCH_ALLOC_CONF has expandable"):
+        weights_module.way_to(engine, make_args(vllm_transfer="ipc"), torch.device("cuda"))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("way", ["ipc", "broadcast"])
-def test_on_gpus_it_brings_what_the_file_brings(way, setup_with, monkeypatch):
+def test_on_gpus_it_brings_what_the_file_brings(way, precision, setup_with, monkeypatch):
     if way == "broadcast" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU: NCCL needs two")
     monkeypatch.setenv("STUB_DEVICE", "cuda:0" if way == "ipc" else "cuda:1")
 
     def texts(way):
         torch.manual_seed(0)
-        return texts_of(setup_with(without_layers().to("cuda:0"), vllm_transfer=way))
+        model = without_layers().to("cuda:0")
+        return texts_of(setup_with(model, vllm_transfer=way, precision=precision))
 
     assert texts(way) == texts("file")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_free_again_after_an_engine_ended_in_the_middle(setup_with, monkeypatch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: NCCL needs two")
+    monkeypatch.setenv("STUB_DEVICE", "cuda:1")
+    monkeypatch.setenv("STUB_FAULT", "halfway 0")
+    setup = setup_with(without_layers().to("cuda:0"), vllm_transfer="broadcast")
+    with pytest.raises(UserError, match="the engine ended with exit status 7"):
+        sample_rollouts_vllm(setup, PROMPTS, 2, SEEDS)
+    assert torch.isfinite(setup.policy.get_input_embeddings().weight.cpu()).all()
 
 
 def test_weights_go_where_the_environment_says(setup_with, tmp_path, monkeypatch):
