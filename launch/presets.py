@@ -118,7 +118,7 @@ PRESETS_ON = {
         "num_train_iters": 40,
         "learning_rate": 2e-5,
         "cold_start_learning_rate": 1e-4,
-        "short_eval_iterations": 8,
+        "short_eval_iterations": 20,
     },
     ("cpu", "judging"): JUDGING,
     ("cpu", "reasoning_gym"): {"max_completion_length": 160, "temperature": 1.0},
