@@ -34,7 +34,7 @@ demo-selfplay: $(READY)  ## SmolLM2-135M plays Kuhn poker against itself
 	  mv runs/demo-selfplay runs/demo-selfplay-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) main.py --preset cpu --dataset_name kuhn --output_dir runs/demo-selfplay $(ARGS)
 
-demo-vision: $(READY)  ## SmolLM2-135M sees drawn shapes (its GRPO half: see docs/vision.md)
+demo-vision: $(READY)  ## SmolLM2-135M learns where to look in drawn shapes
 	@if [ -e runs/demo-vision ]; then \
 	  mv runs/demo-vision runs/demo-vision-$$(date +%Y%m%d-%H%M%S); fi
 	$(RUN) main.py --preset cpu --model_name smollm2-135m+vision --dataset_name shapes/colour \

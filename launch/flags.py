@@ -229,7 +229,8 @@ def add_flags(parser):
     flag("--max_grad_norm", type=NOT_NEGATIVE, help="gradients are clipped to this norm; 0: never")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of matrix "
          "products and of the sampler's copy of the weights; weights and moments stay fp32. auto: "
-         "bf16 on a GPU that has it, fp16 on one that does not (T4, V100), fp32 on a CPU")
+         "bf16 on a GPU that has it, fp16 on one that does not (T4, V100); fp32 on a CPU, but "
+         "bf16 with AMX")
     flag("--weights_dtype", choices=("float32", "bfloat16"), default="float32", help="of the "
          "trained weights between updates. bfloat16 is an experiment: they are rounded after every "
          "update, which undoes small ones, so that most never move at a low rate. It saves no "

@@ -130,8 +130,12 @@ def coinciding(curves):
 
 BEFORE_COLD_START, AN_EIGHTH = "before the cold start", "on an eighth of the problems"
 
-# Flags in which runs of one recipe differ.
-OF_A_RUN = {"seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints"}
+# Flags in which runs of one recipe may differ: what is learnt, and how fast, is the same.
+OF_A_RUN = {
+    "seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints", "prompt_date",
+    "plan", "eval_iterations", "short_eval_iterations", "save_steps", "save_rollouts", "track",
+    "reward_timeout",
+}  # fmt: skip
 
 
 class Series:

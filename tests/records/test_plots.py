@@ -181,6 +181,13 @@ def test_a_flag_that_only_some_runs_have_sets_them_apart(seeds):
     assert names == ["clip None, mean of 2 seeds", "clip cispo, mean of 2 seeds"]
 
 
+def test_what_does_not_change_what_is_learnt_sets_no_runs_apart(seeds):
+    flags_written(seeds[0], seed=1, kl_beta=0.0, short_eval_iterations=4, prompt_date="2026-11-28")
+    flags_written(seeds[1], seed=2, kl_beta=0.0, short_eval_iterations=0, save_steps=5)
+    [mean] = over_seeds([Series(folder) for folder in seeds[:2]])
+    assert mean.name == "mean of 2 seeds"
+
+
 def test_runs_on_other_data_are_another_recipe_wherever_the_file_lies(seeds):
     for place, name in enumerate(("a/easy", "b/easy", "a/hard", "b/hard")):
         flags_written(seeds[place], name[2] * 64, seed=place, dataset_path=f"/{name}.jsonl")

@@ -141,7 +141,10 @@ def test_skips_end_a_run_only_once_the_scale_cannot_shrink(tmp_path):
 
 
 def test_auto_goes_by_what_the_device_has(monkeypatch):
-    assert resolved("auto") == ("bf16" if torch.cuda.is_available() else "fp32")
+    for amx, expected in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        assert resolved("auto", on_gpu=False) == expected
+        assert resolved("auto") == ("bf16" if torch.cuda.is_available() else expected)
     assert resolved("auto", on_gpu=True) == "bf16" and resolved("fp16", on_gpu=False) == "fp16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, expected in ((True, "bf16"), (False, "fp16")):
