@@ -256,6 +256,29 @@ def table(rows):
 # --- limits ------------------------------------------------------------------------------------
 
 
+class Beside(threading.Thread):
+    """A function that runs beside what comes next. Nobody waits for it but `result`, which raises
+    what it raised; at the program's end it is left behind."""
+
+    def __init__(self, function, *args):
+        super().__init__(daemon=True)
+        self.call, self.value, self.error = (function, args), None, None
+        self.start()
+
+    def run(self):
+        function, args = self.call
+        try:
+            self.value = function(*args)
+        except BaseException as error:
+            self.error = error
+
+    def result(self):
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
 class TimedOut(BaseException):
     """Raised by `time_limit`. Not an Exception, which the code inside may well handle."""
 

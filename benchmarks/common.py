@@ -166,12 +166,13 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
         "max_grad_norm": 1,
         "lora_rank": lora_rank,
     }
+    mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
+    argv["precision"] = "fp32" if mixed_precision == "no" else mixed_precision
     if args.dataset_path:
         argv["dataset_path"] = args.dataset_path
     given = {name: getattr(args, name) for name in OF_THE_PRESET}
     argv |= {name: value for name, value in given.items() if value is not None}
     flags = parse_args([part for name, value in argv.items() for part in (f"--{name}", str(value))])
-    mixed_precision = mixed_precision or ("bf16" if on_gpu else "no")
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     policy, tokenizer = load_model(model_name, accelerator.device, None, rendering_of(flags))
     add_adapter(policy, flags)

@@ -21,7 +21,7 @@ from common import Worker, peak_gib, reply_channel, table
 
 FLAGS = [
     "--plan", "--preset", "cpu", "--max_prompt_length", "128", "--questions_per_step", "4",
-    "--group_size", "4", "--kl_beta", "0.04", "--eval_batch_size", "1",
+    "--group_size", "4", "--kl_beta", "0.04", "--eval_batch_size", "1", "--precision", "fp32",
 ]  # fmt: skip
 QWEN2 = {
     "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 4, "intermediate_size": 4864,

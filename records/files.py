@@ -134,7 +134,7 @@ BEFORE_COLD_START, AN_EIGHTH = "before the cold start", "on an eighth of the pro
 OF_A_RUN = {
     "seed", "output_dir", "resume", "resume_or_start", "verbose", "keep_checkpoints", "prompt_date",
     "plan", "eval_iterations", "short_eval_iterations", "save_steps", "save_rollouts", "track",
-    "reward_timeout",
+    "reward_timeout", "vllm_python", "vllm_devices", "vllm_transfer", "vllm_timeout",
 }  # fmt: skip
 
 
@@ -241,6 +241,8 @@ def _recipe(run):
     if recipe.get("dataset_path"):
         recipe["dataset_path"] = Path(recipe["dataset_path"]).name
         recipe["problems"] = run.config.get("problems_sha256", "")[:8]
+    if prompts := run.config.get("prompts_sha256"):  # with the date, where a template shows it
+        recipe["prompts"] = prompts[:8]
     return recipe
 
 

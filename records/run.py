@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +29,7 @@ from records.thumbnails import save_thumbnails
 from records.trackers import log_evaluation, log_plots, log_row
 from rldatasets import completion_fields, shown_fields
 from training.progress import progress
-from utils import finite, jsonl, read_jsonl, replace_text, write_jsonl
+from utils import Beside, finite, jsonl, read_jsonl, replace_text, write_jsonl
 
 REWARDS_CHANGED = "rewards: they are others from this step on (--allow_changed_rewards)"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "peft", "reasoning-gym",
@@ -205,21 +204,18 @@ class Run:
 
     @contextmanager
     def drawn_meanwhile(self, step, with_report=False):
-        """Draw the plots anew, and write the report where the run is at its end, on another core
-        while what is inside is done: saving, which is as long."""
+        """Draw the plots anew, on another core, while what is inside is done: saving, which is as
+        long. Then write the report, where the run is at its end: it says that all else is there.
+        """
         if not self.writes:
             yield
             return
-        with ThreadPoolExecutor(1) as side:
-            drawn = side.submit(self._draw, step, with_report)
-            yield
-            with progress.shown("drawing figures"):
-                drawn.result()
-
-    def _draw(self, step, with_report):
-        log_plots(self.trackers, step, plot_run(self.path))
-        if with_report:
-            write_report(self.path)
+        drawn = Beside(lambda: log_plots(self.trackers, step, plot_run(self.path)))
+        yield
+        with progress.shown("drawing figures"):
+            drawn.result()
+            if with_report:
+                write_report(self.path)
 
     def save_tokens(self, step, problems, records):
         """Write one group token by token, see token_log.py; nothing without records."""

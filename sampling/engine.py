@@ -21,7 +21,6 @@ import subprocess
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
 import torch
 
@@ -32,7 +31,7 @@ from training.logprobs import logprobs_without_gradient
 from training.processes import everyones, from_main, patient
 from training.progress import progress
 from training.sharding import whole
-from utils import UserError, mixed_seed
+from utils import Beside, UserError, mixed_seed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # Mean difference from the policy's own log-probs, in nats per token, above which the engine is
@@ -83,7 +82,7 @@ class Engine:
         side = None
         try:
             self.channel.sendall(json.dumps([what, arguments]).encode() + b"\n")
-            side = meanwhile and Side(meanwhile, self)
+            side = meanwhile and Beside(self._ours, meanwhile)
             line = self.lines.readline()
             answer = json.loads(line) if line else {"error": self._how_it_ended()}
         except TimeoutError:
@@ -92,15 +91,27 @@ class Engine:
             answer = {"error": self._how_it_ended()}
         except ValueError:
             answer = {"error": "what it says is no JSON"}
-        if side and not isinstance(answer, dict):
-            side.join()
-        if side and side.error:
-            answer = {"error": f"{type(side.error).__name__}: {side.error}"}
+        if side:  # which with NCCL may wait for a dead one without end
+            side.join(5 if isinstance(answer, dict) else None)
+            if side.value is not None:
+                answer = {"error": f"{type(side.value).__name__}: {side.value}"}
         if isinstance(answer, dict):
             self.end()
             raise UserError(f"--sampler vllm: {what}: {' '.join(answer['error'].split())[:90]}; "
                             f"see {self.log}, then --resume")  # fmt: skip
         return answer
+
+    def _ours(self, function):
+        """The error for which our side failed, None where it was that the engine had ended. If it
+        has not, it waits for us: so it is ended."""
+        try:
+            function()
+        except Exception as error:
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.end()
+                return error
 
     def _how_it_ended(self):
         with suppress(subprocess.TimeoutExpired):
@@ -108,26 +119,6 @@ class Engine:
             how = f"by signal {-status}" if status < 0 else f"with exit status {status}"
             return f"the engine ended {how}"
         return "the engine closed its end"
-
-
-class Side(Thread):
-    """Our side of what an Engine is asked for. Where it fails, the engine, which waits for it, is
-    ended. `error`: why it failed, unless that is because the engine had ended."""
-
-    def __init__(self, function, engine):
-        super().__init__(daemon=True)  # at the program's end nobody waits for it
-        self.function, self.engine, self.error = function, engine, None
-        self.start()
-
-    def run(self):
-        try:
-            self.function()
-        except Exception as error:
-            try:
-                self.engine.process.wait(2)
-            except subprocess.TimeoutExpired:
-                self.error = error
-                self.engine.end()
 
 
 def end(process, groups):
@@ -160,6 +151,8 @@ def start_engine(policy, args, accelerator, describe):
     if place and not (os.path.isdir(place) and os.access(place, os.W_OK)):
         raise UserError(f"{FOLDER}={place}: no directory to write to; name one that vLLM sees too, "
                         "or leave it unset")  # fmt: skip
+    if args.vllm_transfer == "ipc" and policy.device.type == "cpu":
+        raise UserError("--vllm_transfer ipc: is for a GPU, and there is none; use file")
     with patient(accelerator):
         engine = None
         if accelerator.is_main_process:

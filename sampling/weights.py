@@ -42,9 +42,8 @@ def way_to(engine, args, device):
     if args.vllm_transfer == "file":
         return by_file
     devices, ours = engine.ask("devices"), device_name(device)
-    shared = ours in devices and ours != "cpu"
     if args.vllm_transfer == "ipc":
-        if not shared or len(devices) > 1:
+        if devices != [ours]:
             raise UserError("--vllm_transfer ipc: is for an engine on the run's own GPU, and it is "
                             "on another; use broadcast")  # fmt: skip
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -52,7 +51,7 @@ def way_to(engine, args, device):
                 raise UserError(f"--vllm_transfer ipc: {name} has expandable_segments, which other "
                                 "processes may not open; leave it out")  # fmt: skip
         return by_ipc
-    if shared:
+    if ours in devices and ours != "cpu":
         raise UserError("--vllm_transfer broadcast: NCCL does not lead from a GPU to itself; give "
                         "vLLM others by --vllm_devices, or use ipc")  # fmt: skip
     if len({name == "cpu" for name in (ours, *devices)}) > 1:

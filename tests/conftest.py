@@ -205,8 +205,10 @@ def make_setup(model, args=None, accelerator=None, tokenizer=None, task=TASK, re
 
 @pytest.fixture(autouse=True)
 def on_the_cpu_unless_marked_gpu(request, monkeypatch):
-    """The suite says the same on a machine with a GPU; every test sets up accelerate afresh."""
+    """The suite says the same on a machine with a GPU or AMX; every test sets up accelerate
+    afresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the commands that tests start

@@ -33,7 +33,7 @@ TOY = [
     "--max_completion_length", "8", "--max_prompt_length", "400", "--num_train_iters", str(STEPS),
     "--save_steps", str(INTERVAL), "--eval_iterations", "3", "--cold_start_steps", "1",
     "--learning_rate", "0.01", "--kl_beta", "0.05", "--num_inner_epochs", "2",
-    "--short_eval_iterations", "0",
+    "--short_eval_iterations", "0", "--precision", "fp32",
 ]  # fmt: skip
 MOVING = ["--update_ref_model", "--update_ref_model_freq", "1"]
 

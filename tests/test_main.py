@@ -48,7 +48,7 @@ def test_every_draw_of_every_question_has_a_seed_of_its_own(accelerator, monkeyp
 TINY = [
     "--preset", "cpu", "--questions_per_step", "2", "--group_size", "3", "--num_train_iters", "2",
     "--eval_problems", "5", "--max_completion_length", "12", "--max_prompt_length", "400",
-    "--cold_start_steps", "1",
+    "--cold_start_steps", "1", "--precision", "fp32",
 ]  # fmt: skip
 
 

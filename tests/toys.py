@@ -250,7 +250,7 @@ def flags_of(saved_models, path, *more):
         "--output_dir", path, "--questions_per_step", 6, "--group_size", 3, "--num_train_iters", 3,
         "--max_completion_length", 6, "--cold_start_steps", 1, "--eval_problems", 5,
         "--learning_rate", 1e-3, "--kl_beta", 0.1, "--save_steps", 2, "--keep_checkpoints", 9,
-        *more,
+        "--precision", "fp32", *more,
     )  # fmt: skip
 
 

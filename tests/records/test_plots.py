@@ -186,6 +186,11 @@ def test_what_does_not_change_what_is_learnt_sets_no_runs_apart(seeds):
     flags_written(seeds[1], seed=2, kl_beta=0.0, short_eval_iterations=0, save_steps=5)
     [mean] = over_seeds([Series(folder) for folder in seeds[:2]])
     assert mean.name == "mean of 2 seeds"
+    for folder, prompts in zip(seeds, "ab"):  # but the day does, where prompts show it
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "prompts_sha256": prompts * 64}))
+    names = [mean.name for mean in over_seeds([Series(folder) for folder in seeds[:2]])]
+    assert names == ["prompts aaaaaaaa, seed 1", "prompts bbbbbbbb, seed 2"]
 
 
 def test_runs_on_other_data_are_another_recipe_wherever_the_file_lies(seeds):

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from records.run import Run, show_progress, step_metrics, summary_table
 from rldatasets import Problem
 from sampling.rollouts import Rollouts
-from utils import jsonl, read_jsonl, write_jsonl
+from utils import Stopped, jsonl, read_jsonl, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -184,3 +185,17 @@ def test_figures_are_drawn_while_what_is_inside_goes_on_and_their_errors_are_tol
     with pytest.raises(OSError, match="no room"), Run(tmp_path).drawn_meanwhile(3):
         assert drawing.wait(10)
         inside.set()
+
+
+def test_a_report_is_written_only_once_what_is_inside_is_done(tmp_path, monkeypatch):
+    """`--resume` takes a run with a report for one that has finished."""
+    monkeypatch.setattr("records.run.plot_run", lambda path: path)
+    monkeypatch.setattr("records.run.write_report", lambda path: (path / "report.html").touch())
+    report = tmp_path / "report.html"
+    with pytest.raises(Stopped), Run(tmp_path).drawn_meanwhile(3, with_report=True):
+        raise Stopped(2)
+    assert not report.exists()
+    with Run(tmp_path).drawn_meanwhile(3, with_report=True):
+        time.sleep(0.2)
+        assert not report.exists()
+    assert report.exists()

@@ -114,17 +114,24 @@ def test_a_weight_s_handle_is_found_again_by_another_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("way", "names", "message"),
+    ("way", "message"),
     [
-        ("ipc", "cpu", "ipc: is for an engine on the run's own GPU, and it is on another"),
-        ("ipc", "GPU-1", "ipc: is for an engine on the run's own GPU, and it is on another"),
-        ("broadcast", "GPU-1", "broadcast: one side is on a GPU and one is not; use file"),
+        ("ipc", "ipc: is for a GPU, and there is none; use file"),
+        ("broadcast", "broadcast: one side is on a GPU and one is not; use file"),
     ],
 )
-def test_a_way_that_does_not_lead_there_is_one_line(way, names, message, setup_with, monkeypatch):
-    monkeypatch.setenv("STUB_NAME", names)
+def test_a_way_that_does_not_lead_there_is_one_line(way, message, setup_with, monkeypatch):
+    monkeypatch.setenv("STUB_NAME", "GPU-1")
     with pytest.raises(UserError, match=f"^--vllm_transfer {message}"):
         setup_with(vllm_transfer=way)
+
+
+@pytest.mark.parametrize("theirs", [["GPU-2"], ["GPU-1", "GPU-2"]])
+def test_ipc_is_refused_where_the_engine_is_not_on_the_run_s_gpu_alone(theirs, monkeypatch):
+    monkeypatch.setattr(weights_module, "device_name", lambda device: "GPU-1")
+    engine = types.SimpleNamespace(ask=lambda what: theirs)
+    with pytest.raises(UserError, match=r"^--vllm_transfer ipc: is for an engine on the run's own"):
+        weights_module.way_to(engine, make_args(vllm_transfer="ipc"), torch.device("cuda"))
 
 
 def test_nothing_is_broadcast_from_a_gpu_to_itself(monkeypatch):
