@@ -14,7 +14,6 @@ adapter_model.safetensors and adapter_config.json stand in place of the model's 
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from llms import load_model as load_whole_model
 from llms import rendering_of
 from records.exports import load_weights, write_for_others
+from records.manifest import damage, fingerprints, manifest_text
 from records.resuming import MANIFEST, check_same_flags, checkpoint_step, checkpoints_in
 from training.lora import ADAPTER, has_adapter, load_adapter, save_adapter, trained_parameters
 from training.processes import everyones, patient
@@ -86,45 +86,6 @@ def checkpoint_to_resume(args):
                         "another --output_dir")  # fmt: skip
     tqdm.write(f"no checkpoint in {folder} yet: starting from the beginning")
     return None
-
-
-def damage(path):
-    """What is wrong with a checkpoint, in a few words; None where nothing is."""
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        del manifest["sha256"]
-        if _manifest_text(manifest) != text:
-            return f"{MANIFEST} was changed"
-        if manifest["step"] != checkpoint_step(path):
-            return f"it is of step {manifest['step']}"
-        found = _fingerprints(path / name for name in manifest["files"])
-        for name, written in manifest["files"].items():
-            if found[name] != written:
-                return f"{name} was changed"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} was changed"
-    return None
-
-
-def _manifest_text(manifest):
-    """A manifest's file: the same fields give the same bytes, and a checksum of themselves."""
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": checksum}, indent=1, sort_keys=True) + "\n"
-
-
-def _fingerprints(paths):
-    """{name: size and SHA-256} of files, side by side: a core hashes a gigabyte in a second."""
-    with ThreadPoolExecutor() as pool:
-        return dict(pool.map(_fingerprint, paths))
-
-
-def _fingerprint(path):
-    with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256")
-        return path.name, {"size": file.tell(), "sha256": checksum.hexdigest()}
 
 
 def _write_moments(moments, path):
@@ -349,9 +310,9 @@ class Saver:
             "flags": vars(self.args),
             "loss_scale": vars(self.loss_scale),
             "data": self.data,
-            "files": _fingerprints(sorted(new.iterdir())),
+            "files": fingerprints(sorted(new.iterdir())),
         }
-        (new / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        (new / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         with ThreadPoolExecutor() as pool:
             list(pool.map(_flush, (*new.iterdir(), *self.run_path.glob("*.jsonl"))))
         _flush(new)

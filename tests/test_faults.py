@@ -39,7 +39,8 @@ import main
 import records.run
 from launch import loading
 from records import checkpoints
-from records.checkpoints import checkpoint_to_resume, checkpoints_in, damage
+from records.checkpoints import checkpoint_to_resume, checkpoints_in
+from records.manifest import damage
 from sampling import groups
 from training import update
 
