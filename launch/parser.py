@@ -71,14 +71,14 @@ def build_parser(preset, dataset_name=None, prog="main.py", epilog=None):
     # argparse takes -1 for a value but -1e-6 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     add_flags(parser)
-    task = task_file(dataset_name or "")[0]
-    if dataset_name and is_on_hub(dataset_name):
+    dataset_name = dataset_name or PRESETS[preset]["dataset_name"]
+    task = task_file(dataset_name)[0]
+    if is_on_hub(dataset_name):
         task = "gsm8k"  # whose answers are as long as any
-    elif is_game_file(dataset_name or ""):
+    elif is_game_file(dataset_name):
         task = A_GAME
-    defaults = {**PRESETS[preset], **PRESETS_ON.get((preset, task), {})}
-    defaults["dataset_name"] = dataset_name or defaults["dataset_name"]
-    parser.set_defaults(**defaults)
+    changed = PRESETS_ON.get((preset, task), {})
+    parser.set_defaults(**{**PRESETS[preset], "dataset_name": dataset_name, **changed})
     return parser
 
 

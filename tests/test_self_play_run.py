@@ -1,6 +1,7 @@
 """A whole run of self-play, from the command line on, with a toy for a model."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def perfect(state): return {1: 1.0, 2: 0.0} if state[0] == 2 else {1: 0.5, 2: 0.
 def flags(saved_models, tmp_path, monkeypatch):
     """flags(run's directory, more of them) of a run of this game, with few deals and no figures."""
     monkeypatch.setattr(games, "DEALS", 4)
-    monkeypatch.setattr(Run, "draw", lambda *_, **__: None)
+    monkeypatch.setattr(Run, "drawn_meanwhile", lambda *_, **__: nullcontext())
     file = tmp_path / "four.py"
     file.write_text(GAME)
 

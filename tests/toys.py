@@ -325,6 +325,7 @@ PARAMETERS = {  # as the models' cards and torchinfo count them
 SMALL = [
     "--questions_per_step", "4", "--group_size", "6", "--max_prompt_length", "33",
     "--max_completion_length", "12", "--micro_batch_tokens", "180", "--eval_batch_size", "24",
+    "--kl_beta", "0",
 ]  # fmt: skip
 
 

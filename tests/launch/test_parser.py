@@ -12,7 +12,7 @@ from conftest import ROOT
 from launch import checks
 from launch.hub import hub_file
 from launch.parser import parse_args
-from launch.presets import PRESETS
+from launch.presets import PRESETS, PRESETS_ON
 from utils import UserError
 
 CPU = ["--preset", "cpu"]
@@ -79,7 +79,7 @@ def test_the_preset_replaces_defaults_and_explicit_flags_win_in_any_order():
     for argv in (["--kl_beta", "0.5", *CPU], [*CPU, "--kl_beta", "0.5"]):
         args = parse_args(argv)
         assert args.kl_beta == 0.5
-        expected = {**PRESETS["cpu"], "kl_beta": 0.5}
+        expected = {**PRESETS["cpu"], **PRESETS_ON["cpu", "arithmetic"], "kl_beta": 0.5}
         assert {name: getattr(args, name) for name in expected} == expected
 
 

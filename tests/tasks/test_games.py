@@ -148,7 +148,7 @@ def test_a_game_of_one_s_own_has_the_settings_that_held_in_kuhn_poker(tmp_path):
     file.write_text(GAME)
     own, kuhn, other = (
         vars(parse_args(["--preset", "cpu", "--dataset_name", name, "--output_dir", "x"]))
-        for name in (str(file), "kuhn", "arithmetic")
+        for name in (str(file), "kuhn", "countdown")
     )
     differing = {name for name in own if own[name] != kuhn[name]}
     assert differing == {"dataset_name", "max_completion_length"}
