@@ -145,7 +145,7 @@ def _legend_above(axes):
     """A legend over what fills the panel, in room made for it."""
     if axes.get_legend_handles_labels()[0]:
         axes.set_ylim(top=1.15 * axes.get_ylim()[1])
-        axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=5)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=4)
 
 
 def _alarms(axes, runs):

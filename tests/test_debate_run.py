@@ -1,6 +1,7 @@
 """Whole runs whose sides answer each other, from the command line on, with a toy for a model."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def talkative():
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
     """flags(run's directory, more of them) of a run of debates with rebuttals."""
-    monkeypatch.setattr(Run, "draw", lambda *_, **__: None)
+    monkeypatch.setattr(Run, "drawn_meanwhile", lambda *_, **__: nullcontext())
     for part in talkative():
         part.save_pretrained(tmp_path / "toy")
 
