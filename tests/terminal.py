@@ -36,8 +36,9 @@ def recorded(argv, seconds=600, columns=120, typed=()):
     writes, shown, key = [], b"", b""
     while time.monotonic() - started < seconds:
         if not select.select([terminal], [], [], 0.2)[0]:
-            if typed and shown == b"> " and time.monotonic() - writes[-1][0] - started > 3:
-                os.write(terminal, key)  # it came while the terminal was not ready for it
+            silent = time.monotonic() - writes[-1][0] - started if writes else 0
+            if typed and (silent > 3 and shown == b"> " or silent > 20 and key == b"\x03"):
+                os.write(terminal, key)  # it came while the other side was not ready for it
                 writes.append((time.monotonic() - started, ""))
             continue
         try:
