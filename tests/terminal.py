@@ -37,7 +37,7 @@ def recorded(argv, seconds=600, columns=120, typed=()):
     while time.monotonic() - started < seconds:
         if not select.select([terminal], [], [], 0.2)[0]:
             silent = time.monotonic() - writes[-1][0] - started if writes else 0
-            if typed and (silent > 3 and shown == b"> " or silent > 20 and key == b"\x03"):
+            if typed and ((silent > 3 and shown == b"> ") or (silent > 20 and key == b"\x03")):
                 os.write(terminal, key)  # it came while the other side was not ready for it
                 writes.append((time.monotonic() - started, ""))
             continue
