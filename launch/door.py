@@ -12,7 +12,7 @@ from launch.interrupts import exit_on_signals, silence_all_but_main
 from launch.parser import parse_args
 from records.resuming import has_finished
 from training.progress import progress
-from utils import keep_freed_memory
+from utils import restart_for_malloc
 
 MAIN = Path(__file__).parent.parent / "main.py"
 
@@ -21,6 +21,8 @@ def enter(argv):
     """The flags of a run. Ends the process where `argv` asks for something else."""
     if argv and not argv[0].startswith("-"):
         sys.exit(carry_out(parse_command(argv)))
+    if not {"-h", "--help"} & {*argv}:
+        restart_for_malloc()
     silence_all_but_main()
     exit_on_signals()
     args = parse_args(argv, epilog=commands_text())
@@ -32,7 +34,6 @@ def enter(argv):
               "--num_train_iters is raised")  # fmt: skip
         sys.exit()
     progress.__enter__()  # torch takes seconds to import
-    keep_freed_memory()
     return args
 
 

@@ -132,6 +132,7 @@ def make_args(**overrides):
     """The flags that the functions of a step and of an evaluation read, at plain values."""
     args = {
         "seed": 0,
+        "output_dir": "no folder yet",
         "questions_per_step": 3,
         "group_size": 4,
         "sampling_batch_size": 0,
@@ -241,6 +242,7 @@ def command(monkeypatch, capfd):
     # It would hold for all tests. The door, imported anew below, imports it by name.
     for module in (utils, commands):
         monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(utils, "restart_for_malloc", lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):

@@ -131,23 +131,30 @@ MUTANTS = [
            "(max_completion_length - buffer - lengths.double()) / buffer",
            "(lengths.double() + buffer - max_completion_length) / buffer", OBJECTIVES),
     # --- update
-    Mutant("micro-batches each averaged", "grpo_loss(logprobs, one.batch, objective",
-           "grpo_loss(\n                    logprobs,\n                    replace(\n"
-           "                        one.batch, weights=one.batch.weights * len(passes)\n"
-           "                    ),\n                    objective", UPDATE),
+    Mutant("micro-batches each averaged", "forward_and_backward(setup, one, objective)\n",
+           "forward_and_backward(\n                    setup,\n"
+           "                    replace(\n                        one,\n"
+           "                        batch=replace(\n"
+           "                            one.batch, weights=one.batch.weights * len(passes)\n"
+           "                        ),\n                    ),\n"
+           "                    objective,\n                )\n", UPDATE),
     Mutant("the last micro-batch's gradient alone",
-           "                (loss * setup.loss_scale.scale).backward()\n",
-           "                optimizer.zero_grad()\n"
-           "                (loss * setup.loss_scale.scale).backward()\n", UPDATE),
+           "    (loss * setup.loss_scale.scale).backward()\n    return",
+           "    setup.policy.zero_grad()\n"
+           "    (loss * setup.loss_scale.scale).backward()\n    return", UPDATE),
     Mutant(
         "gradients clipped per micro-batch",
-        "                (loss * setup.loss_scale.scale).backward()\n",
-        "                (loss * setup.loss_scale.scale).backward()\n"
-        "                torch.nn.utils.clip_grad_norm_(\n"
-        "                    policy.parameters(), args.max_grad_norm or float('inf')\n"
-        "                )\n",
+        "    (loss * setup.loss_scale.scale).backward()\n    return",
+        "    (loss * setup.loss_scale.scale).backward()\n"
+        "    torch.nn.utils.clip_grad_norm_(\n"
+        "        setup.policy.parameters(), args.max_grad_norm or float('inf')\n"
+        "    )\n    return",
         UPDATE,
     ),
+    Mutant("a gradient that replaces what passes before gave",
+           "return torch.zeros_like(weight) if weight.grad is None else weight.grad",
+           "return torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_()",
+           "training/test_lean_layers.py"),
     Mutant("flat groups left out of the mean", "sequences = chosen.sum().clamp(min=1)",
            "sequences = (chosen & (advantages != 0)).sum().clamp(min=1)", UPDATE),
     Mutant("one inner epoch whatever is asked", "for _ in range(args.num_inner_epochs):",

@@ -295,6 +295,7 @@ def test_the_docs_commands_run_on_a_toy_model(saved_models, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for module in (utils, commands):
         monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would stay
+    monkeypatch.setattr(utils, "restart_for_malloc", lambda: None)
     # Figures are composed but not painted, which would take most of the time.
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: Path(path).touch())
     (tmp_path / "path/or").mkdir(parents=True)

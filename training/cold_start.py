@@ -58,6 +58,7 @@ def cold_start(setup, train_problems, chat_prompt, worked_ids, pictures_of=None)
             share = -(logprobs * mine[batch.rows]).sum() / tokens
             (share * setup.loss_scale.scale).backward()
             loss = loss + share.detach()
+            del logprobs, share  # as in update.forward_and_backward
         loss = summed({"loss": loss}, accelerator)["loss"]
         sum_gradients(optimizer, accelerator)
         apply_gradients(optimizer, loss, args.max_grad_norm, setup.loss_scale)

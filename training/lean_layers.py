@@ -1,10 +1,10 @@
-"""The layers' norm and activation with less to keep for the backward pass, and less to compute.
+"""Embedding, norm and activation with less to keep for the backward pass, and less to compute.
 
 What autograd keeps of transformers' RMS norm and SwiGLU, written as they are in seven and two
 operations, is a quarter of a layer's activations and most of its time outside matrix products.
 Only those families have them so that copy LLaMA's code; the modules of others stay as they are.
 
-Letters: N tokens, D hidden size, I size inside the MLP.
+Letters: N tokens, D hidden size, I size inside the MLP, V vocabulary.
 """
 
 from types import MethodType
@@ -20,8 +20,8 @@ SILU = type(ACT2FN["silu"])
 
 
 def make_lean(model):
-    """Replace `forward` of the norms and gated MLPs of this model's decoder, in place, where they
-    compute what LLaMA's do.
+    """Replace `forward` of the embedding, norms and gated MLPs of this model's decoder, in place,
+    where they compute what LLaMA's do.
 
     Values and gradients stay what they were, up to rounding. The model's modules, their parameters
     and their hooks stay as well. A second call changes nothing.
@@ -31,6 +31,8 @@ def make_lean(model):
             module.forward = MethodType(_norm, module)
         elif _has_code_of(LlamaMLP, module) and isinstance(module.act_fn, SILU):
             module.forward = MethodType(_gated_mlp, module)
+        elif _has_code_of(torch.nn.Embedding, module):
+            module.forward = MethodType(_embedding, module)
 
 
 def _has_code_of(original, module):
@@ -66,6 +68,41 @@ def _norm(module, x):
 
 def _gated_mlp(module, x):
     return module.down_proj(SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+def _embedding(module, ids):
+    if module.weight.is_cpu and module.max_norm is None:
+        return Embedding.apply(ids, module.weight, module.padding_idx)
+    return type(module).forward(module, ids)
+
+
+class Embedding(torch.autograd.Function):
+    """Rows of a matrix. What they give its gradient is added to what is there of it, if anything
+    is: torch would fill a matrix of its size first, for a few rows. On a GPU torch's own adds in a
+    fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx, ids, weight, padding_idx):
+        """ids: (...), weight: (V, D), padding_idx: whose row learns nothing. Returns (..., D)."""
+        ctx.save_for_backward(ids, weight)
+        ctx.padding_idx = padding_idx
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        ids, weight = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            gradient = gradient.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+        total = gathered_gradient(weight)  # (V, D)
+        total.index_add_(0, ids.flatten(), gradient.flatten(0, -2))
+        return None, None if total is weight.grad else total, None
+
+
+def gathered_gradient(weight):
+    """What a backward pass may add a leaf's gradient to: its `grad`, or zeros, to be returned."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 class RMSNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ these distinct, D hidden size, V vocabulary.
 import torch
 
 from training.head import capped_, head_of
+from training.lean_layers import gathered_gradient
 from training.progress import progress
 from training.sharding import gathering
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
@@ -59,7 +60,7 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, gradient, to_entropy):
         hidden, weight, token_ids, entropy = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_weight = gathered_gradient(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), LOGPROB_CHUNK):
             part = slice(start, start + LOGPROB_CHUNK)
             logprobs, ctx.kept = ctx.kept, None
@@ -83,7 +84,7 @@ class TokenLogprobs(torch.autograd.Function):
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
             del logprobs, to_logits
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, None if to_weight is weight.grad else to_weight, None, None, None
 
 
 def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):

@@ -25,6 +25,7 @@ from training.logprobs import completion_logprobs, logprobs_without_gradient
 from training.optimizer import apply_gradients
 from training.processes import everyones, sum_gradients, summed
 from training.progress import progress
+from training.resting import rest
 from training.sharding import own_batches
 from training.shared_prefix import MicroBatch, own_tokens
 from utils import release_freed_memory
@@ -53,7 +54,6 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     passes, idle, trained_tokens = cut(setup, rollouts, advantages, chosen)
     run = passes + idle
     objective, epochs = objective_now(args, rollouts), []
-    with_entropy = objective.entropy_bonus > 0
     if args.top_entropy < 1:
         with setup.stopwatch("policy"):
             run = on_most_uncertain(setup, run)
@@ -61,17 +61,11 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
         with setup.stopwatch("policy"):
             metrics = {"loss": torch.zeros((), device=policy.device)}
             for i, one in enumerate(run):
-                with accelerator.autocast():
-                    logprobs, entropy = completion_logprobs(
-                        policy, one.read, one.ids, args.temperature, with_entropy
-                    )  # (R, C)
-                loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
-                (loss * setup.loss_scale.scale).backward()
+                loss, sums, logprobs = forward_and_backward(setup, one, objective)
                 if one.batch.old_logprobs is None:  # before the step's first update
-                    logprobs = logprobs.detach()
                     run[i] = replace(one, batch=replace(one.batch, old_logprobs=logprobs))
                 progress.tick(1, "passes", of=len(run))
-                metrics["loss"] += loss.detach()
+                metrics["loss"] += loss
                 for name, value in sums.items():
                     metrics[name] = metrics.get(name, 0) + value / trained_tokens
             metrics = summed(metrics, accelerator)
@@ -86,6 +80,20 @@ def update_policy(setup, optimizer, rollouts, advantages, chosen=None):
     if args.entropy_target > 0:
         means["entropy_bonus"] = objective.entropy_bonus
     return means | {name: int(count) for name, count in counts.items()}
+
+
+def forward_and_backward(setup, one, objective):
+    """Add a Pass's gradient to that of the weights. Returns its share of the loss, what else
+    grpo_loss sums, and the log-probs (R, C). Its graph ends here: it would lie in the midst of the
+    memory that the next one needs."""
+    args, with_entropy = setup.args, objective.entropy_bonus > 0
+    with setup.accelerator.autocast():
+        logprobs, entropy = completion_logprobs(
+            setup.policy, one.read, one.ids, args.temperature, with_entropy
+        )  # (R, C)
+    loss, sums = grpo_loss(logprobs, one.batch, objective, entropy)
+    (loss * setup.loss_scale.scale).backward()
+    return loss.detach(), sums, logprobs.detach()
 
 
 def objective_of(args):
@@ -181,6 +189,8 @@ def reference_logprobs(setup, rollouts, lengths, ids):
         logprobs = logprobs_without_gradient(
             setup.reference, rollouts.prompt_ids, lengths, ids, setup.args, rollouts.pictures
         )  # (B, C)
+    if not setup.args.update_ref_model:
+        rest(setup.reference, setup.args.output_dir, setup.policy.parameters())
     release_freed_memory(setup.policy.device)
     return logprobs
 

@@ -1,4 +1,4 @@
-"""Norms and gated MLPs that keep less: the same values and gradients."""
+"""Embeddings, norms and gated MLPs that keep less: the same values and gradients."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from conftest import FAMILIES, make_model
 from torch.autograd import gradcheck
 
 from training.lean_layers import RMSNorm, SwiGLU, make_lean
+from training.logprobs import token_logprobs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,3 +60,40 @@ def test_lean_layers_keep_a_quarter_less_for_the_backward_pass():
         return sum(size for pointer, size in sizes.items() if pointer not in own)
 
     assert kept(lean=True) <= 0.8 * kept(lean=False)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 7])
+def test_gradients_add_up_over_passes(padding_idx):
+    """Of a tied matrix, whose gradient comes from the embedding and from the head: what a pass adds
+    to what is there already, and what it gives where nothing is, as torch has it."""
+
+    def after(ours, *passes):
+        model = make_model(dtype=torch.float64, tie_word_embeddings=True)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding.padding_idx = padding_idx
+        if ours:
+            make_lean(model)
+        for ids in passes:
+            hidden = model.get_decoder()(ids[:, :-1]).last_hidden_state.flatten(0, 1)
+            following = ids[:, 1:].flatten()
+            if ours:
+                logprobs, _ = token_logprobs(model, hidden, following, 0.7)
+            else:
+                logprobs = (head(hidden) / 0.7).log_softmax(-1)[range(len(hidden)), following]
+            logprobs.square().sum().backward()
+        return embedding.weight.grad
+
+    passes = torch.randint(5, 12, (2, 3, 9), generator=torch.Generator().manual_seed(0))
+    assert 7 in passes[0] and 7 in passes[1]
+    for some in (passes, passes[:1], passes[1:]):
+        expected = after(False, *some)
+        assert (after(True, *some) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_an_embedding_that_is_frozen_has_no_gradient():
+    model = make_model()
+    make_lean(model)
+    embedding = model.get_input_embeddings()
+    embedding.weight.requires_grad_(False)
+    assert not embedding(torch.tensor([[1, 2]])).requires_grad
+    assert embedding.weight.grad is None

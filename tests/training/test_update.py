@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,23 @@ def test_the_update_s_gradient_is_that_of_the_naive_loss(aggregation, kl_beta, a
     if kl_beta:
         assert metrics["kl"] == pytest.approx(kl_total / int(mask.sum()), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm_of(expected), rel=1e-5)
+
+
+def test_nothing_of_a_pass_is_left_when_the_next_begins(accelerator, monkeypatch):
+    """What a graph is made of would lie in the memory that the next pass needs in one piece."""
+    model, own, ends, alive = toy(), update.completion_logprobs, [], []
+
+    def watched(*args):
+        alive.append(sum(end() is not None for end in ends))
+        logprobs, entropy = own(*args)
+        end = Pass(None, None, None)  # held by the graph alone
+        logprobs.grad_fn.register_hook(lambda *_, end=end: None)
+        ends.append(weakref.ref(end))
+        return logprobs, entropy
+
+    monkeypatch.setattr(update, "completion_logprobs", watched)
+    gradients(model, rollouts_from(model), accelerator, micro_batch_tokens=8, entropy_bonus=0.01)
+    assert len(alive) > 3 and not any(alive)
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
