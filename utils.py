@@ -2,6 +2,7 @@
 
 import ctypes
 import difflib
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_SIGHTED = f"{EMBEDDED_MODEL}+vision"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
-# For glibc, see restart_for_malloc. It reads past the first colon.
+# For glibc, see keep_freed_memory. It reads past the first colon.
 TUNABLES = ":glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what ends a run that saves itself first
 
@@ -63,28 +64,18 @@ def named(args, flag):
     return text if given else f"{text} (of --preset {args.preset})"
 
 
+@functools.cache  # a second time it would start again, and again
 def keep_freed_memory():
-    """Have the C allocator reuse large blocks. Call it before torch is imported.
+    """Have the C allocator reuse large blocks, in huge pages. Call it before all else: where
+    the C library is glibc, Python starts again with the same arguments, for half of this can only
+    be said to a process that starts. That half is left out in a notebook, under a debugger and once
+    torch is in; all of it where the C library has no mallopt.
 
     glibc hands every large tensor back to the kernel when it is freed, and on a CPU the page faults
     of the next one cost as much as the arithmetic: a GRPO update of SmolLM2-135M takes half the
-    time with this. Does nothing where the C library has no mallopt.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-        mallopt(m_mmap_max, 0)  # no separate mapping for large blocks ...
-        mallopt(m_trim_threshold, -1)  # ... and never shrink the heap
-
-
-def restart_for_malloc():
-    """keep_freed_memory, and what glibc can only be told before a process starts: so Python starts
-    again, with the same arguments. Call it before anything is done; in a notebook, under a debugger
-    or once torch is in, it is keep_freed_memory alone.
-
-    glibc sets small freed blocks aside, some 450 of them. They keep the gigabyte that a training
-    pass leaves free from being one piece again, and the next pass finds no room in it: a step of
-    SmolLM2-135M takes 0.3 GiB less without, and, in huge pages, a twentieth less time.
+    time with this. And glibc sets small freed blocks aside, some 450 of them, which keep the
+    gigabyte that a pass leaves free from being one piece again, so that the next finds no room in
+    it: a step takes 0.2 to 0.3 GiB less without.
     """
     glibc = os.name == "posix" and "CS_GNU_LIBC_VERSION" in os.confstr_names
     late = sys.gettrace() or sys.modules.keys() & {"torch", "IPython", "pydevd"}
@@ -94,7 +85,11 @@ def restart_for_malloc():
     elif glibc and not late:
         os.environ["GLIBC_TUNABLES"] = given + TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    keep_freed_memory()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+        mallopt(m_mmap_max, 0)  # no separate mapping for large blocks ...
+        mallopt(m_trim_threshold, -1)  # ... and never shrink the heap
 
 
 def release_freed_memory(device):

@@ -10,6 +10,7 @@ the loss on these goes through it to the projector. What comes out is written to
 vision/projector.safetensors, with flags and log as metadata.
 """
 
+# ruff: noqa: E402
 import argparse
 import json
 import random
@@ -18,10 +19,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import restart_for_malloc
+from utils import keep_freed_memory
 
-if __name__ == "__main__":
-    restart_for_malloc()
+keep_freed_memory()
 import numpy as np
 import torch
 import torch.nn.functional as F

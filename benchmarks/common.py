@@ -209,9 +209,9 @@ def work_ours(args, lora_rank=0):
     tokens sampled, the seconds of sampling, of what follows the rewards (the update) and of all of
     it, and the process's peak of memory so far."""
     reply = reply_channel()
-    from utils import restart_for_malloc
+    from utils import keep_freed_memory
 
-    restart_for_malloc()
+    keep_freed_memory()
     import torch
 
     from utils import parameters_of

@@ -43,9 +43,9 @@ def main(argv=None):
         "--seconds", type=float, default=1.0, help="for each measurement of a limit"
     )
     args = parser.parse_args(argv)
-    from utils import restart_for_malloc
+    from utils import keep_freed_memory
 
-    restart_for_malloc()
+    keep_freed_memory()
     import torch
 
     setup, optimizer, scheduler = set_up(args, args.model_name, args.rows[0] // args.group_size)

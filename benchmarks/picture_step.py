@@ -18,9 +18,9 @@ def main(argv=None):
     parser = training_flags(workload_parser(__doc__, rounds=5, warm_up=1))
     parser.set_defaults(model_name="smollm2-135m+vision", kl_beta=0.0, temperature=1.2)
     args = parser.parse_args(argv)
-    from utils import restart_for_malloc
+    from utils import keep_freed_memory
 
-    restart_for_malloc()
+    keep_freed_memory()
     from rldatasets import Problems
     from sampling import groups
     from tasks.shapes import problems

@@ -54,9 +54,9 @@ def main():
 def work(model_name, what):
     """One worker: a figure in GB."""
     reply = reply_channel()
-    from utils import restart_for_malloc
+    from utils import keep_freed_memory
 
-    restart_for_malloc()
+    keep_freed_memory()
     import torch
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM

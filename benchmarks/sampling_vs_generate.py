@@ -2,7 +2,7 @@
 
 `generate` gets what a user would give it: every question repeated G times in one left-padded batch,
 sampling at the same temperature with every filter off, in a plain process. Ours runs as main.py
-runs it, with the allocator of utils.restart_for_malloc; `--same_allocator` gives it to both. Each
+runs it, with the allocator of utils.keep_freed_memory; `--same_allocator` gives it to both. Each
 has a process of its own and works while the other waits. Both run the same weights on the same
 device and dtype; tokens count up to and including the stop token.
 
@@ -52,9 +52,9 @@ def work(args):
     """One worker: for every seed on standard input, sample once and reply [tokens, seconds]."""
     reply = reply_channel()
     if args.worker == "ours" or args.same_allocator:
-        from utils import restart_for_malloc
+        from utils import keep_freed_memory
 
-        restart_for_malloc()
+        keep_freed_memory()
     import torch
 
     from llms import chat_prompt, load_model

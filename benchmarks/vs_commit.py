@@ -101,10 +101,9 @@ def work(args):
     """One worker: a step for every round on standard input. Each reply has the seconds per stage,
     the number of tokens sampled, the completions and the process's peak of memory so far."""
     reply = common.reply_channel()
-    import utils
+    from utils import keep_freed_memory
 
-    # That of a commit before it has what came to be the half of it.
-    getattr(utils, "restart_for_malloc", utils.keep_freed_memory)()
+    keep_freed_memory()
     import torch
 
     from evaluation.held_out import evaluate

@@ -6,7 +6,7 @@ from the same fp32 weights (bf16 autocast on CUDA); ours leaves out no flat grou
 completions generated in one batch, and without gradient checkpointing, which is on by default and
 would cost it a forward pass; --trl NAME=VALUE ... changes any setting of its GRPOConfig. Its
 use_bias_correction_kl, new and on by default, is another loss, and off here. Ours runs as main.py
-runs it, with the allocator of utils.restart_for_malloc; --same_allocator gives it to TRL as well.
+runs it, with the allocator of utils.keep_freed_memory; --same_allocator gives it to TRL as well.
 Each has a process of its own and works while the other waits.
 
 First of all both do one step on the same completions, in fp32, with the policy moved away from the
@@ -206,9 +206,9 @@ def work_trl(args):
     """One worker: a step of TRL's for every round on standard input."""
     reply = reply_channel()
     if args.same_allocator:
-        from utils import restart_for_malloc
+        from utils import keep_freed_memory
 
-        restart_for_malloc()
+        keep_freed_memory()
     import torch
     from transformers import TrainerCallback
 

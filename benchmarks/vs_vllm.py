@@ -111,9 +111,9 @@ def summary(args, replies):
 def work_ours(args, precision):
     """One worker: sample a round for every number on standard input, reply [tokens, seconds]."""
     reply = common.reply_channel()
-    from utils import restart_for_malloc
+    from utils import keep_freed_memory
 
-    restart_for_malloc()
+    keep_freed_memory()
     import torch
 
     from llms import load_model

@@ -35,7 +35,7 @@ from launch.values import COUNT, NOT_NEGATIVE
 from records.resuming import flags_of_model
 from tasks import check_weights, has_own_evaluator, load_task, own_evaluator
 from training.progress import progress
-from utils import EMBEDDED_MODEL, EMBEDDED_SIGHTED, UserError, hint, keep_freed_memory, one_line
+from utils import EMBEDDED_MODEL, EMBEDDED_SIGHTED, UserError, hint, one_line
 
 COMMANDS = {
     "lint": "score a golden set of completions, and with a dataset its own gold answers, and say "
@@ -291,7 +291,6 @@ def main(argv):
 @contextmanager
 def _importing():
     """Around imports that take seconds: Ctrl-C ends them without a traceback."""
-    keep_freed_memory()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)

@@ -28,7 +28,6 @@ from transformers import (
 
 import utils
 from evaluation import reward_lint
-from launch import commands
 from launch.presets import LORA_TARGETS
 from records import run as run_records
 from tasks import load_task
@@ -132,7 +131,6 @@ def make_args(**overrides):
     """The flags that the functions of a step and of an evaluation read, at plain values."""
     args = {
         "seed": 0,
-        "output_dir": "no folder yet",
         "questions_per_step": 3,
         "group_size": 4,
         "sampling_batch_size": 0,
@@ -240,9 +238,7 @@ def command(monkeypatch, capfd):
     imports. Returns (exit status, stdout, stderr)."""
     monkeypatch.setenv("HF_TOKEN", CANARY)
     # It would hold for all tests. The door, imported anew below, imports it by name.
-    for module in (utils, commands):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(utils, "restart_for_malloc", lambda: None)
+    monkeypatch.setattr(utils, "keep_freed_memory", lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):

@@ -15,10 +15,11 @@ SHOW = """
 import json, os, sys
 {}
 sys.path.insert(0, sys.argv[1])
-from utils import restart_for_malloc
+from utils import keep_freed_memory
 with open(sys.argv[2], "a") as file:
     print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), file=file)
-restart_for_malloc()
+keep_freed_memory()
+keep_freed_memory()
 print(json.dumps([sys.argv[3:], sys.flags.optimize, os.environ.get("GLIBC_TUNABLES"), input()]))
 """
 

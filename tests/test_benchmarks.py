@@ -242,7 +242,7 @@ def test_objectives_are_compared_question_by_question_on_the_seeds_that_both_hav
 
 
 def test_the_limit_benchmark_gives_every_stage_its_share(saved_models, capfd, monkeypatch):
-    monkeypatch.setattr("utils.restart_for_malloc", lambda: None)
+    monkeypatch.setattr("utils.keep_freed_memory", lambda: None)  # it is for good
     result = ran(limit, saved_models["qwen2"], capfd, "--rows", "4", "--largest", "64",
                  "--megabytes", "1", "--seconds", "0.01")  # fmt: skip
     assert [stage["stage"] for stage in result["stages"]] == ["sampling", "reference", "policy"]

@@ -293,9 +293,7 @@ def test_every_command_is_carried_out_or_it_is_said_why_not():
 @pytest.mark.figures
 def test_the_docs_commands_run_on_a_toy_model(saved_models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for module in (utils, commands):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would stay
-    monkeypatch.setattr(utils, "restart_for_malloc", lambda: None)
+    monkeypatch.setattr(utils, "keep_freed_memory", lambda: None)  # it would stay
     # Figures are composed but not painted, which would take most of the time.
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: Path(path).touch())
     (tmp_path / "path/or").mkdir(parents=True)

@@ -31,7 +31,6 @@ TEXTS = [RIGHT, WRONG, SPOKEN, EVIL]
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    monkeypatch.setattr(commands, "keep_freed_memory", lambda: None)  # it would hold for all tests
     monkeypatch.setenv("COLUMNS", "80")
 
 

@@ -16,7 +16,6 @@ from tasks.games import positions
 @pytest.fixture
 def said(saved_models, capsys, monkeypatch):
     """Runs a command on Kuhn poker with a toy model: (status, what it prints, its errors)."""
-    monkeypatch.setattr(commands, "keep_freed_memory", lambda: None)
 
     def run(name, *argv):
         flags = ("--preset", "cpu", "--dataset_name", "kuhn", "--max_completion_length", "4")
