@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -17,8 +18,9 @@ from pathlib import Path
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_SIGHTED = f"{EMBEDDED_MODEL}+vision"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
-# For glibc, see keep_freed_memory. It reads past the first colon.
+# For glibc from 2.35 on, see keep_freed_memory. It reads past the first colon.
 TUNABLES = ":glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
+STARTED_AGAIN = "GRPO_STARTED_AGAIN"  # a variable, set from a process to itself
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what ends a run that saves itself first
 
 
@@ -64,12 +66,12 @@ def named(args, flag):
     return text if given else f"{text} (of --preset {args.preset})"
 
 
-@functools.cache  # a second time it would start again, and again
+@functools.cache
 def keep_freed_memory():
-    """Have the C allocator reuse large blocks, in huge pages. Call it before all else: where
-    the C library is glibc, Python starts again with the same arguments, for half of this can only
-    be said to a process that starts. That half is left out in a notebook, under a debugger and once
-    torch is in; all of it where the C library has no mallopt.
+    """Have the C allocator reuse large blocks, in huge pages. Call it before all else: where the C
+    library is glibc, Python starts again with the same arguments, for half of this can only be said
+    to a process that starts. That half is left out in a notebook, under a debugger or profiler, and
+    once torch is in; all of it where the C library has no mallopt.
 
     glibc hands every large tensor back to the kernel when it is freed, and on a CPU the page faults
     of the next one cost as much as the arithmetic: a GRPO update of SmolLM2-135M takes half the
@@ -77,19 +79,31 @@ def keep_freed_memory():
     gigabyte that a pass leaves free from being one piece again, so that the next finds no room in
     it: a step takes 0.2 to 0.3 GiB less without.
     """
-    glibc = os.name == "posix" and "CS_GNU_LIBC_VERSION" in os.confstr_names
-    late = sys.gettrace() or sys.modules.keys() & {"torch", "IPython", "pydevd"}
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if given.endswith(TUNABLES):  # what this process starts, starts as it would have
+    if os.environ.pop(STARTED_AGAIN, None):  # what this one starts, starts as it would have
         os.environ["GLIBC_TUNABLES"] = given.removesuffix(TUNABLES)
-    elif glibc and not late:
-        os.environ["GLIBC_TUNABLES"] = given + TUNABLES
+    elif _can_start_again():
+        os.environ |= {STARTED_AGAIN: "1", "GLIBC_TUNABLES": given + TUNABLES}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    else:  # torch's own way to huge pages, in which blocks lie further apart
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
         mallopt(m_mmap_max, 0)  # no separate mapping for large blocks ...
         mallopt(m_trim_threshold, -1)  # ... and never shrink the heap
+
+
+def _can_start_again():
+    """Whether this is a plain Python process with nothing in it yet, on a glibc with TUNABLES."""
+    if sys.gettrace() or sys.getprofile() or not sys.executable:
+        return False
+    if sys.modules.keys() & {"torch", "IPython", "pydevd", "memray"}:
+        return False
+    if os.name != "posix" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return False
+    version = re.fullmatch(r"glibc (\d+)\.(\d+).*", os.confstr("CS_GNU_LIBC_VERSION") or "")
+    return version is not None and (int(version[1]), int(version[2])) >= (2, 35)
 
 
 def release_freed_memory(device):

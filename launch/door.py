@@ -31,6 +31,7 @@ from training.progress import progress
 
 def enter(argv):
     """The flags of a run. Ends the process where `argv` asks for something else."""
+    keep_freed_memory()
     if argv and not argv[0].startswith("-"):
         sys.exit(carry_out(parse_command(argv)))
     silence_all_but_main()

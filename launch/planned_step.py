@@ -29,6 +29,7 @@ from launch.known_models import KNOWN_MODELS
 from launch.planned_sampling import sample, worst_prompts
 from llms import kl_reference, refuse_family, refusing
 from sampling.fallback import falls_back, is_written_out
+from training import lean_layers
 from training.lean_layers import checkpointed, recompute_layers
 from training.logprobs import completion_logprobs
 from training.lora import add_adapter, freeze_tower, trained_parameters
@@ -181,6 +182,9 @@ def as_if(on_gpu):
         stack.enter_context(mock.patch.object(torch.nn.Linear, "to", converted))
         if on_gpu:
             stack.enter_context(CudaAttention())
+            # Fake weights are on the CPU.
+            own = mock.patch.object(lean_layers, "_embedding", lean_layers.own_embedding)
+            stack.enter_context(own)
         stack.enter_context(FakeTensors())
         yield
 
@@ -230,8 +234,13 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
         tracker.label(policy.parameters(), "weights", of_layers=False)
         for layer in checkpointed(policy):
             tracker.label(layer.parameters(), "weights", of_layers=True)
-        with tracker.part("reference"):
-            reference = kl_reference(policy, args, on_gpu)
+        rests = not on_gpu and not args.update_ref_model  # see training/resting.py
+
+        def made_reference():
+            with tracker.part("reference"):
+                return kl_reference(policy, args, on_gpu)
+
+        reference = None if rests else made_reference()
         optimizer, _ = make_optimizer(policy, args)
         with tracker.part("Adam"):
             fill_moments(optimizer)
@@ -251,13 +260,15 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
             work["sampling"] *= batches
             tokens["sampling"] = round(tokens["sampling"] * batches)
         step = Step(policy, args, autocast, tracker)
-        if "reference" in phases and reference is not None:
+        if "reference" in phases and args.kl_beta > 0:
+            reference = made_reference() if rests else reference
             largest, tokens["reference"], passes = step.cut(WITHOUT_GRADIENT)
             with tracker.phase("reference"), torch.no_grad():
                 before = tracker.work
                 for batch in largest:
                     step.logprobs(reference, batch)
             work["reference"] = (tracker.work - before) * passes
+            reference = None if rests else reference
         if "policy" in phases:
             largest, read, passes = step.cut(1)
             looks = args.top_entropy < 1  # see update.on_most_uncertain

@@ -131,6 +131,7 @@ def make_args(**overrides):
     """The flags that the functions of a step and of an evaluation read, at plain values."""
     args = {
         "seed": 0,
+        "output_dir": "no folder yet",
         "questions_per_step": 3,
         "group_size": 4,
         "sampling_batch_size": 0,

@@ -58,10 +58,46 @@ def test_settings_of_the_users_own_stay(tmp_path):
 
 
 @pytest.mark.parametrize("before", [
-    "sys.settrace(lambda *_: None)", "sys.modules['pydevd'] = 1", "sys.modules['IPython'] = 1",
-    "sys.modules['torch'] = 1",
+    "sys.settrace(lambda *_: None)", "sys.setprofile(lambda *_: None)", "sys.modules['torch'] = 1",
+    "sys.modules['pydevd'] = 1", "sys.modules['IPython'] = 1", "sys.modules['memray'] = 1",
 ])  # fmt: skip
 def test_under_a_debugger_in_a_notebook_or_late_it_does_not(tmp_path, before):
     said, starts = started(tmp_path, before=before)
+    assert starts == ["None"]
+    assert said == [["--a flag", "1"], 1, None, "said"]
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+def test_main_starts_again_before_all_else(tmp_path):
+    """Whatever it is asked for; mallopt is told as well, then, and no variable is left."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes, os, sys\n"
+        "if 'main.py' in str(sys.orig_argv):\n"
+        "    with open(os.environ['LOG'], 'a') as file:\n"
+        "        print('start', os.getpid(), file=file)\n"
+        "    own = ctypes.CDLL\n"
+        "    class Watched(own):\n"
+        "        def __getattr__(self, name):\n"
+        "            if name == 'mallopt':\n"
+        "                left = [n for n in os.environ if 'STARTED_AGAIN' in n]\n"
+        "                with open(os.environ['LOG'], 'a') as file:\n"
+        "                    print('mallopt', 'utils' in sys.modules, left, file=file)\n"
+        "            return super().__getattr__(name)\n"
+        "    ctypes.CDLL = Watched\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "LOG": str(tmp_path / "log")}
+    environment.pop("GLIBC_TUNABLES", None)
+    subprocess.run(
+        [sys.executable, ROOT / "main.py", "--help"], env=environment, check=True,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    first, second, *told = (tmp_path / "log").read_text().splitlines()
+    assert first == second and first.startswith("start")
+    assert told == ["mallopt True []"]
+
+
+@pytest.mark.parametrize("executable", ["None", "''"])
+def test_where_python_does_not_know_itself_it_goes_on(tmp_path, executable):
+    said, starts = started(tmp_path, before=f"sys.executable = {executable}")
     assert starts == ["None"]
     assert said == [["--a flag", "1"], 1, None, "said"]

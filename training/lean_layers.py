@@ -2,7 +2,8 @@
 
 What autograd keeps of transformers' RMS norm and SwiGLU, written as they are in seven and two
 operations, is a quarter of a layer's activations and most of its time outside matrix products.
-Only those families have them so that copy LLaMA's code; the modules of others stay as they are.
+Only those families have them so that copy LLaMA's code; the modules of others stay as they are,
+but for embeddings, which are torch's own nearly everywhere.
 
 Letters: N tokens, D hidden size, I size inside the MLP, V vocabulary.
 """
@@ -71,8 +72,13 @@ def _gated_mlp(module, x):
 
 
 def _embedding(module, ids):
-    if module.weight.is_cpu and module.max_norm is None:
+    if module.weight.is_cpu and not (module.max_norm or module.scale_grad_by_freq or module.sparse):
         return Embedding.apply(ids, module.weight, module.padding_idx)
+    return own_embedding(module, ids)
+
+
+def own_embedding(module, ids):
+    """What the module computes by itself."""
     return type(module).forward(module, ids)
 
 

@@ -2,10 +2,11 @@
 
 On a CPU, where memory is what a process has resident. The file is mapped: weights are read from it,
 or from what the kernel keeps of it, as soon as a pass touches them, and the kernel may drop them
-whenever memory runs short.
+whenever memory runs short (from a disk; in a tmpfs they stay, and nothing is gained or lost).
 """
 
 import mmap
+import shutil
 import tempfile
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ import torch
 
 ALIGNMENT = 64  # bytes, what torch's kernels like
 LEAST = 2**20  # bytes, below which a model just stays
+TO_SPARE = 10  # times its size, so that checkpoints find room beside it
 MAPPED = WeakKeyDictionary()  # each model's mapping; None: there was no room for the file
 
 
@@ -22,13 +24,14 @@ def rest(model, folder, shared=()):
 
     folder: where its file is, which has no name and ends with the process. Parameters of another
     model that are `shared` with it stay where they are. Does nothing on other devices, for less
-    than LEAST, and where the system maps no files or the folder has no room.
+    than LEAST, and where the system maps no files or the folder has no room to spare.
     """
     if model.device.type != "cpu" or not hasattr(mmap, "MADV_DONTNEED"):
         return
     if model not in MAPPED:
         elsewhere = {id(parameter) for parameter in shared}
         own = [p for p in model.parameters() if id(p) not in elsewhere]
+        folder = folder if Path(folder).is_dir() else None
         MAPPED[model] = mapped(own, folder) if sum(p.nbytes for p in own) > LEAST else None
     if MAPPED[model] is not None:
         MAPPED[model].madvise(mmap.MADV_DONTNEED)
@@ -36,9 +39,11 @@ def rest(model, folder, shared=()):
 
 def mapped(parameters, folder):
     """Move these parameters into a file. Returns its mapping, which they now stand in, or None."""
-    starts = []
+    starts, size = [], sum(parameter.nbytes for parameter in parameters)
     try:
-        with tempfile.TemporaryFile(dir=folder if Path(folder).is_dir() else None) as file:
+        if shutil.disk_usage(folder or tempfile.gettempdir()).free < TO_SPARE * size:
+            return None
+        with tempfile.TemporaryFile(dir=folder) as file:
             for parameter in parameters:
                 starts.append(file.tell())
                 file.write(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())

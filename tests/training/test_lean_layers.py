@@ -96,4 +96,19 @@ def test_an_embedding_that_is_frozen_has_no_gradient():
     embedding = model.get_input_embeddings()
     embedding.weight.requires_grad_(False)
     assert not embedding(torch.tensor([[1, 2]])).requires_grad
+    model(torch.tensor([[1, 2]])).logits.sum().backward()
     assert embedding.weight.grad is None
+
+
+@pytest.mark.parametrize("option", ["scale_grad_by_freq", "max_norm"])
+def test_an_embedding_with_options_stays_torchs(option):
+    results = []
+    for lean in (False, True):
+        model = make_model()
+        embedding = model.get_input_embeddings()
+        setattr(embedding, option, 0.1 if option == "max_norm" else True)
+        if lean:
+            make_lean(model)
+        embedding(torch.tensor([[1, 2, 2]])).square().sum().backward()
+        results.append((embedding.weight.detach().clone(), embedding.weight.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_model, save_model
 from toys import gradients, rollouts_from, toy
 
 from llms import frozen_copy
@@ -28,9 +29,10 @@ def state(model):
 
 
 def resident(kind):
-    """Bytes that this process has in memory: "Anon" of its own, "File" of files."""
+    """Bytes that this process has in memory: "Anon" of its own, "File" of files wherever."""
     text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"Rss{kind}:\s+(\d+)", text)[1]) * 1024
+    kinds = ["Anon"] if kind == "Anon" else ["File", "Shmem"]
+    return sum(int(re.search(rf"Rss{kind}:\s+(\d+)", text)[1]) for kind in kinds) * 1024
 
 
 def test_a_model_that_rested_is_the_same(tmp_path):
@@ -60,6 +62,18 @@ def test_its_memory_is_free_meanwhile(tmp_path):
     assert resident("File") - of_files < 0.1 * size
 
 
+def test_a_model_that_rested_is_saved_and_loaded_as_any(tmp_path):
+    model = wide_model()
+    before = state(model)
+    rest(model, tmp_path)
+    save_model(model, tmp_path / "model.safetensors")
+    other = wide_model()
+    for parameter in other.parameters():
+        parameter.zero_()
+    load_model(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(other).items())
+
+
 def test_what_it_shares_stays_where_it_is(tmp_path):
     model, other = wide_model(), wide_model()
     shared = [*model.get_decoder().layers[1].parameters()]
@@ -71,11 +85,15 @@ def test_what_it_shares_stays_where_it_is(tmp_path):
     assert own.data_ptr() != place
 
 
-def test_no_room_for_the_file_leaves_the_model_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["it is written", "one looks"])
+def test_no_room_for_the_file_leaves_the_model_in_memory(when, tmp_path, monkeypatch):
     def full(*args, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resting.tempfile, "TemporaryFile", full)
+    if when == "it is written":
+        monkeypatch.setattr(resting.tempfile, "TemporaryFile", full)
+    else:
+        monkeypatch.setattr(resting, "TO_SPARE", 10**9)
     model = wide_model()
     before, places = state(model), [p.data_ptr() for p in model.parameters()]
     for _ in range(2):
