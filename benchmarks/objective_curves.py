@@ -70,8 +70,8 @@ def run(folder, flags):
 
 def run_of(asked, seed, name):
     """The run of an objective with a seed. Of its files those are kept that are small."""
-    flags = ["--preset", "cpu", "--questions_per_step", 8, "--kl_beta", 0, "--learning_rate", 1.5e-5,
-             "--model_name", asked.model_name, "--seed", seed,
+    flags = ["--preset", "cpu", "--questions_per_step", 8, "--kl_beta", 0,
+             "--learning_rate", 1.5e-5, "--model_name", asked.model_name, "--seed", seed,
              "--short_eval_iterations", 0]  # fmt: skip
     flags += asked.flags.split()
     start = run(asked.output_dir / f"start_{seed}",
