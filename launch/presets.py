@@ -42,7 +42,7 @@ PRESETS = {
         "questions_per_step": 8,
         "group_size": 8,
         "sampling_batch_size": 128,
-        "micro_batch_tokens": 1024,
+        "micro_batch_tokens": 800,
         "max_prompt_length": 256,
         "max_completion_length": 48,
         "temperature": 1.2,
