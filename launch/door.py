@@ -4,29 +4,15 @@ main.py imports this module first. Where it is main.py that Python runs, any com
 carried out here, and what comes back is ARGS, the checked flags of a run; else ARGS is None.
 """
 
-# ruff: noqa: E402
 import sys
-from pathlib import Path
 
-from utils import keep_freed_memory
-
-MAIN = Path(__file__).parent.parent / "main.py"
-
-
-def is_running():
-    """Whether main.py is the program, and not a module of another one."""
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    return program is not None and Path(program).resolve() == MAIN.resolve()
-
-
-if is_running():
-    keep_freed_memory()  # first of all: what is imported now need not be imported again
-
+from launch.again import is_running  # before the others, which it would import twice
 from launch.commands import carry_out, commands_text, parse_command
 from launch.interrupts import exit_on_signals, silence_all_but_main
 from launch.parser import parse_args
 from records.resuming import has_finished
 from training.progress import progress
+from utils import keep_freed_memory
 
 
 def enter(argv):

@@ -9,6 +9,7 @@ It is carried out with two layers and with three, which tell what it takes with 
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
+import gc
 import logging
 import math
 import warnings
@@ -269,6 +270,7 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
                     step.logprobs(reference, batch)
             work["reference"] = (tracker.work - before) * passes
             reference = None if rests else reference
+            gc.collect()  # lean layers refer to themselves
         if "policy" in phases:
             largest, read, passes = step.cut(1)
             looks = args.top_entropy < 1  # see update.on_most_uncertain
