@@ -85,7 +85,7 @@ def keep_freed_memory():
     elif _can_start_again():
         os.environ |= {STARTED_AGAIN: "1", "GLIBC_TUNABLES": given + TUNABLES}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    else:  # torch's own way to huge pages, in which blocks lie further apart
+    else:  # torch's own way to huge pages
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
