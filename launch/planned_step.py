@@ -9,7 +9,6 @@ It is carried out with two layers and with three, which tell what it takes with 
 Q questions per step, G completions per question, P prompt tokens, C completion tokens.
 """
 
-import gc
 import logging
 import math
 import warnings
@@ -235,13 +234,8 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
         tracker.label(policy.parameters(), "weights", of_layers=False)
         for layer in checkpointed(policy):
             tracker.label(layer.parameters(), "weights", of_layers=True)
-        rests = not on_gpu and not args.update_ref_model  # see training/resting.py
-
-        def made_reference():
-            with tracker.part("reference"):
-                return kl_reference(policy, args, on_gpu)
-
-        reference = None if rests else made_reference()
+        with tracker.part("reference"):
+            reference = kl_reference(policy, args, on_gpu)
         optimizer, _ = make_optimizer(policy, args)
         with tracker.part("Adam"):
             fill_moments(optimizer)
@@ -261,16 +255,13 @@ def step_plan(policy, args, on_gpu=False, machine=None, phases=PHASES):
             work["sampling"] *= batches
             tokens["sampling"] = round(tokens["sampling"] * batches)
         step = Step(policy, args, autocast, tracker)
-        if "reference" in phases and args.kl_beta > 0:
-            reference = made_reference() if rests else reference
+        if "reference" in phases and reference is not None:
             largest, tokens["reference"], passes = step.cut(WITHOUT_GRADIENT)
             with tracker.phase("reference"), torch.no_grad():
                 before = tracker.work
                 for batch in largest:
                     step.logprobs(reference, batch)
             work["reference"] = (tracker.work - before) * passes
-            reference = None if rests else reference
-            gc.collect()  # lean layers refer to themselves
         if "policy" in phases:
             largest, read, passes = step.cut(1)
             looks = args.top_entropy < 1  # see update.on_most_uncertain
