@@ -6,8 +6,8 @@ import functools
 import json
 import math
 import os
+import platform
 import random
-import re
 import signal
 import sys
 import threading
@@ -100,10 +100,12 @@ def _can_start_again():
         return False
     if sys.modules.keys() & {"torch", "IPython", "pydevd", "memray"}:
         return False
-    if os.name != "posix" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
-        return False
-    version = re.fullmatch(r"glibc (\d+)\.(\d+).*", os.confstr("CS_GNU_LIBC_VERSION") or "")
-    return version is not None and (int(version[1]), int(version[2])) >= (2, 35)
+    return knows_tunables(*platform.libc_ver())
+
+
+def knows_tunables(library, version):
+    """Whether a C library of this name and version has all that TUNABLES set."""
+    return library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
 
 
 def release_freed_memory(device):

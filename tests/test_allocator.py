@@ -2,15 +2,16 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from utils import TUNABLES
+from utils import TUNABLES, knows_tunables
 
-GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ())
+GLIBC = knows_tunables(*platform.libc_ver())
 SHOW = """
 import json, os, sys
 {}
@@ -41,7 +42,7 @@ def started(tmp_path, given=None, before=""):
     return json.loads(result.stdout), [settings for _, settings in starts]
 
 
-@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+@pytest.mark.skipif(not GLIBC, reason="not glibc, or of before 2.35")
 def test_it_starts_again_once_as_it_was_started(tmp_path):
     said, starts = started(tmp_path)
     assert starts == ["None", TUNABLES]
@@ -49,7 +50,7 @@ def test_it_starts_again_once_as_it_was_started(tmp_path):
     assert said == [["--a flag", "1"], 1, "", "said"]
 
 
-@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+@pytest.mark.skipif(not GLIBC, reason="not glibc, or of before 2.35")
 def test_settings_of_the_users_own_stay(tmp_path):
     given = "glibc.malloc.arena_max=2"
     said, starts = started(tmp_path, given)
@@ -67,7 +68,7 @@ def test_under_a_debugger_in_a_notebook_or_late_it_does_not(tmp_path, before):
     assert said == [["--a flag", "1"], 1, None, "said"]
 
 
-@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+@pytest.mark.skipif(not GLIBC, reason="not glibc, or of before 2.35")
 def test_main_starts_again_before_all_else(tmp_path):
     """Whatever it is asked for; mallopt is told as well, then, and no variable is left."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -101,3 +102,9 @@ def test_where_python_does_not_know_itself_it_goes_on(tmp_path, executable):
     said, starts = started(tmp_path, before=f"sys.executable = {executable}")
     assert starts == ["None"]
     assert said == [["--a flag", "1"], 1, None, "said"]
+
+
+def test_older_and_other_c_libraries_do_not_know_the_settings():
+    known = {("glibc", "2.35"), ("glibc", "2.39.1"), ("glibc", "3.0")}
+    unknown = {("glibc", "2.34"), ("glibc", "2.4"), ("musl", "1.2.5"), ("", "")}
+    assert {each for each in known | unknown if knows_tunables(*each)} == known

@@ -101,14 +101,18 @@ class Embedding(torch.autograd.Function):
         ids, weight = ctx.saved_tensors
         if ctx.padding_idx is not None:
             gradient = gradient.masked_fill((ids == ctx.padding_idx)[..., None], 0)
-        total = gathered_gradient(weight)  # (V, D)
+        total, given = gathered_gradient(weight)  # (V, D)
         total.index_add_(0, ids.flatten(), gradient.flatten(0, -2))
-        return None, None if total is weight.grad else total, None
+        return None, given, None
 
 
 def gathered_gradient(weight):
-    """What a backward pass may add a leaf's gradient to: its `grad`, or zeros, to be returned."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+    """(What a backward pass adds a leaf's gradient to, what it then returns for the leaf): its
+    `grad` and nothing, or, where it has none yet, zeros twice."""
+    if weight.grad is not None:
+        return weight.grad, None
+    zeros = torch.zeros_like(weight)
+    return zeros, zeros
 
 
 class RMSNorm(torch.autograd.Function):

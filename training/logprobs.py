@@ -60,7 +60,8 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, gradient, to_entropy):
         hidden, weight, token_ids, entropy = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
-        to_weight = gathered_gradient(weight) if ctx.needs_input_grad[1] else None
+        trained = ctx.needs_input_grad[1]
+        to_weight, given = gathered_gradient(weight) if trained else (None, None)
         for start in range(0, len(hidden), LOGPROB_CHUNK):
             part = slice(start, start + LOGPROB_CHUNK)
             logprobs, ctx.kept = ctx.kept, None
@@ -84,7 +85,7 @@ class TokenLogprobs(torch.autograd.Function):
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
             del logprobs, to_logits
-        return to_hidden, None if to_weight is weight.grad else to_weight, None, None, None
+        return to_hidden, given, None, None, None
 
 
 def token_logprobs(model, hidden, token_ids, temperature, with_entropy=False):

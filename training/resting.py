@@ -16,7 +16,7 @@ import torch
 ALIGNMENT = 64  # bytes, what torch's kernels like
 LEAST = 2**20  # bytes, below which a model just stays
 TO_SPARE = 10  # times its size, so that checkpoints find room beside it
-MAPPED = WeakKeyDictionary()  # each model's mapping; None: there was no room for the file
+MAPPED = WeakKeyDictionary()  # each model's mapping; None: it stays in memory
 
 
 def rest(model, folder, shared=()):
@@ -31,17 +31,17 @@ def rest(model, folder, shared=()):
     if model not in MAPPED:
         elsewhere = {id(parameter) for parameter in shared}
         own = [p for p in model.parameters() if id(p) not in elsewhere]
-        folder = folder if Path(folder).is_dir() else None
-        MAPPED[model] = mapped(own, folder) if sum(p.nbytes for p in own) > LEAST else None
+        MAPPED[model] = mapped(own, folder if Path(folder).is_dir() else tempfile.gettempdir())
     if MAPPED[model] is not None:
         MAPPED[model].madvise(mmap.MADV_DONTNEED)
 
 
 def mapped(parameters, folder):
-    """Move these parameters into a file. Returns its mapping, which they now stand in, or None."""
+    """Move these parameters into a file. Returns its mapping, which they now stand in, or None
+    where they stay."""
     starts, size = [], sum(parameter.nbytes for parameter in parameters)
     try:
-        if shutil.disk_usage(folder or tempfile.gettempdir()).free < TO_SPARE * size:
+        if not LEAST < size <= shutil.disk_usage(folder).free / TO_SPARE:
             return None
         with tempfile.TemporaryFile(dir=folder) as file:
             for parameter in parameters:

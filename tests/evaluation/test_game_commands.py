@@ -14,7 +14,7 @@ from tasks.games import positions
 
 
 @pytest.fixture
-def said(saved_models, capsys, monkeypatch):
+def said(saved_models, capsys):
     """Runs a command on Kuhn poker with a toy model: (status, what it prints, its errors)."""
 
     def run(name, *argv):
