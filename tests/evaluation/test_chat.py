@@ -30,7 +30,7 @@ TEXTS = [RIGHT, WRONG, SPOKEN, EVIL]
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
+def narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
