@@ -7,7 +7,7 @@ these distinct, D hidden size, V vocabulary.
 import torch
 
 from training.head import capped_, head_of
-from training.lean_layers import gathered_gradient
+from training.lean_layers import gathered_gradient, product
 from training.progress import progress
 from training.sharding import gathering
 from training.shared_prefix import WITHOUT_GRADIENT, hidden_before_completions, micro_batches
@@ -44,7 +44,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs, entropies, kept = [], [], None
         for h, ids in zip(hidden.split(LOGPROB_CHUNK), token_ids.split(LOGPROB_CHUNK)):
             kept = None  # the last chunk's, before this one takes its own
-            kept = log_softmax_(capped_(h @ weight.T, cap))  # (N, V)
+            kept = log_softmax_(capped_(product(h, weight), cap))  # (N, V)
             logprobs.append(kept.gather(-1, ids[:, None]).squeeze(-1))
             if with_entropy:
                 entropies += [
@@ -66,7 +66,7 @@ class TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + LOGPROB_CHUNK)
             logprobs, ctx.kept = ctx.kept, None
             if logprobs is None:
-                logits = capped_(hidden[part] @ weight.T, ctx.cap)
+                logits = capped_(product(hidden[part], weight), ctx.cap)
                 slope = None if ctx.cap is None else 1 - (logits / ctx.cap).square_()  # of the cap
                 logprobs = log_softmax_(logits)
             # d log p(token) / d logits = one-hot(token) - p,   d H / d logits = -p (log p + H)
