@@ -19,7 +19,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_SIGHTED = f"{EMBEDDED_MODEL}+vision"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, in a directory with an adapter
 # For glibc from 2.35 on, see keep_freed_memory. It reads past the first colon.
-TUNABLES = ":glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
+TUNABLES = ":glibc.malloc.tcache_count=0"
 STARTED_AGAIN = "GRPO_STARTED_AGAIN"  # a variable, set from a process to itself
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what ends a run that saves itself first
 
@@ -68,16 +68,17 @@ def named(args, flag):
 
 @functools.cache
 def keep_freed_memory():
-    """Have the C allocator reuse large blocks, in huge pages. Call it before all else: where the C
-    library is glibc, Python starts again with the same arguments, for half of this can only be said
-    to a process that starts. That half is left out in a notebook, under a debugger or profiler, and
-    once torch is in; all of it where the C library has no mallopt.
+    """Have the C allocator reuse large blocks. Call it before all else: where the C library is
+    glibc, Python starts again with the same arguments, for half of this can only be said to a
+    process that starts. That half is left out in a notebook, under a debugger or profiler, and once
+    torch is in; all of it where the C library has no mallopt.
 
     glibc hands every large tensor back to the kernel when it is freed, and on a CPU the page faults
     of the next one cost as much as the arithmetic: a GRPO update of SmolLM2-135M takes half the
     time with this. And glibc sets small freed blocks aside, some 450 of them, which keep the
     gigabyte that a pass leaves free from being one piece again, so that the next finds no room in
-    it: a step takes 0.2 to 0.3 GiB less without.
+    it: a step takes 0.2 to 0.3 GiB less without. Pages stay small: for huge ones the kernel had to
+    move others about, and an update took 1.08 times as long.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.pop(STARTED_AGAIN, None):  # what this one starts, starts as it would have
@@ -85,8 +86,6 @@ def keep_freed_memory():
     elif _can_start_again():
         os.environ |= {STARTED_AGAIN: "1", "GLIBC_TUNABLES": given + TUNABLES}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    else:  # torch's own way to huge pages
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
@@ -112,9 +111,10 @@ def release_freed_memory(device):
     """Hand what keep_freed_memory keeps back to the kernel, where tensors are on the CPU and the C
     library is glibc.
 
-    For the borders between sampling, reference and training: they need blocks of such different
-    sizes that the one could hardly use what the other freed, and a process would hold both. Not
-    between passes of one kind: what they free is what the next one needs.
+    For the border between sampling and training: they need blocks of such different sizes that the
+    one could hardly use what the other freed, and a process would hold both. Not between passes,
+    those of the reference included: what they free is nearly what the next one needs, and every
+    page that was handed back costs time to get again.
     """
     if device.type != "cpu":
         return

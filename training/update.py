@@ -28,7 +28,6 @@ from training.progress import progress
 from training.resting import rest
 from training.sharding import own_batches
 from training.shared_prefix import MicroBatch, own_tokens
-from utils import release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,6 @@ def reference_logprobs(setup, rollouts, lengths, ids):
         )  # (B, C)
     if not setup.args.update_ref_model:
         rest(setup.reference, setup.args.output_dir, setup.policy.parameters())
-    release_freed_memory(setup.policy.device)
     return logprobs
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 from torch.autograd import gradcheck
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.lean_layers import RMSNorm, SwiGLU, make_lean
+from training.lean_layers import RMSNorm, SwiGLU, make_lean, product
 from training.logprobs import token_logprobs
 
 
@@ -22,6 +24,90 @@ def test_lean_layers_compute_what_the_models_own_do(family):
         results.append([logits.detach(), *(p.grad for p in model.parameters())])
     for own, lean in zip(*results):
         assert (own - lean).norm() <= 1e-5 * own.norm()
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 5), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_product_is_that_of_a_linear_layer_whatever_the_strides(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    weight, tolerance = random(17, 33), 4 * torch.finfo(dtype).eps
+    wide, tall = random(*shape, 40), random(33, *shape)
+    for x in (random(*shape, 33), wide[..., :33], tall.movedim(0, -1), random(33).expand(*shape, 33)):
+        for w in (weight, random(33, 17).T, random(17, 40)[:, :33]):
+            for bias in (None, random(17)):
+                expected = linear(*(None if t is None else t.double() for t in (x, w, bias)))
+                off = (product(x, w, bias) - expected).norm()
+                assert off <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+def test_linear_layers_add_their_gradient_to_what_is_there(family):
+    passes = torch.randint(100, (2, 2, 9), generator=torch.Generator().manual_seed(0))
+    results = []
+    for lean in (False, True):
+        model = make_model(family)
+        if lean:
+            make_lean(model)
+        for ids in passes:
+            model(ids).logits.square().sum().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for own, lean in zip(*results):
+        assert (own - lean).norm() <= 1e-5 * own.norm()
+
+
+class Products(TorchDispatchMode):
+    """Which matrix products are computed: oneDNN's, or those of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "_linear_pointwise"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_onednn_multiplies_in_both_directions():
+    model = make_model()
+    make_lean(model)
+    layers = 7 * model.config.num_hidden_layers
+    x = torch.randn(1, 9, model.config.hidden_size, requires_grad=True)
+    with Products() as forward:
+        hidden = model.get_decoder()(inputs_embeds=x).last_hidden_state
+    assert forward.names == layers * ["_linear_pointwise"]
+    with Products() as backward:
+        hidden.sum().backward()
+    assert sorted(backward.names) == layers * ["_linear_pointwise"] + layers * ["mm"]
+    with Products() as again:
+        model.get_decoder()(inputs_embeds=x).last_hidden_state.sum().backward()
+    assert sorted(again.names) == 2 * layers * ["_linear_pointwise"] + layers * ["addmm_"]
+
+
+def test_under_autocast_linear_layers_are_in_its_precision():
+    model = make_model()
+    layer, x = model.get_decoder().layers[0].mlp.up_proj, torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = layer(x)
+        make_lean(model)
+        assert layer(x).dtype == own.dtype == torch.bfloat16
+        assert torch.equal(layer(x), own)
+
+
+def test_a_linear_layer_that_is_frozen_hands_the_gradient_on():
+    model = make_model()
+    make_lean(model)
+    layer, x = model.get_decoder().layers[0].mlp.up_proj, torch.randn(3, 32, requires_grad=True)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert (x.grad - layer.weight.sum(0)).abs().max() < 1e-5
 
 
 def test_a_norm_of_bf16_numbers_is_in_the_precision_of_its_weights():
