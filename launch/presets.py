@@ -110,7 +110,7 @@ PRESETS_ON = {
         "kl_beta": 0.04,
         "num_train_iters": 26,
         "learning_rate": 1.6e-5,
-        "short_eval_iterations": 7,
+        "short_eval_iterations": 9,
     },
     ("cpu", "gsm8k"): {"max_completion_length": 160, "temperature": 1.0},
     ("cpu", "countdown"): {"max_completion_length": 96, "temperature": 1.0},
