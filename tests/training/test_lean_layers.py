@@ -36,7 +36,12 @@ def test_a_product_is_that_of_a_linear_layer_whatever_the_strides(shape, dtype):
 
     weight, tolerance = random(17, 33), 4 * torch.finfo(dtype).eps
     wide, tall = random(*shape, 40), random(33, *shape)
-    for x in (random(*shape, 33), wide[..., :33], tall.movedim(0, -1), random(33).expand(*shape, 33)):
+    for x in (
+        random(*shape, 33),
+        wide[..., :33],
+        tall.movedim(0, -1),
+        random(33).expand(*shape, 33),
+    ):
         for w in (weight, random(33, 17).T, random(17, 40)[:, :33]):
             for bias in (None, random(17)):
                 expected = linear(*(None if t is None else t.double() for t in (x, w, bias)))
