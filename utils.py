@@ -77,8 +77,8 @@ def keep_freed_memory():
     of the next one cost as much as the arithmetic: a GRPO update of SmolLM2-135M takes half the
     time with this. And glibc sets small freed blocks aside, some 450 of them, which keep the
     gigabyte that a pass leaves free from being one piece again, so that the next finds no room in
-    it: a step takes 0.2 to 0.3 GiB less without. Pages stay small: for huge ones the kernel had to
-    move others about, and an update took 1.08 times as long.
+    it: a step takes 0.2 to 0.3 GiB less without. Pages stay small: for huge ones the kernel moved
+    others about first, which cost more than they gave.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if os.environ.pop(STARTED_AGAIN, None):  # what this one starts, starts as it would have
