@@ -183,7 +183,7 @@ def as_if(on_gpu):
         if on_gpu:
             stack.enter_context(CudaAttention())
             # Fake weights are on the CPU.
-            own = mock.patch.object(lean_layers, "_embedding", lean_layers.own_embedding)
+            own = mock.patch.object(lean_layers, "_embedding", lean_layers.own_forward)
             stack.enter_context(own)
         stack.enter_context(FakeTensors())
         yield

@@ -1,12 +1,12 @@
-"""Linear layer, embedding, norm and activation with less to keep for the backward pass, and less to
-compute.
+"""Linear layer, embedding, norm, activation: less to keep for the backward pass, less to compute.
 
 What autograd keeps of transformers' RMS norm and SwiGLU, written as they are in seven and two
 operations, is a quarter of a layer's activations and most of its time outside matrix products.
 Only those families have them so that copy LLaMA's code; the modules of others stay as they are,
-but for embeddings, which are torch's own nearly everywhere.
+but for embeddings and linear layers, which are torch's own nearly everywhere.
 
-Letters: N tokens, D hidden size, I size inside the MLP, V vocabulary.
+Letters: N tokens, D hidden size, V vocabulary, I what a linear layer reads (of the MLP's last its
+size inside), O what it gives.
 """
 
 from types import MethodType
@@ -22,8 +22,8 @@ SILU = type(ACT2FN["silu"])
 
 
 def make_lean(model):
-    """Replace `forward` of the embedding, norms and gated MLPs of this model's decoder, in place,
-    where they compute what LLaMA's do.
+    """Replace `forward` of the embedding, linear layers, norms and gated MLPs of this model's
+    decoder, in place, where they compute what LLaMA's do.
 
     Values and gradients stay what they were, up to rounding. The model's modules, their parameters
     and their hooks stay as well. A second call changes nothing.
@@ -79,28 +79,23 @@ def _linear(module, x):
     is_plain = type(weight) is torch.nn.Parameter and not torch.is_autocast_enabled("cpu")
     if is_plain and multiplied_by_onednn(x, weight):
         return Linear.apply(x, weight, module.bias)
-    return own_linear(module, x)
-
-
-def own_linear(module, x):
-    """What the module computes by itself."""
-    return type(module).forward(module, x)
+    return own_forward(module, x)
 
 
 def _embedding(module, ids):
     if module.weight.is_cpu and not (module.max_norm or module.scale_grad_by_freq or module.sparse):
         return Embedding.apply(ids, module.weight, module.padding_idx)
-    return own_embedding(module, ids)
+    return own_forward(module, ids)
 
 
-def own_embedding(module, ids):
+def own_forward(module, x):
     """What the module computes by itself."""
-    return type(module).forward(module, ids)
+    return type(module).forward(module, x)
 
 
 def multiplied_by_onednn(*tensors):
-    """Whether oneDNN multiplies these: fp32 on a CPU. torch takes MKL for it, which needs a fifth
-    more time where it was measured, and a third more for a head."""
+    """Whether oneDNN multiplies these: fp32 on a CPU. torch takes MKL for it, which needed up to a
+    fifth more time where it was measured, and a third more for a head."""
     on_cpu = torch.backends.mkldnn.is_available() and all(x.is_cpu for x in tensors)
     return on_cpu and all(x.dtype == torch.float32 for x in tensors)
 
