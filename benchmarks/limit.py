@@ -1,13 +1,13 @@
 """How much of what the machine can do our steps use: sampling, reference pass, policy pass.
 
 The limits: the rate that matrix products in the dtype of training (fp32 on a CPU, bf16 on CUDA)
-keep up for a second, in the best of large and model-shaped sizes, by torch.matmul or by F.linear;
-and memory read and copied. What the machine has to give may change from minute to minute, so the
-best product is timed again before and after every step, and the step is held against the mean of
-these two. Against the limits stand the floating-point operations that the work *needs*, however it
-is done: 2 per weight of a matrix and token read, a prompt once per group, the last token of a
-completion never; the head only where a token is predicted; attention to what each token sees; the
-backward pass twice the forward. Nothing computed again counts. Clipping and AdamW are in the
+keep up for a second, in the best of large and model-shaped sizes, by torch.matmul or as training
+multiplies; and memory read and copied. What the machine has to give may change from minute to
+minute, so the best product is timed again before and after every step, and the step is held against
+the mean of these two. Against the limits stand the floating-point operations that the work *needs*,
+however it is done: 2 per weight of a matrix and token read, a prompt once per group, the last token
+of a completion never; the head only where a token is predicted; attention to what each token sees;
+the backward pass twice the forward. Nothing computed again counts. Clipping and AdamW are in the
 policy's seconds, not in its operations.
 
 Sampling also has to read every weight once per token of the longest completion, and the cache; its
@@ -168,7 +168,8 @@ def sampling_bytes(model, prompts, lengths, itemsize):
 def product_ways(model, dtype, largest):
     """Matrix products to find the fastest of: (operations, function) each."""
     import torch
-    import torch.nn.functional as F
+
+    from training.lean_layers import product
 
     shapes = [(size, size, size) for size in (largest // 2, largest)]
     layer = model.get_decoder().layers[0]
@@ -180,7 +181,7 @@ def product_ways(model, dtype, largest):
         weight = torch.randn(columns, width, device=model.device, dtype=dtype)
         transposed, operations = weight.T.contiguous(), 2 * x.numel() * columns
         ways.append((operations, lambda x=x, w=transposed: torch.matmul(x, w)))
-        ways.append((operations, lambda x=x, w=weight: F.linear(x, w)))
+        ways.append((operations, lambda x=x, w=weight: product(x, w)))
     return ways
 
 
