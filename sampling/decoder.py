@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training.lean_layers import multiplied_by_onednn
+from training.lean_layers import known_to_onednn
 from training.lora import whole_weight
 from training.pictures import first_place, positions_after, prompt_positions, shown
 from training.tree import first_equal, first_of_each
@@ -46,7 +46,7 @@ def joined(linears, dtype):
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)
 
-    if multiplied_by_onednn(weight):
+    if known_to_onednn(weight):
         packed, kernel = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn
 
         def product(x, plus=None):

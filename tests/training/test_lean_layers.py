@@ -7,13 +7,16 @@ from torch.autograd import gradcheck
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training import lean_layers
 from training.lean_layers import RMSNorm, SwiGLU, make_lean, product
 from training.logprobs import token_logprobs
 
 
 @pytest.mark.parametrize("passes", [1, 2])  # the second adds its gradient to what is there
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_layers_compute_what_the_models_own_do(family, passes):
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_lean_layers_compute_what_the_models_own_do(by_onednn, family, passes, monkeypatch):
+    monkeypatch.setattr(lean_layers, "onednn_is_faster", lambda: by_onednn)
     ids = torch.randint(100, (passes, 2, 9), generator=torch.Generator().manual_seed(0))
     results = []
     for lean in (False, True):
@@ -33,7 +36,11 @@ def test_lean_layers_compute_what_the_models_own_do(family, passes):
 
 @pytest.mark.parametrize("shape", [(7,), (1, 5), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_product_is_that_of_a_linear_layer_whatever_the_strides(shape, dtype):
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_product_is_that_of_a_linear_layer_whatever_the_strides(
+    by_onednn, shape, dtype, monkeypatch
+):
+    monkeypatch.setattr(lean_layers, "onednn_is_faster", lambda: by_onednn)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -64,25 +71,27 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_", "_linear_pointwise"):
-            self.names.append(name)
+            self.names.append("mm" if name == "addmm" else name)  # with a bias or without
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_onednn_multiplies_in_both_directions():
+@pytest.mark.parametrize(("capability", "name"), [("AVX512", "_linear_pointwise"), ("AVX2", "mm")])
+def test_the_faster_library_multiplies_in_both_directions(capability, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = make_model()
     make_lean(model)
     layers = 7 * model.config.num_hidden_layers
     x = torch.randn(1, 9, model.config.hidden_size, requires_grad=True)
     with Products() as forward:
         hidden = model.get_decoder()(inputs_embeds=x).last_hidden_state
-    assert forward.names == layers * ["_linear_pointwise"]
+    assert forward.names == layers * [name]
     with Products() as backward:
         hidden.sum().backward()
-    assert sorted(backward.names) == layers * ["_linear_pointwise"] + layers * ["mm"]
+    assert sorted(backward.names) == sorted(layers * [name] + layers * ["mm"])
     with Products() as again:
         model.get_decoder()(inputs_embeds=x).last_hidden_state.sum().backward()
-    assert sorted(again.names) == 2 * layers * ["_linear_pointwise"] + layers * ["addmm_"]
+    assert sorted(again.names) == sorted(2 * layers * [name] + layers * ["addmm_"])
 
 
 def test_under_autocast_linear_layers_are_in_its_precision():
