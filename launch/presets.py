@@ -108,7 +108,8 @@ PRESETS_ON = {
     ("cpu", "arithmetic"): {
         "questions_per_step": 16,
         "kl_beta": 0.04,
-        "num_train_iters": 26,
+        "skip_flat_groups": True,
+        "num_train_iters": 32,
         "learning_rate": 1.6e-5,
         "short_eval_iterations": 9,
     },

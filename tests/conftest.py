@@ -141,6 +141,7 @@ def make_args(**overrides):
         "top_p": 1.0,
         "min_p": 0.0,
         "max_draws": 1,
+        "skip_flat_groups": False,
         "overlong_buffer": 0,
         "reward_weights": {},
         "reward_timeout": None,

@@ -262,6 +262,31 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
     assert len(asked) == len(set(asked))  # no step draws what another has drawn
 
 
+def test_a_run_that_skips_flat_groups_trains_on_the_others_alone(
+    saved_models, tmp_path, monkeypatch
+):
+    calls = iter(range(10**6))
+
+    def alternating(completion, problem):
+        return float(next(calls) % 2) if int(problem.answer) % 2 else 1.0
+
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [alternating])
+    run = tmp_path / "run"
+    argv = [*TINY, "--output_dir", str(run), "--model_name", str(saved_models["qwen2"]),
+            "--cold_start_steps", "0", "--num_train_iters", "4", "--questions_per_step", "4",
+            "--kl_beta", "0.1", "--skip_flat_groups"]  # fmt: skip
+    main.train(parse_args(argv))
+    rows = lines(run / "metrics.jsonl")
+    for step, row in enumerate(rows):
+        saved = lines(run / "completions" / f"step_{step:05d}.jsonl")
+        groups = [saved[i : i + 3] for i in range(0, len(saved), 3)]
+        signal = [group for group in groups if len({record["reward"] for record in group}) > 1]
+        assert row["completions/trained"] == 3 * len(signal)
+        assert row["tokens/trained"] == row["tokens/sampled"] - row["tokens/flat"]
+        assert row["flat_groups"] == pytest.approx(1 - len(signal) / len(groups))
+    assert 0 < sum(row["flat_groups"] for row in rows) < 4
+
+
 def test_a_cold_start_needs_worked_solutions(saved_models, tmp_path):
     data = tmp_path / "own.jsonl"
     rows = [{"question": f"{i} + 1?", "answer": i + 1} for i in range(30)]

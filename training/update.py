@@ -149,7 +149,8 @@ def cut(setup, rollouts, advantages, chosen):
     """The step in passes: (this process's, idle ones, the number of tokens that all train on).
 
     A group whose completions all earned the same has no advantage and, without a KL term or entropy
-    bonus, no gradient: it is left out. Idle passes have weight 0: where weights are cut up (FSDP2),
+    bonus, no gradient: it is left out, and with --skip_flat_groups in any case. It still counts in
+    what is averaged, so that this drops its KL and entropy and changes nothing else. Idle passes have weight 0: where weights are cut up (FSDP2),
     all processes go through the model equally often.
     """
     args = setup.args
@@ -158,7 +159,7 @@ def cut(setup, rollouts, advantages, chosen):
         mask = mask & rollouts.finished[:, :, None]
     sequences = chosen.sum().clamp(min=1)
     weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
-    if not always_trained(setup):
+    if args.skip_flat_groups or not always_trained(setup):
         mask = mask & (advantages != 0).any(-1)[:, None, None]
     ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     own, lengths, batches, idle = own_batches(

@@ -34,6 +34,8 @@ CPU = ["--preset", "cpu", "--plan", "--kl_beta", "0"]
          "--clip_delta 4.0 does nothing without --clip ppo"),
         (["--tis_form", "token_mask"], "--tis_form token_mask does nothing at --tis_cap 0"),
         (["--tis_floor", "0.5"], "--tis_floor 0.5 does nothing at --tis_cap 0"),
+        (["--dataset_name", "countdown", "--skip_flat_groups"],
+         "--skip_flat_groups True does nothing at --kl_beta 0 and"),
         (["--entropy_target", "0.3"], "--entropy_target 0.3 does nothing at --entropy_bonus 0"),
         (["--advantage_scale", "gdpo", "--baseline", "leave_one_out"],
          "--baseline leave_one_out does nothing with --advantage_scale gdpo"),

@@ -147,6 +147,45 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
     assert distance(without, everything) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [0, 30])
+def test_skipped_flat_groups_lose_their_kl_and_nothing_else_changes(tokens, accelerator):
+    """The gradient is that of all groups, less what the flat one has by its KL alone."""
+    model = toy()
+    rollouts = rollouts_from(model)
+    flags = {
+        "reference": frozen_copy(toy(seed=1)), "kl_beta": 0.1, "micro_batch_tokens": tokens,
+        "aggregation": "dapo",
+    }  # fmt: skip
+    flat = (ADVANTAGES == 0).all(-1)
+    assert flat.tolist() == [False, True, False]
+    everything, metrics = gradients(model, rollouts, accelerator, **flags)
+    skipping, fewer = gradients(model, rollouts, accelerator, skip_flat_groups=True, **flags)
+    model.zero_grad()
+    reference, mask = flags["reference"], rollouts.completion_mask
+    logprobs = naive_logprobs(model, rollouts.prompt_ids[1], rollouts.completion_ids[1], 1.0)
+    with torch.no_grad():
+        ref = naive_logprobs(reference, rollouts.prompt_ids[1], rollouts.completion_ids[1], 1.0)
+    gap = ref - logprobs
+    (0.1 * ((gap.exp() - gap - 1) * mask[1]).sum() / mask.sum()).backward()
+    kl_alone = [p.grad for p in model.parameters()]
+    assert norm_of(kl_alone) > 1e-3
+    assert distance(skipping, [a - b for a, b in zip(everything, kl_alone)]) < 1e-5
+    of_flat = int(mask[flat].sum())
+    assert fewer["tokens/trained"] == metrics["tokens/trained"] - of_flat > 0
+
+
+def test_a_step_of_flat_groups_alone_moves_nothing_when_they_are_skipped(accelerator):
+    model = toy()
+    rollouts = rollouts_from(model)
+    flat, reference = torch.zeros_like(ADVANTAGES), frozen_copy(toy(seed=1))
+    flags = {"advantages": flat, "reference": reference, "kl_beta": 0.1}
+    kept, metrics = gradients(model, rollouts, accelerator, **flags)
+    skipped, nothing = gradients(model, rollouts, accelerator, skip_flat_groups=True, **flags)
+    assert norm_of(kept) > 0 == norm_of(skipped)
+    assert metrics["kl"] > 0 and "kl" not in nothing  # of no token, there is none
+    assert nothing["tokens/trained"] == nothing["loss"] == 0
+
+
 def test_completions_that_are_not_chosen_have_no_part_in_the_update(accelerator):
     """Neither in the gradient nor in what it is averaged over."""
     model = toy()
