@@ -150,8 +150,8 @@ def cut(setup, rollouts, advantages, chosen):
 
     A group whose completions all earned the same has no advantage and, without a KL term or entropy
     bonus, no gradient: it is left out, and with --skip_flat_groups in any case. It still counts in
-    what is averaged, so that this drops its KL and entropy and changes nothing else. Idle passes have weight 0: where weights are cut up (FSDP2),
-    all processes go through the model equally often.
+    what is averaged: the others weigh what they did. Idle passes have weight 0: where weights are
+    cut up (FSDP2), all processes go through the model equally often.
     """
     args = setup.args
     mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
