@@ -100,6 +100,13 @@ def test_a_run_of_before_is_resumed_without_a_day(tmp_path):
     assert (args.prompt_date, args.stop) == (date.today().isoformat(), [])
 
 
+def test_a_run_of_before_takes_nothing_from_a_preset_that_has_changed_since(tmp_path):
+    run = written_run(tmp_path / "run", skip_flat_groups=...)
+    argv = ["--preset", "cpu", "--output_dir", str(run)]
+    assert not parse_args([*argv, "--resume"]).skip_flat_groups
+    assert parse_args([*argv[:-1], str(tmp_path / "new")]).skip_flat_groups
+
+
 @pytest.mark.parametrize("name", ["evaluate", "chat", "group"])
 def test_a_run_s_model_is_asked_as_in_the_run(name, tmp_path):
     asked = {
