@@ -94,6 +94,15 @@ def test_trl_has_the_same_loss_and_a_step_of_both_is_compared(saved_models, capf
     )
 
 
+def test_a_step_that_is_compared_trains_on_all_groups(saved_models):
+    """TRL does, and so did this code, whatever the preset leaves out today."""
+    parser = common.training_flags(common.workload_parser(__doc__, rounds=1, warm_up=0))
+    args = parser.parse_args(["--kl_beta", "0.1"])
+    setup, *_ = common.set_up(args, str(saved_models["qwen2"]), 2)
+    assert setup.args.dataset_name == "arithmetic" and setup.args.kl_beta == 0.1
+    assert setup.args.skip_flat_groups is False
+
+
 @pytest.mark.benchmark
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the commits come from git")
 def test_a_commit_against_itself_writes_the_same_in_every_stage(saved_models, capfd):
