@@ -172,8 +172,8 @@ def set_up(args, model_name, questions, mixed_precision=None, lora_rank=0):
         argv["dataset_path"] = args.dataset_path
     given = {name: getattr(args, name) for name in OF_THE_PRESET}
     argv |= {name: value for name, value in given.items() if value is not None}
-    typed = [part for name, value in argv.items() for part in (f"--{name}", str(value))]
-    flags = parse_args([*typed, "--no-skip_flat_groups"])  # TRL and earlier commits train on them
+    flags = parse_args([part for name, value in argv.items() for part in (f"--{name}", str(value))])
+    flags.skip_flat_groups = False  # TRL and earlier commits train on them
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision)
     policy, tokenizer = load_model(model_name, accelerator.device, None, rendering_of(flags))
     add_adapter(policy, flags)

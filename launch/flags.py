@@ -202,8 +202,8 @@ def add_flags(parser):
     flag("--train_group_size", type=COUNT, default=0, metavar="M",
          help="train on the M completions of each group whose rewards vary most (PODS); 0: on all")
     flag("--skip_flat_groups", action=argparse.BooleanOptionalAction, default=False, help="leave "
-         "groups whose completions all earned the same out of the update: without an advantage "
-         "they have only a KL and an entropy bonus, for as much time as the others")
+         "groups whose completions all earned the same out of the update, where they have only a "
+         "KL; for an --entropy_bonus they stay")
     flag("--max_draws", type=POSITIVE_COUNT, default=1, metavar="N", help="draw questions up to N "
          "times a step, until Q groups have unequal rewards, and train on these (DAPO's dynamic "
          "sampling); 1: off")

@@ -34,8 +34,10 @@ IDLE = (
      "without --clip ppo"),
     (("tis_floor", "tis_form"), lambda args: args.tis_cap == 0, "at --tis_cap 0"),
     (("entropy_target",), lambda args: args.entropy_bonus == 0, "at --entropy_bonus 0"),
+    (("skip_flat_groups",), lambda args: args.entropy_bonus > 0,
+     "with --entropy_bonus, which is for them too"),
     (("skip_flat_groups",), lambda args: args.kl_beta == args.entropy_bonus == 0,
-     "at --kl_beta 0 and --entropy_bonus 0: they have no gradient"),
+     "at --kl_beta 0: they have no gradient"),
     (("baseline",), lambda args: args.advantage_scale == "gdpo", "with --advantage_scale gdpo"),
     (("question_field", "answer_field", "solution_field", "train_split", "test_split"),
      lambda args: args.dataset_path is None and args.dataset_name != "gsm8k"

@@ -111,7 +111,7 @@ def take_up_saved_flags(parser, argv):
     except UserError as error:
         parser.error(str(error))
     of_this_start = {"output_dir": output_dir, "resume": resume, "resume_or_start": False}
-    # A flag that is newer than the run did nothing in it, whatever the preset says today.
+    # A flag that is newer than the run is as it is by itself, whatever the preset says today.
     before = _without_preset() if saved else {}
     parser.set_defaults(**{**before, **saved, **of_this_start})
     return saved
@@ -121,9 +121,7 @@ def _without_preset():
     """The values of the flags that have one of their own."""
     parser = Parser(add_help=False)
     add_flags(parser)
-    return {
-        action.dest: action.default for action in parser._actions if action.default is not None
-    }
+    return {action.dest: action.default for action in parser._actions if action.default is not None}
 
 
 def parse_known(parser, argv):

@@ -145,13 +145,21 @@ def always_trained(setup):
     return setup.reference is not None or setup.args.entropy_bonus > 0
 
 
+def flat_groups_train(setup):
+    """Whether a group without an advantage has a part in the update: for the KL, unless the flags
+    say that it is not worth a pass, and for an entropy bonus, which such groups need the most."""
+    args = setup.args
+    for_kl = setup.reference is not None and not args.skip_flat_groups
+    return for_kl or args.entropy_bonus > 0
+
+
 def cut(setup, rollouts, advantages, chosen):
     """The step in passes: (this process's, idle ones, the number of tokens that all train on).
 
-    A group whose completions all earned the same has no advantage and, without a KL term or entropy
-    bonus, no gradient: it is left out, and with --skip_flat_groups in any case. It still counts in
-    what is averaged: the others weigh what they did. Idle passes have weight 0: where weights are
-    cut up (FSDP2), all processes go through the model equally often.
+    A group whose completions all earned the same has no advantage. Where nothing else gives it a
+    gradient, see flat_groups_train, it is left out, but still counts in what is averaged: the
+    others weigh what they did. Idle passes have weight 0: where weights are cut up (FSDP2), all
+    processes go through the model equally often.
     """
     args = setup.args
     mask = rollouts.completion_mask & chosen[:, :, None]  # (Q, G, C)
@@ -159,7 +167,7 @@ def cut(setup, rollouts, advantages, chosen):
         mask = mask & rollouts.finished[:, :, None]
     sequences = chosen.sum().clamp(min=1)
     weights = token_weights(mask, args.aggregation, args.max_completion_length, sequences)
-    if args.skip_flat_groups or not always_trained(setup):
+    if not flat_groups_train(setup):
         mask = mask & (advantages != 0).any(-1)[:, None, None]
     ids = rollouts.completion_ids.flatten(0, 1)  # (B, C)
     own, lengths, batches, idle = own_batches(

@@ -94,6 +94,7 @@ SETTINGS = {
     },
     "dr_grpo, down-sampled": {"aggregation": "dr_grpo", "train_group_size": 2, "max_draws": 2},
     "fewer groups with signal than processes": {"kl_beta": 0.0, "only": 0},
+    "flat groups skipped": {"kl_beta": 0.1, "skip_flat_groups": True, "only": 0},
 }
 UNEVEN = {
     "questions_per_step": 5, "sampling_batch_size": 6, "micro_batch_tokens": 60, "top_entropy": 0.5,

@@ -148,13 +148,16 @@ def test_flat_groups_have_no_gradient_and_leaving_them_out_changes_nothing(
 
 
 @pytest.mark.parametrize("tokens", [0, 30])
-def test_skipped_flat_groups_lose_their_kl_and_nothing_else_changes(tokens, accelerator):
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo"])
+def test_skipped_flat_groups_lose_their_kl_and_nothing_else_changes(
+    aggregation, tokens, accelerator
+):
     """The gradient is that of all groups, less what the flat one has by its KL alone."""
     model = toy()
     rollouts = rollouts_from(model)
     flags = {
         "reference": frozen_copy(toy(seed=1)), "kl_beta": 0.1, "micro_batch_tokens": tokens,
-        "aggregation": "dapo",
+        "aggregation": aggregation,
     }  # fmt: skip
     flat = (ADVANTAGES == 0).all(-1)
     assert flat.tolist() == [False, True, False]
@@ -166,12 +169,16 @@ def test_skipped_flat_groups_lose_their_kl_and_nothing_else_changes(tokens, acce
     with torch.no_grad():
         ref = naive_logprobs(reference, rollouts.prompt_ids[1], rollouts.completion_ids[1], 1.0)
     gap = ref - logprobs
-    (0.1 * ((gap.exp() - gap - 1) * mask[1]).sum() / mask.sum()).backward()
+    kl = ((gap.exp() - gap - 1) * mask[1]).double()
+    weights = token_weights(mask, aggregation)[1]
+    (0.1 * kl * weights).sum().backward()
     kl_alone = [p.grad for p in model.parameters()]
     assert norm_of(kl_alone) > 1e-3
     assert distance(skipping, [a - b for a, b in zip(everything, kl_alone)]) < 1e-5
-    of_flat = int(mask[flat].sum())
-    assert fewer["tokens/trained"] == metrics["tokens/trained"] - of_flat > 0
+    of_flat, of_all = int(mask[flat].sum()), metrics["tokens/trained"]
+    assert fewer["tokens/trained"] == of_all - of_flat > 0
+    rest = metrics["kl"] * of_all - kl.sum().item()
+    assert fewer["kl"] == pytest.approx(rest / (of_all - of_flat), rel=1e-5)
 
 
 def test_a_step_of_flat_groups_alone_moves_nothing_when_they_are_skipped(accelerator):
@@ -471,8 +478,11 @@ def test_a_flat_group_takes_part_in_the_entropy_bonus(off_policy, accelerator):
     flat = torch.zeros_like(ADVANTAGES)
     without, _ = gradients(model, rollouts, accelerator, advantages=flat)
     assert all((gradient == 0).all() for gradient in without)
-    with_bonus, _ = gradients(model, rollouts, accelerator, advantages=flat, entropy_bonus=0.1)
+    bonus = {"advantages": flat, "entropy_bonus": 0.1}
+    with_bonus, _ = gradients(model, rollouts, accelerator, **bonus)
     assert max(gradient.abs().max() for gradient in with_bonus) > 0
+    skipping, _ = gradients(model, rollouts, accelerator, skip_flat_groups=True, **bonus)
+    assert distance(skipping, with_bonus) == 0
 
 
 def test_the_correction_s_ratio_compares_with_the_first_epoch_and_its_weight_stays(
