@@ -31,6 +31,7 @@ def recorded(argv, seconds=600, columns=120, typed=()):
     started, keys = time.monotonic(), iter(typed)
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
         os.execvp(argv[0], argv)
     writes, shown, key = [], b"", b""
