@@ -227,17 +227,22 @@ def test_over_long_training_questions_are_left_out_whole_and_counted(
     assert asked == {f"{i} + 1?" for i in range(6)}
 
 
-def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_path, monkeypatch):
-    """A reward that tells completions apart for odd numbers alone: half of the groups are flat."""
-    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(70)]
-    for split, part in (("train", rows[:60]), ("test", rows[60:])):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+def flat_for_even_answers():
+    """A reward that tells completions apart for odd numbers alone."""
     calls = iter(range(10**6))
 
     def alternating(completion, problem):
         return float(next(calls) % 2) if int(problem.answer) % 2 else 1.0
 
-    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [alternating])
+    return alternating
+
+
+def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_path, monkeypatch):
+    """Half of the groups are flat."""
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(70)]
+    for split, part in (("train", rows[:60]), ("test", rows[60:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [flat_for_even_answers()])
     run = tmp_path / "run"
     argv = [*TINY, "--dataset_name", "gsm8k", "--dataset_path", str(tmp_path), "--output_dir",
             str(run), "--model_name", str(saved_models["qwen2"]), "--cold_start_steps", "0",
@@ -265,12 +270,7 @@ def test_questions_are_drawn_until_enough_groups_carry_signal(saved_models, tmp_
 def test_a_run_that_skips_flat_groups_trains_on_the_others_alone(
     saved_models, tmp_path, monkeypatch
 ):
-    calls = iter(range(10**6))
-
-    def alternating(completion, problem):
-        return float(next(calls) % 2) if int(problem.answer) % 2 else 1.0
-
-    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [alternating])
+    monkeypatch.setattr(evaluator, "REWARD_FUNCTIONS", [flat_for_even_answers()])
     run = tmp_path / "run"
     argv = [*TINY, "--output_dir", str(run), "--model_name", str(saved_models["qwen2"]),
             "--cold_start_steps", "0", "--num_train_iters", "4", "--questions_per_step", "4",

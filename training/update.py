@@ -148,9 +148,8 @@ def always_trained(setup):
 def flat_groups_train(setup):
     """Whether a group without an advantage has a part in the update: for the KL, unless the flags
     say that it is not worth a pass, and for an entropy bonus, which such groups need the most."""
-    args = setup.args
-    for_kl = setup.reference is not None and not args.skip_flat_groups
-    return for_kl or args.entropy_bonus > 0
+    needed = setup.args.entropy_bonus > 0 or not setup.args.skip_flat_groups
+    return needed and always_trained(setup)
 
 
 def cut(setup, rollouts, advantages, chosen):

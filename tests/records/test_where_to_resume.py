@@ -132,7 +132,7 @@ def test_a_path_that_is_no_run_is_refused(tmp_path, monkeypatch):
 
 def test_a_scheduler_starts_what_is_not_there_and_goes_on_with_what_is(tmp_path):
     new = parse_args([*CPU, "--resume_or_start", "--output_dir", str(tmp_path / "new")])
-    assert new.resume == "latest" and new.num_train_iters == parse_args(CPU).num_train_iters
+    assert new.resume == "latest" and new.num_train_iters == 32
     run = write_run(tmp_path / "run", resume_or_start=True)
     again = parse_args([*CPU, "--resume_or_start", "--output_dir", str(run)])
     assert again.num_train_iters == 4 and has_finished(again)
